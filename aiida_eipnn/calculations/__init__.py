@@ -1,0 +1,1 @@
+"""CalcJobs that run ``eipnn-job``, and calcfunctions that wrap one science call each."""

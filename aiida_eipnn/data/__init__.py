@@ -1,0 +1,1 @@
+"""AiiDA nodes: sets of configurations, labels, splits, committees."""

@@ -1,0 +1,1 @@
+"""What runs on the compute node, without AiiDA: one executable, ``eipnn-job``."""

@@ -1,0 +1,195 @@
+"""What a job reads and writes: the one place that spells a file name.
+
+A job is a folder. ``job.json`` says what to do; the folders beside it hold the inputs as ``.npy``
+files (:func:`aiida_eipnn.science.arrays.save_arrays`); results go below ``output``, the state of
+the run into ``status.json``, and what a restart needs into ``checkpoint``.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, ClassVar
+
+JOB = "job.json"
+STATUS = "status.json"
+LOG = "eipnn-job.log"
+
+# Inputs. The first three hold one folder of arrays for each set, whatever its name.
+CONFIGURATIONS = "configurations"
+LABELS = "labels"
+EIP_LABELS = "eip_labels"
+SELECTION = "selection"
+COMMITTEE = "committee"
+CHECKPOINT = "checkpoint"
+
+# Outputs
+OUTPUT = "output"
+METRICS = "metrics.json"
+PREDICTIONS = "predictions"
+
+
+class State(StrEnum):
+    """How far a job came."""
+
+    RUNNING = "running"
+    DONE = "done"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+
+
+class Stage(StrEnum):
+    """What a training job trains."""
+
+    PRETRAIN = "pretrain"
+    CLASSIFY = "classify"
+    FINETUNE = "finetune"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExploreJob:
+    """Make a pool of configurations out of the seed configurations.
+
+    Parameters
+    ----------
+    recipes
+        What to make: for each, ``config_type``, ``count`` and the settings of that type
+        (:func:`aiida_eipnn.science.pool.make_pool`).
+    seed
+        Seed of every random choice.
+    eip
+        Name of the EIP that drives molecular dynamics.
+    max_seconds
+        Stop by then, with what there is.
+    """
+
+    kind: ClassVar[str] = "explore"
+
+    recipes: tuple[dict[str, Any], ...]
+    seed: int
+    eip: str | None = None
+    max_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelJob:
+    """Label configurations with empirical interatomic potentials.
+
+    Parameters
+    ----------
+    eips
+        Names of the EIPs, one column of labels each.
+    n_workers
+        Processes that work side by side, one EIP each.
+    timeout
+        Seconds that one EIP may take for the whole set.
+    max_seconds
+        Stop by then; what is missing is ``not run``, and a restart goes on from there.
+    """
+
+    kind: ClassVar[str] = "label"
+
+    eips: tuple[str, ...]
+    n_workers: int = 1
+    timeout: float = 3600.0
+    max_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainJob:
+    """Train the members of a committee in one stage.
+
+    Parameters
+    ----------
+    stage
+        ``pretrain``, ``classify`` or ``finetune``.
+    seeds
+        One seed for each member.
+    network
+        Fields of :class:`aiida_eipnn.science.nn.network.NetworkParameters`; ignored where the
+        job starts from a committee.
+    training
+        Fields of :class:`aiida_eipnn.science.nn.training.TrainingParameters`.
+    selection
+        Fields of :class:`aiida_eipnn.science.eip.selection.SelectionParameters`.
+    n_workers
+        Processes that work side by side, one member each.
+    max_seconds
+        Stop by then with a checkpoint; a restart goes on from there.
+    """
+
+    kind: ClassVar[str] = "train"
+
+    stage: Stage
+    seeds: tuple[int, ...]
+    network: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    selection: dict[str, Any] = field(default_factory=dict)
+    n_workers: int = 1
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("a committee needs at least one member: give one seed for each")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateJob:
+    """Predict labels and uncertainties of configurations with a committee.
+
+    Parameters
+    ----------
+    batch_size
+        Configurations that are predicted at once.
+    max_seconds
+        Stop by then.
+    """
+
+    kind: ClassVar[str] = "evaluate"
+
+    batch_size: int = 64
+    max_seconds: float | None = None
+
+
+Job = ExploreJob | LabelJob | TrainJob | EvaluateJob
+KINDS: dict[str, type[Job]] = {
+    job.kind: job for job in (ExploreJob, LabelJob, TrainJob, EvaluateJob)
+}
+
+
+def write_job(path: Path, job: Job) -> None:
+    """Write ``job`` as JSON."""
+    path.write_text(job_to_json(job))
+
+
+def job_to_json(job: Job) -> str:
+    """Return ``job`` as JSON text, the same text for the same job."""
+    return json.dumps({"kind": job.kind, **asdict(job)}, indent=1, sort_keys=True) + "\n"
+
+
+def read_job(path: Path) -> Job:
+    """Read what :func:`write_job` wrote.
+
+    Raises
+    ------
+    ValueError
+        If the file is not a job, names an unknown kind, or has fields that this kind lacks.
+    """
+    try:
+        content = json.loads(path.read_text())
+        kind = content.pop("kind")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is not a job description: {error!r}") from error
+    if kind not in KINDS:
+        raise ValueError(f"{path} asks for a job of kind {kind!r}; there are {sorted(KINDS)}")
+    known = {item.name for item in fields(KINDS[kind])}
+    if unknown := sorted(set(content) - known):
+        raise ValueError(
+            f"{path}: a job of kind {kind!r} has no fields {unknown}, only {sorted(known)}"
+        )
+    for name in ("recipes", "eips", "seeds"):
+        if name in content:
+            content[name] = tuple(content[name])
+    if "stage" in content:
+        content["stage"] = Stage(content["stage"])
+    return KINDS[kind](**content)

@@ -1,0 +1,1 @@
+"""Parsers of ``eipnn-job``: status and arrays into nodes."""

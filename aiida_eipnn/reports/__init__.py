@@ -1,0 +1,1 @@
+"""A finished or running loop, read from the graph: history, lineage, report."""

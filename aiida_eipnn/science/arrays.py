@@ -1,0 +1,39 @@
+"""Array types, and folders of ``.npy`` files: how every job and every node keeps its numbers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+StrArray = NDArray[np.str_]
+Arrays = dict[str, NDArray[Any]]
+
+
+def save_arrays(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write each array to ``folder/<name>.npy``, without pickles."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in arrays.items():
+        partial = folder / f".{name}.npy"
+        with partial.open("wb") as stream:
+            np.save(stream, array, allow_pickle=False)
+        # A rename is atomic: a job killed here leaves the old file or the new one, never half.
+        partial.replace(folder / f"{name}.npy")
+
+
+def load_arrays(folder: Path) -> Arrays:
+    """Read every ``.npy`` file of ``folder``, keyed by its name.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds none.
+    """
+    paths = sorted(path for path in folder.glob("*.npy") if not path.name.startswith("."))
+    if not paths:
+        raise FileNotFoundError(f"no .npy file in {folder}")
+    return {path.stem: np.load(path, allow_pickle=False) for path in paths}

@@ -1,0 +1,1 @@
+"""Empirical interatomic potentials as labellers."""

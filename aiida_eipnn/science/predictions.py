@@ -1,0 +1,90 @@
+"""What a committee says about configurations, and how much its members disagree."""
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+
+from aiida_eipnn.science.arrays import Arrays, FloatArray, IntArray, StrArray
+from aiida_eipnn.science.configurations import pick_fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Predictions:
+    """Predictions of a committee for ``n`` configurations with ``N`` atoms in all.
+
+    Parameters
+    ----------
+    ids
+        The configurations, by geometry hash. Shape ``(n,)``.
+    offsets
+        The atoms of configuration ``i`` are rows ``offsets[i]`` to ``offsets[i + 1]``.
+        Shape ``(n + 1,)``.
+    energy
+        Total energy, mean of the members, in eV. Shape ``(n,)``.
+    forces
+        Forces, mean of the members, in eV/Å. Shape ``(N, 3)``.
+    stress
+        Stress, mean of the members, in eV/Å³, ASE's sign and order; NaN where a configuration is
+        not periodic in all directions. Shape ``(n, 6)``.
+    energy_std
+        Spread of the members' energies per atom, in eV/atom. Shape ``(n,)``.
+    forces_std
+        Spread of the members' forces on each atom,
+        :math:`\\sqrt{\\langle \\lVert F_i - \\langle F_i \\rangle \\rVert^2 \\rangle}`, in eV/Å.
+        Shape ``(N,)``.
+    features
+        Mean over atoms of the first member's trunk features. Shape ``(n, n_features)``.
+    """
+
+    ids: StrArray
+    offsets: IntArray
+    energy: FloatArray
+    forces: FloatArray
+    stress: FloatArray
+    energy_std: FloatArray
+    forces_std: FloatArray
+    features: FloatArray
+
+    def __post_init__(self) -> None:
+        n, n_atoms = len(self.ids), len(self.forces)
+        expected = {
+            "offsets": (n + 1,),
+            "energy": (n,),
+            "forces": (n_atoms, 3),
+            "stress": (n, 6),
+            "energy_std": (n,),
+            "forces_std": (n_atoms,),
+        }
+        for name, shape in expected.items():
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} has shape {getattr(self, name).shape}, not {shape}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def n_atoms(self) -> IntArray:
+        """Number of atoms of each configuration. Shape ``(n,)``."""
+        return np.diff(self.offsets)
+
+    @property
+    def uncertainty(self) -> FloatArray:
+        r"""Force disagreement of each configuration, in eV/Å: the largest over its atoms [1]_.
+
+        Shape ``(n,)``.
+
+        References
+        ----------
+        .. [1] Zhang et al., DP-GEN, arXiv:1810.11890.
+        """
+        return np.maximum.reduceat(self.forces_std, self.offsets[:-1])
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Self:
+        """Build from :meth:`arrays`."""
+        return cls(**pick_fields(cls, arrays))
+
+    def arrays(self) -> Arrays:
+        """Return every field by name, ready for :func:`~.arrays.save_arrays`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,0 +1,1 @@
+"""WorkChains: DFT labels in lanes, training with restarts, the active-learning loop."""
