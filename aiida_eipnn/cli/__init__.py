@@ -1,1 +1,5 @@
-"""The command line ``aiida-eipnn``."""
+"""The command line: `aiida-eipnn`."""
+
+from aiida_eipnn.cli.commands import main
+
+__all__ = ("main",)

@@ -15,10 +15,11 @@ JOB = "job.json"
 STATUS = "status.json"
 LOG = "eipnn-job.log"
 
-# Inputs. The first three hold one folder of arrays for each set, whatever its name.
+# Inputs. The first four hold one folder of arrays for each set, whatever its name.
 CONFIGURATIONS = "configurations"
 LABELS = "labels"
 EIP_LABELS = "eip_labels"
+EXCLUDE = "exclude"
 SELECTION = "selection"
 COMMITTEE = "committee"
 CHECKPOINT = "checkpoint"

@@ -1,0 +1,218 @@
+"""Calcfunctions between configurations and pw.x: out to structures, home as labels."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from aiida.engine import calcfunction
+from aiida.orm import (
+    ArrayData,
+    CalcJobNode,
+    Data,
+    Dict,
+    Float,
+    FolderData,
+    Int,
+    ProcessNode,
+    StructureData,
+    TrajectoryData,
+)
+from ase.units import GPa
+
+from aiida_eipnn.data.choice import Choice, ChoiceData
+from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.science.arrays import FloatArray
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.labels import DFT, Labels, join_labels
+
+# Gathering costs O(N^2) in the number of input nodes, so a process takes no more than these.
+MAX_NODES = 50
+
+# A link label may not start with a digit, as ids may.
+LABELLED = "labelled_"
+FAILED = "failed_"
+
+NO_OUTPUT = "pw.x left no output: see the report of the work chain"
+
+
+@calcfunction
+def extract_structures(configurations: ConfigurationsData, choice: ChoiceData) -> dict[str, Any]:
+    """Return the chosen configurations as structures, keyed ``structure_<id>``."""
+    ids = choice.ids()
+    chosen = configurations.value().take(configurations.value().rows_of(ids))
+    return {
+        f"structure_{name}": StructureData(ase=chosen.atoms(row)) for row, name in enumerate(ids)
+    }
+
+
+@calcfunction
+def scale_parameters(
+    parameters: Dict, scaling: Dict, structure: StructureData, **pseudos: Data
+) -> Dict:
+    """Return the parameters of pw.x with what grows with the configuration.
+
+    The number of bands is ``bands_factor`` times the occupied ones plus ``extra_bands``: with too
+    few, PwBaseWorkChain adds some and runs a second time. The threshold is
+    ``conv_thr_per_atom`` (Ry/atom) times the atoms.
+    """
+    settings = scaling.get_dict()
+    kinds = [site.kind_name for site in structure.sites]
+    occupied = sum(pseudos[kind].base.attributes.get("z_valence") for kind in kinds) / 2
+    scaled = parameters.get_dict()
+    scaled["SYSTEM"]["nbnd"] = math.ceil(settings["bands_factor"] * occupied) + settings["extra_bands"]
+    scaled["ELECTRONS"]["conv_thr"] = settings["conv_thr_per_atom"] * len(kinds)
+    return Dict(scaled)
+
+
+@calcfunction
+def deal_lanes(
+    configurations: ConfigurationsData, choice: ChoiceData, n_lanes: Int
+) -> dict[str, Any]:
+    """Deal the chosen configurations to lanes of about equal cost, longest first.
+
+    No lane gets more than ``MAX_NODES`` configurations: there are more lanes then, and they run
+    one after another in ``n_lanes`` rows.
+    """
+    ids = choice.ids()
+    chosen = configurations.value().take(configurations.value().rows_of(ids))
+    lanes = deal(estimated_cost(chosen), n_lanes.value, MAX_NODES)
+    return {
+        f"lane_{number:03d}": ChoiceData.from_value(
+            Choice(ids=ids[rows], scores=choice.value().scores[rows]), strategy="lane"
+        )
+        for number, rows in enumerate(lanes)
+    }
+
+
+def estimated_cost(configurations: Configurations) -> FloatArray:
+    """Return the relative DFT cost of each configuration.
+
+    Plane waves grow with the volume, bands with the atoms, and k-points with one over the volume.
+    """
+    volumes = np.abs(np.linalg.det(configurations.cells))
+    return configurations.n_atoms.astype(float) ** 2 * np.maximum(volumes / volumes.mean(), 1e-3)
+
+
+def deal(cost: FloatArray, n_lanes: int, most: int) -> list[list[int]]:
+    """Deal rows to lanes, dearest first, each to the lane that has least to do."""
+    n_lanes = max(min(n_lanes, len(cost)), -(-len(cost) // most))
+    lanes: list[list[int]] = [[] for _ in range(n_lanes)]
+    load = np.zeros(n_lanes)
+    for row in np.argsort(-cost, kind="stable"):
+        open_lanes = [lane for lane in range(n_lanes) if len(lanes[lane]) < most]
+        lane = min(open_lanes, key=lambda number: load[number])
+        lanes[lane].append(int(row))
+        load[lane] += cost[row]
+    return [lane for lane in lanes if lane]
+
+
+@calcfunction
+def level_of_theory(parameters: Dict, kpoints_distance: Float, **pseudos: Data) -> Dict:
+    """Return the fingerprint of a DFT calculation: labels may be mixed only where it is equal."""
+    system = parameters.get_dict().get("SYSTEM", {})
+    level: dict[str, Any] = {
+        "code": "quantumespresso.pw",
+        "pseudos": {kind: pseudo.base.attributes.get("md5") for kind, pseudo in pseudos.items()},
+        "kpoints_distance": kpoints_distance.value,
+    }
+    for key in ("ecutwfc", "ecutrho", "occupations", "smearing", "degauss", "input_dft", "nspin"):
+        if key in system:
+            level[key] = system[key]
+    text = repr(sorted((key, repr(value)) for key, value in level.items()))
+    return Dict({**level, "fingerprint": hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()})
+
+
+@calcfunction
+def gather_dft_labels(
+    configurations: ConfigurationsData, choice: ChoiceData, level: Dict, **runs: Data
+) -> LabelsData:
+    """Gather what pw.x said about the chosen configurations.
+
+    ``runs`` holds ``labelled_<id>``, the trajectory of a finished run, or ``failed_<id>``, the
+    retrieved files of one that failed. What failed is a row without a label, with its reason.
+    """
+    sets = configurations.value()
+    chosen = sets.take(sets.rows_of(choice.ids()))
+    rows = [_label(chosen.take([row]), name, runs) for row, name in enumerate(choice.ids())]
+    return LabelsData.from_value(join_labels(rows), level=level.get_dict())
+
+
+def _label(configuration: Configurations, name: str, runs: Mapping[str, Data]) -> Labels:
+    if f"{LABELLED}{name}" in runs:
+        return _label_of_run(configuration, runs[f"{LABELLED}{name}"])
+    reason = NO_OUTPUT
+    if f"{FAILED}{name}" in runs:
+        reason = failure_of(runs[f"{FAILED}{name}"])
+    return Labels.missing(configuration, [DFT], reason)
+
+
+def _label_of_run(configuration: Configurations, trajectory: TrajectoryData) -> Labels:
+    energy = trajectory.get_array("energy")[-1]
+    forces = trajectory.get_array("forces")[-1]
+    stress = stress_of(trajectory)
+    if not (np.isfinite(energy) and np.isfinite(forces).all()):
+        return Labels.missing(configuration, [DFT], "pw.x gave an energy or force that is no number")
+    return Labels(
+        ids=configuration.ids,
+        offsets=configuration.offsets,
+        sources=np.array([DFT]),
+        energy=np.array([[float(energy)]]),
+        forces=np.asarray(forces, dtype=float)[None],
+        stress=stress[None, None],
+        status=np.zeros((1, 1), dtype=np.int64),
+        reasons=np.array([], dtype="<U1"),
+        origins=np.array([trajectory.creator.uuid], dtype="<U36"),
+    )
+
+
+def stress_of(trajectory: ArrayData) -> FloatArray:
+    """Return the stress in eV/Å³ in ASE's sign and order; NaN where pw.x computed none.
+
+    pw.x writes GPa with the sign of a pressure: positive means compressed.
+    """
+    if "stress" not in trajectory.get_arraynames():
+        return np.full(6, np.nan)
+    tensor = -np.asarray(trajectory.get_array("stress")[-1], dtype=float) * GPa
+    return tensor[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+
+
+def failure_of(retrieved: FolderData) -> str:
+    """Return why the calculation that left these files failed."""
+    creator: ProcessNode = retrieved.creator
+    message = creator.exit_message or "no message"
+    kind = "pw.x" if isinstance(creator, CalcJobNode) else creator.process_label
+    return f"{kind} exit {creator.exit_status}: {message}"
+
+
+@calcfunction
+def merge_labels(**parts: LabelsData) -> LabelsData:
+    """Put labels of one level of theory one after the other.
+
+    Raises
+    ------
+    ValueError
+        If the levels of theory differ.
+    """
+    nodes = [parts[key] for key in sorted(parts)]
+    level = same_level(nodes)
+    return LabelsData.from_value(join_labels([node.value() for node in nodes]), level=level)
+
+
+def same_level(nodes: list[LabelsData]) -> dict[str, Any]:
+    """Return the level of theory of all nodes; ``ValueError`` says where they differ."""
+    levels = [node.level for node in nodes]
+    for level in levels[1:]:
+        differing = {
+            key: (levels[0].get(key), level.get(key))
+            for key in sorted({*levels[0], *level})
+            if levels[0].get(key) != level.get(key) and key != "fingerprint"
+        }
+        if differing:
+            raise ValueError(
+                f"these labels are of different levels of theory, they differ in {differing}; "
+                "label again with one set-up, or train on one of the sets only"
+            )
+    return levels[0] if levels else {}

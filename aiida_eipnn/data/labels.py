@@ -1,0 +1,31 @@
+"""Labels of a set of configurations as one node."""
+
+from typing import Any
+
+from aiida_eipnn.data.science import ScienceData
+from aiida_eipnn.science.labels import Labels
+
+
+class LabelsData(ScienceData):
+    """Labels, joined to configurations by id.
+
+    The attribute ``level`` says how they were made: for DFT the fingerprint of the calculation,
+    for EIPs the empty dictionary (the sources are KIM ids, which say all).
+    """
+
+    value_class = Labels
+
+    @classmethod
+    def facts(cls, value: Labels) -> dict[str, Any]:
+        """Return sources and counts."""
+        return {
+            "sources": value.sources.tolist(),
+            "n_configurations": len(value),
+            "n_labels": int(value.ok.sum()),
+            "n_failures": int((~value.ok).sum()),
+        }
+
+    @property
+    def level(self) -> dict[str, Any]:
+        """Fingerprint of the level of theory."""
+        return dict(self.base.attributes.get("level", {}))

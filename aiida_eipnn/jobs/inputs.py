@@ -1,0 +1,44 @@
+"""How every job reads the sets that lie in its folder."""
+
+from pathlib import Path
+
+import numpy as np
+
+from aiida_eipnn.jobs import spec
+from aiida_eipnn.science.arrays import load_arrays
+from aiida_eipnn.science.configurations import Configurations, join_configurations
+from aiida_eipnn.science.labels import Labels, join_labels
+
+
+def read_configurations(folder: Path) -> Configurations:
+    """Join all sets of configurations, less those that the job must not see.
+
+    Raises
+    ------
+    ValueError
+        If there are none.
+    """
+    parts = [Configurations.from_arrays(load_arrays(path)) for path in _sets(folder, spec.CONFIGURATIONS)]
+    if not parts or not any(len(part) for part in parts):
+        raise ValueError("the pool is empty: give at least one configuration")
+    together = join_configurations([part for part in parts if len(part)])
+    return together.take(np.flatnonzero(~np.isin(together.ids, excluded_ids(folder))))
+
+
+def read_labels(folder: Path, name: str) -> Labels | None:
+    """Join all labels below ``folder/name``, less those that the job must not see."""
+    parts = [Labels.from_arrays(load_arrays(path)) for path in _sets(folder, name)]
+    if not parts:
+        return None
+    together = join_labels(parts)
+    return together.take(np.flatnonzero(~np.isin(together.ids, excluded_ids(folder))))
+
+
+def excluded_ids(folder: Path) -> list[str]:
+    """Return the ids of the configurations that the job must not see (held out for the test)."""
+    return [str(name) for path in _sets(folder, spec.EXCLUDE) for name in load_arrays(path)["ids"]]
+
+
+def _sets(folder: Path, name: str) -> list[Path]:
+    root = folder / name
+    return sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []

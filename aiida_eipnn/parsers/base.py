@@ -1,0 +1,59 @@
+"""What the parsers of ``eipnn-job`` share."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from aiida.engine import ExitCode
+from aiida.orm import Dict, FolderData
+from aiida.parsers import Parser
+
+from aiida_eipnn.jobs import spec as files
+from aiida_eipnn.jobs.spec import State
+
+
+class JobParser(Parser):
+    """Turn the status and the arrays of a job into nodes.
+
+    The parser trusts ``status.json`` and the scheduler's exit code; it reads no log. A subclass
+    says which nodes the output folder makes (:meth:`parse_output`).
+    """
+
+    def parse_output(self, output: Path) -> ExitCode | None:
+        """Emit the nodes of a finished job."""
+        raise NotImplementedError
+
+    def parse(self, retrieved_temporary_folder: str, **_: Any) -> ExitCode | None:
+        """Parse the outcome of one job."""
+        folder = Path(retrieved_temporary_folder)
+        try:
+            status = json.loads(self.retrieved.base.repository.get_object_content(files.STATUS))
+            state = State(status["state"])
+        except (OSError, ValueError, KeyError):
+            return self._scheduler_or(self.exit_codes.ERROR_NO_STATUS)
+        if state is State.FAILED:
+            return self.exit_codes.ERROR_JOB_FAILED.format(reason=status["reason"])
+        if state is State.DONE:
+            return self._parse_done(folder / files.OUTPUT)
+        return self._parse_unfinished(folder)
+
+    def _parse_done(self, output: Path) -> ExitCode | None:
+        try:
+            self.out("metrics", Dict(json.loads((output / files.METRICS).read_text())))
+            return self.parse_output(output)
+        except (OSError, ValueError, KeyError) as error:
+            return self.exit_codes.ERROR_OUTPUT.format(reason=str(error))
+
+    def _parse_unfinished(self, folder: Path) -> ExitCode:
+        """Attach the checkpoint, where there is one: it decides whether a restart makes sense."""
+        checkpoint = folder / files.CHECKPOINT
+        if not checkpoint.is_dir() or not any(checkpoint.iterdir()):
+            return self._scheduler_or(self.exit_codes.ERROR_KILLED)
+        self.out("checkpoint", FolderData(tree=str(checkpoint)))
+        return self.exit_codes.ERROR_INTERRUPTED
+
+    def _scheduler_or(self, exit_code: ExitCode) -> ExitCode:
+        """Prefer what the scheduler found (walltime, memory, node failure) to our own guess."""
+        if self.node.exit_status:
+            return ExitCode(self.node.exit_status, self.node.exit_message, invalidates_cache=True)
+        return exit_code

@@ -1,0 +1,269 @@
+"""Which candidates to label with DFT: acquisition, and the stratified split that comes first."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from aiida_eipnn.science.arrays import FloatArray, IntArray, StrArray
+from aiida_eipnn.science.predictions import Predictions
+from aiida_eipnn.science.settings import build
+
+REST = "pool"
+
+
+class Strategy(StrEnum):
+    """How candidates are chosen."""
+
+    RANDOM = "random"
+    UNCERTAINTY = "uncertainty"
+    DIVERSE = "diverse"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcquisitionParameters:
+    """How many candidates to choose, and how.
+
+    Parameters
+    ----------
+    n_select
+        Configurations to label.
+    strategy
+        ``random``: any candidate, the baseline. ``uncertainty``: the most uncertain ones.
+        ``diverse``: those that differ most from one another among the uncertain ones.
+    top_fraction
+        Share of the candidates that ``diverse`` calls uncertain; never fewer than ``n_select``.
+    min_uncertainty, max_uncertainty
+        Window for ``uncertainty`` and ``diverse``, in eV/Å. A configuration above it is more
+        likely unphysical than informative, and DFT may not converge there.
+    allow_fewer
+        Take all there are where there are fewer than ``n_select``; otherwise that is an error.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range or the strategy is unknown.
+    """
+
+    n_select: int
+    strategy: Strategy = Strategy.DIVERSE
+    top_fraction: float = 0.5
+    min_uncertainty: float = 0.0
+    max_uncertainty: float | None = None
+    allow_fewer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.strategy not in list(Strategy):
+            raise ValueError(
+                f"no acquisition strategy {self.strategy!r}, only {[str(s) for s in Strategy]}"
+            )
+        if self.n_select < 1:
+            raise ValueError(f"n_select is {self.n_select}; choose at least one candidate")
+        if not 0 < self.top_fraction <= 1:
+            raise ValueError(f"top_fraction is {self.top_fraction}; it must lie in (0, 1]")
+        if self.max_uncertainty is not None and not self.max_uncertainty > self.min_uncertainty:
+            raise ValueError(
+                f"no uncertainty lies between {self.min_uncertainty} and {self.max_uncertainty} "
+                "eV/Å; raise max_uncertainty or lower min_uncertainty"
+            )
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """Build from plain values by name."""
+        return build(cls, content, "acquisition")
+
+
+class Acquisition(NamedTuple):
+    """The chosen rows of the predictions, in the order of choice, and their uncertainties.
+
+    Both of shape ``(n_selected,)``; the scores are in eV/Å.
+    """
+
+    rows: IntArray
+    scores: FloatArray
+
+
+def acquire(
+    predictions: Predictions,
+    candidates: IntArray,
+    parameters: AcquisitionParameters,
+    rng: np.random.Generator,
+) -> Acquisition:
+    """Choose the candidates to label.
+
+    Parameters
+    ----------
+    predictions
+        What the committee says about the pool.
+    candidates
+        Rows of ``predictions`` that are up for DFT; of equal configurations the first counts.
+    parameters
+        How many, and how.
+    rng
+        Used by ``random`` only.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer candidates than to choose, unless the parameters allow it.
+    """
+    rows = _first_of_each(predictions.ids, np.asarray(candidates, dtype=np.int64))
+    uncertainty = predictions.uncertainty
+    if parameters.strategy != Strategy.RANDOM:
+        rows = _within_window(rows, uncertainty, parameters)
+    if len(rows) < parameters.n_select and not parameters.allow_fewer:
+        raise ValueError(
+            f"cannot pick {parameters.n_select} of {len(rows)} candidates "
+            f"({len(candidates)} before duplicates and the uncertainty window); "
+            "lower n_select, widen the window or set allow_fewer"
+        )
+    n = min(parameters.n_select, len(rows))
+    if n == 0:
+        return Acquisition(rows, uncertainty[rows])
+    chosen = rows[_choose(predictions.features[rows], uncertainty[rows], n, parameters, rng)]
+    return Acquisition(chosen, uncertainty[chosen])
+
+
+def farthest_points(features: FloatArray, n: int, start: int) -> IntArray:
+    """Choose ``n`` rows, each as far as possible from those chosen before it.
+
+    Parameters
+    ----------
+    features
+        One point a row. Shape ``(n_points, n_features)``.
+    n
+        How many to choose.
+    start
+        The row to begin with.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer points than to choose.
+    """
+    if not 1 <= n <= len(features):
+        raise ValueError(f"cannot pick {n} of {len(features)} points")
+    chosen = [start]
+    distance = np.linalg.norm(features - features[start], axis=1)
+    for _ in range(n - 1):
+        # Where all points coincide with chosen ones, a chosen one must still not come again.
+        distance[chosen[-1]] = -1.0
+        chosen.append(int(distance.argmax()))
+        distance = np.minimum(
+            distance, np.linalg.norm(features - features[chosen[-1]], axis=1)
+        )
+    return np.array(chosen, dtype=np.int64)
+
+
+def standardise(features: FloatArray) -> FloatArray:
+    """Shift and scale each feature to mean 0 and deviation 1; a constant one becomes 0."""
+    centred = features - features.mean(axis=0)
+    spread = centred.std(axis=0)
+    # A feature that varies by rounding only must not be blown up to the weight of the others.
+    constant = spread <= 1e-9 * (np.abs(features).max(axis=0) + 1e-300)
+    return np.where(constant, 0.0, centred / np.where(constant, 1.0, spread))
+
+
+def stratified_split(
+    config_types: StrArray, sizes: Mapping[str, int], rng: np.random.Generator
+) -> dict[str, IntArray]:
+    """Split configurations into named parts that hold every type in proportion.
+
+    Parameters
+    ----------
+    config_types
+        Type of each configuration. Shape ``(n,)``.
+    sizes
+        Size of each part, such as ``{"test": 40, "initial": 10}``; what is left over comes back
+        as ``pool``, unless ``pool`` has a size of its own. Each part has at least one of every
+        type, where it is large enough and enough are there.
+    rng
+        Decides which configurations of a type go where.
+
+    Returns
+    -------
+    dict
+        Rows of each part, ascending.
+
+    Raises
+    ------
+    ValueError
+        If the parts need more configurations than there are, or a size is below zero.
+    """
+    config_types = np.asarray(config_types)
+    if bad := {name: size for name, size in sizes.items() if size < 0}:
+        raise ValueError(f"a part cannot have a size below zero: {bad}")
+    if sum(sizes.values()) > len(config_types):
+        raise ValueError(
+            f"cannot split {len(config_types)} configurations into {dict(sizes)}: that needs "
+            f"{sum(sizes.values())}; make the pool larger or the parts smaller"
+        )
+    left = [rng.permutation(np.flatnonzero(config_types == name)) for name in np.unique(config_types)]
+    parts: dict[str, IntArray] = {}
+    for part, size in sizes.items():
+        quota = shares(np.array([len(rows) for rows in left], dtype=np.int64), size)
+        parts[part] = _sorted([rows[:k] for rows, k in zip(left, quota, strict=True)])
+        left = [rows[k:] for rows, k in zip(left, quota, strict=True)]
+    parts.setdefault(REST, _sorted(left))
+    return parts
+
+
+def shares(available: IntArray, size: int) -> IntArray:
+    """Share ``size`` among groups in proportion to ``available``, at least one each if it can be.
+
+    Parameters
+    ----------
+    available
+        Members of each group. Shape ``(n_groups,)``.
+    size
+        How many to take in all, at most the sum of ``available``.
+    """
+    quota = np.zeros_like(available)
+    present = np.flatnonzero(available > 0)
+    if size < len(present):
+        # Too few for one each: the largest groups come first.
+        quota[present[np.argsort(-available[present], kind="stable")[:size]]] = 1
+        return quota
+    quota[present] = 1
+    exact = size * available / max(int(available.sum()), 1)
+    while quota.sum() < size:
+        behind = np.where(quota < available, exact - quota, -np.inf)
+        quota[behind.argmax()] += 1
+    return quota
+
+
+def _choose(
+    features: FloatArray,
+    uncertainty: FloatArray,
+    n: int,
+    parameters: AcquisitionParameters,
+    rng: np.random.Generator,
+) -> IntArray:
+    # A stable sort: equal uncertainties keep the order of the pool on every machine.
+    order = np.argsort(-uncertainty, kind="stable")
+    if parameters.strategy == Strategy.RANDOM:
+        return rng.choice(len(uncertainty), size=n, replace=False)
+    if parameters.strategy == Strategy.UNCERTAINTY:
+        return order[:n]
+    top = order[: max(n, int(np.ceil(parameters.top_fraction * len(order))))]
+    return top[farthest_points(standardise(features[top]), n, start=0)]
+
+
+def _within_window(
+    rows: IntArray, uncertainty: FloatArray, parameters: AcquisitionParameters
+) -> IntArray:
+    # A comparison with NaN is False: what has no uncertainty is left out.
+    inside = uncertainty[rows] >= parameters.min_uncertainty
+    if parameters.max_uncertainty is not None:
+        inside &= uncertainty[rows] <= parameters.max_uncertainty
+    return rows[inside]
+
+
+def _first_of_each(ids: StrArray, rows: IntArray) -> IntArray:
+    return rows[np.sort(np.unique(ids[rows], return_index=True)[1])]
+
+
+def _sorted(parts: list[IntArray]) -> IntArray:
+    return np.sort(np.concatenate(parts)) if parts else np.zeros(0, dtype=np.int64)

@@ -1,0 +1,325 @@
+"""OpenKIM models. The only import of kimpy.
+
+A model is created once and never refreshed: ``Model.clear_then_refresh`` changes the energies of
+some MEAM models at every call (Wagner 2007, Pascuet & Fernandez 2015), without an error.
+"""
+
+import difflib
+import json
+import re
+from functools import cache, cached_property
+from typing import Any
+
+import kimpy
+import numpy as np
+from ase import Atoms
+from ase.data import chemical_symbols
+
+from aiida_eipnn.science.arrays import BoolArray, FloatArray, IntArray
+from aiida_eipnn.science.eip.potential import (
+    Label,
+    PotentialDescription,
+    refuse_unknown_elements,
+    virial_stress,
+)
+
+# Values of "potential-type" in the models' own metadata.
+MACHINE_LEARNED = frozenset({"snap", "dunn", "hnn", "nn", "gap", "agni", "mtp", "ace"})
+_PORTABLE = kimpy.collection_item_type.portableModel
+# KIM's own species codes are small numbers, chosen by each model.
+_NOT_ASKED, _UNKNOWN = np.iinfo(np.intc).min, np.iinfo(np.intc).min + 1
+
+
+class KimPotential:
+    """A portable OpenKIM model, created once.
+
+    Parameters
+    ----------
+    name
+        Full KIM id.
+    model
+        The model, in Å and eV.
+    """
+
+    def __init__(self, name: str, model: Any) -> None:
+        self.name = name
+        self._model = model
+        self.cutoff = float(model.get_influence_distance())
+        self._cutoffs, hints = model.get_neighbor_list_cutoffs_and_hints()
+        self._images_need_neighbours = not np.all(hints)
+        self._neighbours = kimpy.neighlist.create()
+        self._arguments = model.compute_arguments_create()
+        self._arguments.set_callback_pointer(
+            kimpy.compute_callback_name.GetNeighborList,
+            kimpy.neighlist.get_neigh_kim(),
+            self._neighbours,
+        )
+        # Species code by atomic number, asked when an element is first met: asking for all takes
+        # longer than opening the model.
+        self._codes = np.full(len(chemical_symbols), _NOT_ASKED, dtype=np.intc)
+
+    @cached_property
+    def elements(self) -> frozenset[int]:
+        """Atomic numbers it knows."""
+        return frozenset(
+            number
+            for number in range(1, len(chemical_symbols))
+            if self._ask_code(number) != _UNKNOWN
+        )
+
+    @cached_property
+    def description(self) -> PotentialDescription:
+        """Where it comes from."""
+        return describe_kim_model(self.name)
+
+    def label(self, atoms: Atoms) -> Label:
+        """Return energy, forces and stress of one configuration.
+
+        Raises
+        ------
+        ValueError
+            If it does not know an element of the configuration.
+        RuntimeError
+            If the model cannot compute it, for instance because the atoms are too close.
+        """
+        n_atoms = len(atoms)
+        coordinates, codes, image_of = self._with_images(atoms)
+        need = np.ones(len(codes), dtype=np.intc)
+        if not self._images_need_neighbours:
+            need[n_atoms:] = 0
+        self._neighbours.build(coordinates, self.cutoff, self._cutoffs, need)
+        energy, forces = self._compute(coordinates, codes, n_atoms)
+        folded = forces[:n_atoms].copy()
+        np.add.at(folded, image_of, forces[n_atoms:])
+        stress = np.full(6, np.nan)
+        if atoms.pbc.all():
+            stress = virial_stress(coordinates, forces, atoms.cell.volume)
+        return Label(energy, folded, stress)
+
+    def _with_images(self, atoms: Atoms) -> tuple[FloatArray, IntArray, IntArray]:
+        """Return coordinates and species codes of atoms and images, and what each is an image of.
+
+        KIM takes no periodic cell: images within the influence distance become extra atoms.
+        """
+        coordinates = np.ascontiguousarray(atoms.positions, dtype=np.float64)
+        codes = self._species_codes(atoms.numbers)
+        if not atoms.pbc.any():
+            return coordinates, codes, np.zeros(0, dtype=np.intc)
+        cell = (atoms.cell if atoms.pbc.all() else atoms.cell.complete()).array
+        coordinates = _into_cell(coordinates, cell, atoms.pbc)
+        images, image_codes, image_of = kimpy.neighlist.create_paddings(
+            self.cutoff, cell, atoms.pbc.astype(np.intc), coordinates, codes
+        )
+        if len(image_of) == 0:
+            return coordinates, codes, np.zeros(0, dtype=np.intc)
+        return (
+            np.concatenate([coordinates, images]),
+            np.concatenate([codes, image_codes]).astype(np.intc, copy=False),
+            image_of,
+        )
+
+    def _compute(
+        self, coordinates: FloatArray, codes: IntArray, n_atoms: int
+    ) -> tuple[float, FloatArray]:
+        """Return the energy of the atoms and the forces on atoms and images."""
+        energy, forces = np.zeros(1), np.zeros_like(coordinates)
+        contributing = np.zeros(len(codes), dtype=np.intc)
+        contributing[:n_atoms] = 1
+        name = kimpy.compute_argument_name
+        # KIM keeps pointers into these arrays: they must live, and be of these types, until
+        # compute returns.
+        arrays = (
+            (name.numberOfParticles, np.array([len(codes)], dtype=np.intc)),
+            (name.particleSpeciesCodes, codes),
+            (name.particleContributing, contributing),
+            (name.coordinates, coordinates),
+            (name.partialEnergy, energy),
+            (name.partialForces, forces),
+        )
+        for argument, array in arrays:
+            self._arguments.set_argument_pointer(argument, array)
+        self._model.compute(self._arguments)
+        return float(energy[0]), forces
+
+    def _species_codes(self, numbers: IntArray) -> IntArray:
+        """Return the model's species code of each atom."""
+        codes = self._codes[numbers]
+        if (codes == _NOT_ASKED).any():
+            for number in np.unique(numbers):
+                self._codes[number] = self._ask_code(int(number))
+            codes = self._codes[numbers]
+        if (codes == _UNKNOWN).any():
+            refuse_unknown_elements(self.name, numbers, self.elements)
+        return codes
+
+    def _ask_code(self, number: int) -> int:
+        """Return the model's species code of an element."""
+        species = kimpy.species_name.SpeciesName(chemical_symbols[number])
+        supported, code = self._model.get_species_support_and_code(species)
+        return int(code) if supported else _UNKNOWN
+
+
+def open_kim_potential(name: str) -> KimPotential:
+    """Open an installed portable KIM model.
+
+    Raises
+    ------
+    ValueError
+        If it is not installed, not a portable model, or cannot give energy and forces in eV and Å.
+    """
+    _silence()
+    _require_installed(name)
+    try:
+        accepted, model = kimpy.model.create(
+            kimpy.numbering.zeroBased,
+            kimpy.length_unit.A,
+            kimpy.energy_unit.eV,
+            kimpy.charge_unit.e,
+            kimpy.temperature_unit.K,
+            kimpy.time_unit.ps,
+            name,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"the KIM model {name} cannot be opened: {error}") from error
+    if not accepted:
+        raise ValueError(f"the KIM model {name} does not work in Å and eV; choose another")
+    _require_energy_and_forces(name, model)
+    return KimPotential(name, model)
+
+
+def describe_kim_model(name: str) -> PotentialDescription:
+    """Say where a KIM model comes from, by the metadata installed with it.
+
+    Raises
+    ------
+    ValueError
+        If it is not installed, or not a portable model.
+    """
+    _silence()
+    _require_installed(name)
+    spec = _metadata(name)
+    if not spec:
+        # The examples of the KIM API come without metadata.
+        potential = open_kim_potential(name)
+        return PotentialDescription(
+            name=name, species=tuple(chemical_symbols[z] for z in sorted(potential.elements))
+        )
+    paper = _primary_citation(spec)
+    return PotentialDescription(
+        name=name,
+        kim_id=name.rpartition("__")[2],
+        title=spec.get("title", ""),
+        species=tuple(spec.get("species", ())),
+        family=spec.get("model-driver", spec.get("potential-type", "")).partition("__")[0],
+        citation=_one_line(paper),
+        doi=paper.get("doi", ""),
+        year=int(paper["year"]) if "year" in paper else None,
+        machine_learned=spec.get("potential-type", "") in MACHINE_LEARNED,
+    )
+
+
+def installed_kim_models() -> tuple[str, ...]:
+    """Return the names of all portable models that are installed, sorted."""
+    _silence()
+    collections = kimpy.collections.create()
+    count = collections.cache_list_of_item_names_by_type(_PORTABLE)
+    return tuple(sorted(collections.get_item_name_by_type(index) for index in range(count)))
+
+
+def read_edn(text: str) -> Any:
+    """Read the part of EDN that KIM metadata uses: maps, vectors and strings."""
+    tokens = re.findall(r'"(?:[^"\\]|\\.)*"|[{}\[\]]|[^\s,{}\[\]"]+', text, flags=re.DOTALL)
+    tokens.reverse()
+    return _read_value(tokens)
+
+
+def _read_value(tokens: list[str]) -> Any:
+    """Read one value from the end of ``tokens``."""
+    token = tokens.pop()
+    if token not in "{[":
+        return json.loads(token, strict=False) if token.startswith('"') else token
+    closing, items = {"{": "}", "[": "]"}[token], []
+    while tokens[-1] != closing:
+        items.append(_read_value(tokens))
+    tokens.pop()
+    return items if token == "[" else dict(zip(items[::2], items[1::2], strict=True))
+
+
+def _into_cell(positions: FloatArray, cell: FloatArray, pbc: BoolArray) -> FloatArray:
+    """Return the positions with every atom inside the cell along the periodic directions.
+
+    ``create_paddings`` misses images of atoms that have drifted far out, and the energy is wrong
+    without an error.
+    """
+    shifts = np.where(pbc, np.floor(positions @ np.linalg.inv(cell)), 0.0)
+    return positions - shifts @ cell if shifts.any() else positions
+
+
+def _metadata(name: str) -> dict[str, Any]:
+    """Return the model's ``kimspec.edn``, empty where there is none."""
+    collections = kimpy.collections.create()
+    count = collections.cache_list_of_item_metadata_files(_PORTABLE, name)
+    for index in range(count):
+        file_name, _, _, is_text, content = collections.get_item_metadata_file(index)
+        if file_name == "kimspec.edn" and is_text:
+            spec: dict[str, Any] = read_edn(content)
+            return spec
+    return {}
+
+
+def _primary_citation(spec: dict[str, Any]) -> dict[str, str]:
+    """Return the publication that introduced the model, empty where none is recorded."""
+    papers: list[dict[str, str]] = spec.get("source-citations", [])
+    return next(
+        (paper for paper in papers if "recordprimary" in paper), papers[0] if papers else {}
+    )
+
+
+def _one_line(paper: dict[str, str]) -> str:
+    """Return a citation as one line."""
+    where = [paper.get(key, "") for key in ("journal", "volume", "pages")]
+    parts = [paper.get("author", ""), paper.get("title", ""), " ".join(filter(None, where))]
+    text = ", ".join(filter(None, parts))
+    return f"{text} ({paper['year']})" if "year" in paper else text
+
+
+def _require_installed(name: str) -> None:
+    try:
+        kind = kimpy.collections.create().get_item_type(name)
+    except RuntimeError:
+        raise ValueError(_not_installed(name)) from None
+    if kind != _PORTABLE:
+        raise ValueError(
+            f"{name} is a {kind}, not a portable model; only portable KIM models run here"
+        )
+
+
+def _not_installed(name: str) -> str:
+    """Say that a model is missing, and which installed ones have a similar name."""
+    close = difflib.get_close_matches(name, installed_kim_models(), n=3, cutoff=0.5)
+    hint = f"; close to it are {', '.join(close)}" if close else ""
+    return f"the KIM model {name} is not installed{hint}"
+
+
+def _require_energy_and_forces(name: str, model: Any) -> None:
+    """Raise ``ValueError`` if the model gives no energy or forces, or demands more than these."""
+    arguments = model.compute_arguments_create()
+    names, support = kimpy.compute_argument_name, kimpy.support_status
+    given = (names.partialEnergy, names.partialForces)
+    for index in range(names.get_number_of_compute_argument_names()):
+        argument = names.get_compute_argument_name(index)
+        status = arguments.get_argument_support_status(argument)
+        if argument in given and status == support.notSupported:
+            raise ValueError(f"the KIM model {name} gives no {argument}; choose another")
+    callbacks = kimpy.compute_callback_name
+    for index in range(callbacks.get_number_of_compute_callback_names()):
+        callback = callbacks.get_compute_callback_name(index)
+        status = arguments.get_callback_support_status(callback)
+        if callback != callbacks.GetNeighborList and status == support.required:
+            raise ValueError(f"the KIM model {name} demands {callback}, which is not offered here")
+
+
+@cache
+def _silence() -> None:
+    """Keep the KIM API from writing ``kim.log`` into the working directory."""
+    kimpy.log.Log.push_default_verbosity(kimpy.log_verbosity.silent)

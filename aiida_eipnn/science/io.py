@@ -1,0 +1,263 @@
+"""Files of configurations and labels: the one place that knows their keys.
+
+Labels lie in extended XYZ under ``<source>_energy`` (eV), ``<source>_forces`` (eV/Å) and
+``<source>_stress`` (eV/Å³, 3 × 3, negative = compressed), so that one file can hold many sources
+and ASE takes none of them for the result of a calculator. Numbers are written with all digits:
+what is read back is equal to the last bit, and so are the ids.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+from ase import Atoms
+from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
+from numpy.typing import NDArray
+
+from aiida_eipnn.science.arrays import FloatArray
+from aiida_eipnn.science.configurations import Configurations, configuration_id
+from aiida_eipnn.science.gate import geometry_fault
+from aiida_eipnn.science.labels import DFT, Labels
+
+# The same geometry labelled twice may differ by this much, in eV/atom, and still count as one.
+SAME_ENERGY = 1e-3
+
+
+def read_configurations(path: str | Path) -> Configurations:
+    """Read configurations from any file that ASE reads; labels in it are ignored.
+
+    A geometry that occurs again is dropped.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, if it cannot be read, holds no configuration, or holds one with
+        positions that are not finite or a periodic cell without volume.
+    """
+    frames: dict[str, Atoms] = {}
+    for atoms in _frames(Path(path)):
+        frames.setdefault(configuration_id(atoms), atoms)
+    return Configurations.from_atoms(list(frames.values()))
+
+
+def read_labelled(
+    path: str | Path,
+    energy_key: str = "dft_energy",
+    forces_key: str = "dft_forces",
+    stress_key: str = "dft_stress",
+    source: str = DFT,
+) -> tuple[Configurations, Labels]:
+    """Read configurations with their labels.
+
+    A geometry that occurs again with the same energy is dropped.
+
+    Parameters
+    ----------
+    path
+        Any file that ASE reads.
+    energy_key, forces_key, stress_key
+        Where the labels are; a frame that lacks the energy or the forces there is asked for the
+        results of its calculator (the bare keys ``energy``, ``forces``, ``stress`` of extended
+        XYZ). Stress may be missing.
+    source
+        What to call the source of the labels.
+
+    Raises
+    ------
+    ValueError
+        As :func:`read_configurations`, and if a frame lacks a label, or if one geometry has two
+        energies.
+    """
+    path = Path(path)
+    frames: dict[str, Atoms] = {}
+    found: dict[str, tuple[float, FloatArray, FloatArray]] = {}
+    for number, atoms in enumerate(_frames(path)):
+        try:
+            label = (
+                _energy(atoms, energy_key),
+                _forces(atoms, forces_key),
+                _stress(atoms, stress_key),
+            )
+        except ValueError as error:
+            raise ValueError(f"{path}, frame {number}: {error}") from error
+        name = configuration_id(atoms)
+        if name in found and abs(label[0] - found[name][0]) > SAME_ENERGY * len(atoms):
+            raise ValueError(
+                f"{path}, frame {number}: this geometry came before with another energy "
+                f"({found[name][0]:.6f} and {label[0]:.6f} eV); drop one of the two frames"
+            )
+        frames.setdefault(name, atoms)
+        found.setdefault(name, label)
+    configurations = Configurations.from_atoms(list(frames.values()))
+    return configurations, _labels(configurations, found, source)
+
+
+def write_labelled(
+    path: str | Path, configurations: Configurations, labels: Sequence[Labels] = ()
+) -> None:
+    """Write configurations with all labels there are, as extended XYZ.
+
+    Parameters
+    ----------
+    path
+        File to write; one that exists is replaced.
+    configurations
+        What to write, in this order.
+    labels
+        Labels of any number of sources; they are matched by id, and what is missing is left out.
+
+    Raises
+    ------
+    ValueError
+        If the name of a source cannot be a key of extended XYZ, or occurs twice.
+    """
+    names = [str(name) for part in labels for name in part.sources]
+    if bad := [name for name in names if not re.fullmatch(r"[A-Za-z_][\w.-]*", name)]:
+        raise ValueError(
+            f"source {bad[0]!r} cannot be a key of extended XYZ; use letters, digits, _ . and -"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"a source occurs twice among {names}; write each one once")
+    tables = [{str(name): row for row, name in enumerate(part.ids)} for part in labels]
+    with Path(path).open("w", encoding="utf-8") as stream:
+        for row, name in enumerate(configurations.ids.tolist()):
+            info: dict[str, Any] = {"config_type": configurations.config_types[row], "id": name}
+            columns: dict[str, FloatArray] = {}
+            for part, table in zip(labels, tables, strict=True):
+                if name in table:
+                    _collect(part, table[name], info, columns)
+            stream.write(_extended_xyz(configurations.atoms(row), info, columns))
+
+
+def _frames(path: Path) -> Iterator[Atoms]:
+    if not path.is_file():
+        raise ValueError(f"no such file: {path}")
+    number = -1
+    for number, atoms in enumerate(_read(path)):
+        if fault := geometry_fault(atoms, min_contact=0.0):
+            raise ValueError(f"{path}, frame {number}: {fault}; repair or drop this frame")
+        yield atoms
+    if number < 0:
+        raise ValueError(f"{path} holds no configuration")
+
+
+def _read(path: Path) -> Iterator[Atoms]:
+    number = 0
+    try:
+        for atoms in ase.io.iread(path, ":"):
+            yield atoms
+            number += 1
+    except Exception as error:
+        # ASE's many readers raise whatever they stumble upon.
+        raise ValueError(
+            f"cannot read {path} after {number} configurations "
+            f"({type(error).__name__}: {error}); give a file that ASE reads, such as extended XYZ"
+        ) from error
+
+
+def _energy(atoms: Atoms, key: str) -> float:
+    value = atoms.info.get(key, _result(atoms, "energy"))
+    if value is None:
+        raise ValueError(
+            f"no energy under {key!r}, nor from a calculator (there are {sorted(atoms.info)}); "
+            "name the key that holds it, or drop this frame"
+        )
+    return float(_finite(value, (), f"the energy under {key!r}"))
+
+
+def _forces(atoms: Atoms, key: str) -> FloatArray:
+    value = atoms.arrays.get(key, _result(atoms, "forces"))
+    if value is None:
+        raise ValueError(
+            f"no forces under {key!r}, nor from a calculator (there are {sorted(atoms.arrays)}); "
+            "name the key that holds them, or drop this frame"
+        )
+    return _finite(value, (len(atoms), 3), f"the forces under {key!r}")
+
+
+def _stress(atoms: Atoms, key: str) -> FloatArray:
+    value = atoms.info.get(key, _result(atoms, "stress"))
+    if value is None:
+        return np.full(6, np.nan)
+    stress = np.asarray(value, dtype=float)
+    if stress.size == 9:
+        stress = full_3x3_to_voigt_6_stress(stress.reshape(3, 3))
+    return _finite(stress, (6,), f"the stress under {key!r}")
+
+
+def _result(atoms: Atoms, name: str) -> NDArray[np.float64] | float | None:
+    # Only what the file holds: asking the calculator might start a calculation.
+    return None if atoms.calc is None else atoms.calc.results.get(name)
+
+
+def _finite(value: Any, shape: tuple[int, ...], what: str) -> FloatArray:
+    try:
+        array = np.asarray(value, dtype=float)
+    except (TypeError, ValueError):
+        raise ValueError(f"{what} is not a number but {value!r}") from None
+    if array.shape != shape:
+        raise ValueError(f"{what} has shape {array.shape}, not {shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{what} is not finite; drop this frame")
+    return array
+
+
+def _labels(
+    configurations: Configurations,
+    found: dict[str, tuple[float, FloatArray, FloatArray]],
+    source: str,
+) -> Labels:
+    parts = [found[name] for name in configurations.ids.tolist()]
+    n = len(parts)
+    return Labels(
+        ids=configurations.ids,
+        offsets=configurations.offsets,
+        sources=np.array([source], dtype=np.str_),
+        energy=np.array([energy for energy, _, _ in parts])[:, None],
+        forces=np.concatenate([forces for _, forces, _ in parts])[None],
+        stress=np.array([stress for _, _, stress in parts])[:, None],
+        status=np.zeros((n, 1), dtype=np.int64),
+        reasons=np.zeros(0, dtype="<U1"),
+        origins=np.full(n, "", dtype="<U36"),
+    )
+
+
+def _collect(
+    part: Labels, row: int, info: dict[str, Any], columns: dict[str, FloatArray]
+) -> None:
+    for column, source in enumerate(part.sources.tolist()):
+        if not part.ok[row, column]:
+            continue
+        info[f"{source}_energy"] = part.energy[row, column]
+        columns[f"{source}_forces"] = part.forces_of(row, column)
+        if np.isfinite(part.stress[row, column]).all():
+            # 3 × 3, because programs disagree on the order of six components.
+            info[f"{source}_stress"] = voigt_6_to_full_3x3_stress(part.stress[row, column])
+
+
+def _extended_xyz(atoms: Atoms, info: dict[str, Any], columns: dict[str, FloatArray]) -> str:
+    properties = "species:S:1:pos:R:3" + "".join(f":{name}:R:3" for name in columns)
+    header = [
+        f'Lattice="{_numbers(atoms.cell.array)}"',
+        f"Properties={properties}",
+        *(f'{key}="{_value(value)}"' for key, value in info.items()),
+        f'pbc="{" ".join("T" if periodic else "F" for periodic in atoms.pbc)}"',
+    ]
+    table = np.hstack([atoms.positions, *columns.values()])
+    rows = [
+        f"{symbol} {_numbers(values)}"
+        for symbol, values in zip(atoms.get_chemical_symbols(), table, strict=True)
+    ]
+    return "\n".join([str(len(atoms)), " ".join(header), *rows]) + "\n"
+
+
+def _value(value: Any) -> str:
+    return str(value).replace('"', "'") if isinstance(value, str) else _numbers(np.asarray(value))
+
+
+def _numbers(values: NDArray[np.float64]) -> str:
+    # repr is the shortest text that reads back as the same double.
+    return " ".join(repr(float(value)) for value in np.ravel(values))

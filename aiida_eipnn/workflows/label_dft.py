@@ -1,0 +1,293 @@
+"""DFT labels: a few lanes, each of which runs pw.x on one configuration after another.
+
+A step of a work chain that waits for many children keeps a slot of the daemon for each of them
+and for itself, so that a wide fan-out can lock up for good. Lanes keep a fixed number of runs
+going, whatever the number of configurations.
+"""
+
+from typing import Any
+
+from aiida.common import AttributeDict
+from aiida.engine import ExitCode, ProcessSpec, ToContext, WorkChain, append_, while_
+from aiida.orm import Dict, Float, Int, StructureData, to_aiida_type
+from aiida.plugins import WorkflowFactory
+
+from aiida_eipnn.calculations.dft import (
+    FAILED,
+    LABELLED,
+    MAX_NODES,
+    deal_lanes,
+    extract_structures,
+    gather_dft_labels,
+    level_of_theory,
+    merge_labels,
+    scale_parameters,
+)
+from aiida_eipnn.data.choice import ChoiceData
+from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.data.labels import LabelsData
+
+PwBaseWorkChain = WorkflowFactory("quantumespresso.pw.base")
+
+# A lane, its PwBaseWorkChain and the PwCalculation each hold a slot; the parents hold a few more.
+SLOTS_PER_LANE = 3
+SLOTS_OF_PARENTS = 4
+
+
+def slots_needed(n_lanes: int) -> int:
+    """Return how many slots of the daemon a loop with ``n_lanes`` lanes occupies at most."""
+    return SLOTS_PER_LANE * n_lanes + SLOTS_OF_PARENTS
+
+
+def _add_inputs(spec: ProcessSpec) -> None:
+    spec.input("configurations", valid_type=ConfigurationsData, help="Where the choice is from.")
+    spec.input("choice", valid_type=ChoiceData, help="The configurations to label.")
+    spec.expose_inputs(
+        PwBaseWorkChain,
+        namespace="pw_base",
+        exclude=("pw.structure", "kpoints"),
+        namespace_options={"help": "The set-up of every DFT run, through PwBaseWorkChain."},
+    )
+    spec.inputs["pw_base"].validator = None
+    spec.inputs["pw_base"]["pw"].validator = None
+    spec.input(
+        "scaling",
+        valid_type=Dict,
+        serializer=to_aiida_type,
+        help="What grows with a configuration: bands_factor, extra_bands, conv_thr_per_atom (Ry).",
+    )
+    spec.output("labels", valid_type=LabelsData, help="The labels, missing ones with the reason.")
+
+
+class DftLaneWorkChain(WorkChain):
+    """Label configurations one after another; one that fails is recorded, never fatal."""
+
+    @classmethod
+    def define(cls, spec: ProcessSpec) -> None:
+        """Define the process specification."""
+        super().define(spec)
+        _add_inputs(spec)
+        spec.input("level", valid_type=Dict, help="Fingerprint of the level of theory.")
+        spec.outline(
+            cls.setup,
+            while_(cls.should_run_pw)(cls.run_pw, cls.inspect_pw),
+            cls.results,
+        )
+
+    def setup(self) -> None:
+        """Turn the chosen configurations into structures."""
+        self.ctx.structures = extract_structures(self.inputs.configurations, self.inputs.choice)
+        self.ctx.ids = [str(name) for name in self.inputs.choice.ids()]
+        self.ctx.children = []
+        self.ctx.parameters = {}
+
+    def should_run_pw(self) -> bool:
+        """Go on until each configuration had its run."""
+        return len(self.ctx.children) < len(self.ctx.ids)
+
+    def run_pw(self) -> ToContext:
+        """Run pw.x on the next configuration."""
+        name = self.ctx.ids[len(self.ctx.children)]
+        structure = self.ctx.structures[f"structure_{name}"]
+        inputs = pw_inputs(self.exposed_inputs(PwBaseWorkChain, namespace="pw_base"), structure)
+        inputs.pw.parameters = self.scaled_parameters(structure, inputs.pw)
+        inputs.metadata.call_link_label = f"dft_{name}"
+        return ToContext(children=append_(self.submit(PwBaseWorkChain, **inputs)))
+
+    def scaled_parameters(self, structure: StructureData, pw: AttributeDict) -> Dict:
+        """Return the parameters for this composition, one node for all configurations that have it."""
+        formula = structure.get_formula()
+        if formula not in self.ctx.parameters:
+            self.ctx.parameters[formula] = scale_parameters(
+                pw.parameters, self.inputs.scaling, structure, **pw.pseudos
+            )
+        return self.ctx.parameters[formula]
+
+    def inspect_pw(self) -> None:
+        """Say how the run ended."""
+        child = self.ctx.children[-1]
+        name = self.ctx.ids[len(self.ctx.children) - 1]
+        outcome = "labelled" if child.is_finished_ok else f"failed ({child.exit_status})"
+        self.report(
+            f"DFT {outcome}: configuration {name[:8]}, "
+            f"{len(self.ctx.children)} of {len(self.ctx.ids)} in this lane"
+        )
+
+    def results(self) -> None:
+        """Gather the labels of the lane."""
+        runs = {}
+        for name, child in zip(self.ctx.ids, self.ctx.children, strict=True):
+            if child.is_finished_ok:
+                runs[f"{LABELLED}{name}"] = child.outputs.output_trajectory
+            elif (retrieved := last_retrieved(child)) is not None:
+                runs[f"{FAILED}{name}"] = retrieved
+        labels = gather_dft_labels(
+            self.inputs.configurations, self.inputs.choice, self.inputs.level, **runs
+        )
+        self.out("labels", labels)
+
+
+def pw_inputs(inputs: AttributeDict, structure: StructureData) -> AttributeDict:
+    """Return the inputs of one run: the common ones, with the structure and its pseudopotentials."""
+    kinds = structure.get_kind_names()
+    pseudos = {kind: inputs.pw.pseudos[kind] for kind in kinds if kind in inputs.pw.pseudos}
+    inputs.pw = AttributeDict({**inputs.pw, "structure": structure, "pseudos": pseudos})
+    inputs.metadata = AttributeDict(inputs.get("metadata", {}))
+    return inputs
+
+
+def last_retrieved(child: Any) -> Any:
+    """Return the retrieved files of the last pw.x that ``child`` called, if there is one."""
+    for calculation in sorted(child.called, key=lambda node: node.pk, reverse=True):
+        if "retrieved" in calculation.outputs:
+            return calculation.outputs.retrieved
+    return None
+
+
+class DftLabelWorkChain(WorkChain):
+    """Label a choice of configurations with pw.x, several at a time.
+
+    A run that fails is a row without a label; the work chain fails only where too few succeed,
+    and even then its output holds those that did.
+    """
+
+    @classmethod
+    def define(cls, spec: ProcessSpec) -> None:
+        """Define the process specification."""
+        super().define(spec)
+        _add_inputs(spec)
+        spec.input(
+            "n_lanes",
+            valid_type=Int,
+            serializer=to_aiida_type,
+            default=lambda: Int(2),
+            validator=_validate_lanes,
+            help="DFT runs at a time.",
+        )
+        spec.input(
+            "min_success_fraction",
+            valid_type=Float,
+            serializer=to_aiida_type,
+            default=lambda: Float(0.5),
+            validator=_validate_fraction,
+            help="Fewer labels than this fraction of the choice are an error.",
+        )
+        spec.inputs.validator = _validate_inputs
+        spec.outline(
+            cls.setup,
+            while_(cls.should_run_lanes)(cls.run_lanes, cls.inspect_lanes),
+            cls.results,
+        )
+        spec.exit_code(
+            410,
+            "ERROR_TOO_FEW_LABELS",
+            message="Only {n_labels} of {n_chosen} DFT runs gave a label; the labels output has "
+            "the reasons. Correct the set-up, or lower min_success_fraction.",
+        )
+        spec.exit_code(
+            411,
+            "ERROR_NO_LABELS",
+            message="Not one of {n_chosen} DFT runs gave a label. The first reason: {reason}",
+        )
+
+    def setup(self) -> None:
+        """Fingerprint the level of theory and deal the configurations to lanes."""
+        pw_base = self.inputs.pw_base
+        self.ctx.level = level_of_theory(
+            pw_base.pw.parameters, pw_base.kpoints_distance, **pw_base.pw.pseudos
+        )
+        self.ctx.lanes = deal_lanes(
+            self.inputs.configurations, self.inputs.choice, self.inputs.n_lanes
+        )
+        self.ctx.waiting = sorted(self.ctx.lanes)
+        self.ctx.children = []
+
+    def should_run_lanes(self) -> bool:
+        """Go on until each lane has run."""
+        return bool(self.ctx.waiting)
+
+    def run_lanes(self) -> ToContext:
+        """Start as many lanes as may run at a time."""
+        n_lanes = self.inputs.n_lanes.value
+        now, self.ctx.waiting = self.ctx.waiting[:n_lanes], self.ctx.waiting[n_lanes:]
+        for key in now:
+            child = self.submit(
+                DftLaneWorkChain,
+                configurations=self.inputs.configurations,
+                choice=self.ctx.lanes[key],
+                level=self.ctx.level,
+                scaling=self.inputs.scaling,
+                pw_base=self.exposed_inputs(PwBaseWorkChain, namespace="pw_base"),
+                metadata={"call_link_label": key},
+            )
+            self.to_context(children=append_(child))
+
+    def inspect_lanes(self) -> None:
+        """Say which lanes broke; a lane that broke loses its labels, not the others'."""
+        for child in self.ctx.children:
+            if not child.is_finished_ok:
+                self.report(f"lane {child.pk} broke: {child.exit_message or child.process_state}")
+
+    def results(self) -> ExitCode | None:
+        """Merge the labels of the lanes and judge whether they are enough."""
+        parts = [child.outputs.labels for child in self.ctx.children if "labels" in child.outputs]
+        n_chosen = len(self.inputs.choice)
+        if not parts:
+            return self.exit_codes.ERROR_NO_LABELS.format(n_chosen=n_chosen, reason="lanes broke")
+        labels = merge_all(parts)
+        self.out("labels", labels)
+        n_labels = labels.base.attributes.get("n_labels")
+        if n_labels == 0:
+            reason = labels.value().failures()[0].reason
+            return self.exit_codes.ERROR_NO_LABELS.format(n_chosen=n_chosen, reason=reason)
+        if n_labels < self.inputs.min_success_fraction.value * n_chosen:
+            return self.exit_codes.ERROR_TOO_FEW_LABELS.format(n_labels=n_labels, n_chosen=n_chosen)
+        return None
+
+
+def merge_all(parts: list[LabelsData]) -> LabelsData:
+    """Merge labels as a tree, since a process must not take too many input nodes."""
+    while len(parts) > 1:
+        chunks = [parts[start : start + MAX_NODES] for start in range(0, len(parts), MAX_NODES)]
+        parts = [
+            merge_labels(**{f"part_{number:03d}": part for number, part in enumerate(chunk)})
+            for chunk in chunks
+        ]
+    return parts[0]
+
+
+def _validate_lanes(value: Int | None, _: Any) -> str | None:
+    if value is not None and value.value < 1:
+        return f"at least one lane is needed, got {value.value}"
+    return None
+
+
+def _validate_fraction(value: Float | None, _: Any) -> str | None:
+    if value is not None and not 0 <= value.value <= 1:
+        return f"min_success_fraction is a fraction between 0 and 1, got {value.value}"
+    return None
+
+
+def _validate_inputs(inputs: Any, _: Any) -> str | None:
+    """Refuse what pw.x would refuse, once, before anything runs."""
+    if "configurations" not in inputs or "pw_base" not in inputs:
+        return None
+    return validate_pw(inputs["pw_base"], inputs["configurations"])
+
+
+def validate_pw(pw_base: Any, configurations: ConfigurationsData) -> str | None:
+    """Return why pw.x cannot label these configurations with this set-up, if it cannot."""
+    elements = set(configurations.base.attributes.get("elements"))
+    missing = sorted(elements - set(pw_base["pw"].get("pseudos", {})))
+    if missing:
+        return (
+            f"no pseudopotential for {missing}: take a family that has them, or leave out the "
+            "configurations with these elements"
+        )
+    system = pw_base["pw"]["parameters"].get_dict().get("SYSTEM", {})
+    if "occupations" not in system:
+        return (
+            "SYSTEM.occupations must be set in the parameters of pw.x: without it, "
+            "PwBaseWorkChain repeats runs that succeeded to add bands"
+        )
+    return None
