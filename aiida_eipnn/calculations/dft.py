@@ -62,7 +62,9 @@ def scale_parameters(
     kinds = [site.kind_name for site in structure.sites]
     occupied = sum(pseudos[kind].base.attributes.get("z_valence") for kind in kinds) / 2
     scaled = parameters.get_dict()
-    scaled["SYSTEM"]["nbnd"] = math.ceil(settings["bands_factor"] * occupied) + settings["extra_bands"]
+    scaled["SYSTEM"]["nbnd"] = (
+        math.ceil(settings["bands_factor"] * occupied) + settings["extra_bands"]
+    )
     scaled["ELECTRONS"]["conv_thr"] = settings["conv_thr_per_atom"] * len(kinds)
     return Dict(scaled)
 
@@ -122,7 +124,9 @@ def level_of_theory(parameters: Dict, kpoints_distance: Float, **pseudos: Data) 
         if key in system:
             level[key] = system[key]
     text = repr(sorted((key, repr(value)) for key, value in level.items()))
-    return Dict({**level, "fingerprint": hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()})
+    return Dict(
+        {**level, "fingerprint": hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()}
+    )
 
 
 @calcfunction
@@ -154,7 +158,9 @@ def _label_of_run(configuration: Configurations, trajectory: TrajectoryData) -> 
     forces = trajectory.get_array("forces")[-1]
     stress = stress_of(trajectory)
     if not (np.isfinite(energy) and np.isfinite(forces).all()):
-        return Labels.missing(configuration, [DFT], "pw.x gave an energy or force that is no number")
+        return Labels.missing(
+            configuration, [DFT], "pw.x gave an energy or force that is no number"
+        )
     return Labels(
         ids=configuration.ids,
         offsets=configuration.offsets,

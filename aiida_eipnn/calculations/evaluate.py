@@ -23,7 +23,7 @@ class EvaluateCalculation(JobCalculation):
         ports.add_dict(spec, "parameters", "batch_size: configurations predicted at once.")
         spec.output("predictions", valid_type=PredictionsData, help="What the committee says.")
         spec.output("metrics", valid_type=Dict, help="Counts and times.")
-        spec.default_output_node = "predictions"
+        spec.default_output_node = "metrics"
 
     def job(self, max_seconds: float | None) -> EvaluateJob:
         """Return the job to run."""

@@ -34,7 +34,7 @@ class ExploreCalculation(JobCalculation):
         )
         spec.output("pool", valid_type=ConfigurationsData, help="The pool.")
         spec.output("metrics", valid_type=Dict, help="Counts, notes and times.")
-        spec.default_output_node = "pool"
+        spec.default_output_node = "metrics"
 
     def job(self, max_seconds: float | None) -> ExploreJob:
         """Return the job to run."""

@@ -22,8 +22,10 @@ class LabelCalculation(JobCalculation):
         ports.add_dict(spec, "parameters", "n_workers, and timeout in seconds for one EIP.")
         ports.add_checkpoint(spec)
         spec.output("labels", valid_type=LabelsData, help="Energy, forces and stress by each EIP.")
-        spec.output("metrics", valid_type=Dict, help="Counts, failures, times and citations by EIP.")
-        spec.default_output_node = "labels"
+        spec.output(
+            "metrics", valid_type=Dict, help="Counts, failures, times and citations by EIP."
+        )
+        spec.default_output_node = "metrics"
         spec.exit_code(
             410,
             "ERROR_NO_LABELS",

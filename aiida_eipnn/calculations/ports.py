@@ -9,6 +9,7 @@ from aiida.orm import Dict, FolderData, Int, List, to_aiida_type
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.jobs.spec import Stage
 
 Validator = Callable[[Any, Any], str | None]
 
@@ -70,9 +71,37 @@ def add_dict(
     )
 
 
+def add_training(spec: CalcJobProcessSpec, name: str, stage: Stage | None) -> None:
+    """Add the settings of a training: its ``stage``, and fields of TrainingParameters.
+
+    The stage is a setting and not an input of its own, so that a work chain that runs several
+    stages has every value from its user and makes up none itself.
+    """
+
+    def validate(value: Dict | None, _: Any) -> str | None:
+        given = value.get_dict().get("stage") if value is not None else None
+        allowed = [str(stage)] if stage else [str(item) for item in Stage]
+        if given not in allowed:
+            return f"{name} must name its stage: one of {allowed}, got {given!r}"
+        return None
+
+    spec.input(
+        name,
+        valid_type=Dict,
+        serializer=to_aiida_type,
+        validator=validate,
+        help=f"Schedule and weights of the stage {stage}."
+        if stage
+        else "Stage, schedule, weights.",
+        **({"default": lambda: Dict({"stage": str(stage)})} if stage else {}),
+    )
+
+
 def add_seed(spec: CalcJobProcessSpec) -> None:
     """Add the seed of every random choice of a process."""
-    spec.input("seed", valid_type=Int, serializer=to_aiida_type, help="Seed of every random choice.")
+    spec.input(
+        "seed", valid_type=Int, serializer=to_aiida_type, help="Seed of every random choice."
+    )
 
 
 def add_eips(spec: CalcJobProcessSpec) -> None:

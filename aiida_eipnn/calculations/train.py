@@ -3,7 +3,7 @@
 from typing import Any
 
 from aiida.engine import CalcJobProcessSpec
-from aiida.orm import Dict, List, Str, to_aiida_type
+from aiida.orm import Dict, List, to_aiida_type
 
 from aiida_eipnn.calculations import ports
 from aiida_eipnn.calculations.base import JobCalculation, LocalCopies, copies_of_inputs
@@ -20,13 +20,6 @@ class TrainCalculation(JobCalculation):
         """Define the process specification."""
         super().define(spec)
         spec.inputs["metadata"]["options"]["parser_name"].default = "eipnn.train"
-        spec.input(
-            "stage",
-            valid_type=Str,
-            serializer=to_aiida_type,
-            validator=_validate_stage,
-            help="What to train: " + ", ".join(Stage) + ".",
-        )
         ports.add_configurations(spec)
         ports.add_labels(spec, "labels", "DFT labels to learn from.")
         ports.add_labels(spec, "eip_labels", "EIP labels to learn from.")
@@ -51,7 +44,7 @@ class TrainCalculation(JobCalculation):
             help="One seed for each member.",
         )
         ports.add_dict(spec, "network", "Architecture: fields of NetworkParameters.")
-        ports.add_dict(spec, "training", "Schedule and weights: fields of TrainingParameters.")
+        ports.add_training(spec, "training", None)
         ports.add_dict(spec, "classes", "Class labels of EIPs: fields of SelectionParameters.")
         ports.add_dict(spec, "parameters", "n_workers: members that train side by side.")
         ports.add_checkpoint(spec)
@@ -63,15 +56,16 @@ class TrainCalculation(JobCalculation):
             help="The EIP chosen for each configuration (stage classify).",
         )
         spec.output("metrics", valid_type=Dict, help="Loss and errors by member and epoch.")
-        spec.default_output_node = "committee"
+        spec.default_output_node = "metrics"
 
     def job(self, max_seconds: float | None) -> TrainJob:
         """Return the job to run."""
+        training = self.inputs.training.get_dict()
         return TrainJob(
-            stage=Stage(self.inputs.stage.value),
+            stage=Stage(training.pop("stage")),
             seeds=tuple(self.inputs.seeds.get_list()),
             network=self.inputs.network.get_dict(),
-            training=self.inputs.training.get_dict(),
+            training=training,
             selection=self.inputs.classes.get_dict(),
             max_seconds=max_seconds,
             **self.inputs.parameters.get_dict(),
@@ -80,12 +74,6 @@ class TrainCalculation(JobCalculation):
     def copies(self) -> LocalCopies:
         """Return the files of input nodes that the job reads."""
         return copies_of_inputs(self.inputs)
-
-
-def _validate_stage(value: Str | None, _: Any) -> str | None:
-    if value is not None and value.value not in list(Stage):
-        return f"there is no stage {value.value!r}, only {', '.join(Stage)}"
-    return None
 
 
 def _validate_seeds(value: List | None, _: Any) -> str | None:

@@ -11,7 +11,16 @@ CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
 
 # What of the configuration one may want to query; the file in the repository has all of it.
-ATTRIBUTES = ("schema_version", "stage", "seeds", "elements", "heads", "eips", "network", "versions")
+ATTRIBUTES = (
+    "schema_version",
+    "stage",
+    "seeds",
+    "elements",
+    "heads",
+    "eips",
+    "network",
+    "versions",
+)
 
 
 class CommitteeData(Data):

@@ -28,7 +28,9 @@ class ConfigurationsData(ScienceData):
         }
 
     @classmethod
-    def from_structures(cls, structures: list[StructureData], config_type: str) -> "ConfigurationsData":
+    def from_structures(
+        cls, structures: list[StructureData], config_type: str
+    ) -> "ConfigurationsData":
         """Build the node of a few AiiDA structures."""
         frames = [structure.get_ase() for structure in structures]
         return cls.from_value(Configurations.from_atoms(frames, config_type))

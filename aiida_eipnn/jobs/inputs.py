@@ -18,7 +18,9 @@ def read_configurations(folder: Path) -> Configurations:
     ValueError
         If there are none.
     """
-    parts = [Configurations.from_arrays(load_arrays(path)) for path in _sets(folder, spec.CONFIGURATIONS)]
+    parts = [
+        Configurations.from_arrays(load_arrays(path)) for path in _sets(folder, spec.CONFIGURATIONS)
+    ]
     if not parts or not any(len(part) for part in parts):
         raise ValueError("the pool is empty: give at least one configuration")
     together = join_configurations([part for part in parts if len(part)])

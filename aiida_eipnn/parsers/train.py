@@ -15,5 +15,5 @@ class TrainParser(JobParser):
     def parse_output(self, output: Path) -> None:
         """Emit the nodes of a finished job."""
         self.out("committee", CommitteeData.from_folder(output / files.COMMITTEE))
-        if self.node.inputs.stage.value == Stage.CLASSIFY:
+        if self.node.inputs.training["stage"] == Stage.CLASSIFY:
             self.out("selection", SelectionData.from_folder(output / files.SELECTION))

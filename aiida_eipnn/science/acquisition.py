@@ -151,9 +151,7 @@ def farthest_points(features: FloatArray, n: int, start: int) -> IntArray:
         # Where all points coincide with chosen ones, a chosen one must still not come again.
         distance[chosen[-1]] = -1.0
         chosen.append(int(distance.argmax()))
-        distance = np.minimum(
-            distance, np.linalg.norm(features - features[chosen[-1]], axis=1)
-        )
+        distance = np.minimum(distance, np.linalg.norm(features - features[chosen[-1]], axis=1))
     return np.array(chosen, dtype=np.int64)
 
 
@@ -200,7 +198,9 @@ def stratified_split(
             f"cannot split {len(config_types)} configurations into {dict(sizes)}: that needs "
             f"{sum(sizes.values())}; make the pool larger or the parts smaller"
         )
-    left = [rng.permutation(np.flatnonzero(config_types == name)) for name in np.unique(config_types)]
+    left = [
+        rng.permutation(np.flatnonzero(config_types == name)) for name in np.unique(config_types)
+    ]
     parts: dict[str, IntArray] = {}
     for part, size in sizes.items():
         quota = shares(np.array([len(rows) for rows in left], dtype=np.int64), size)

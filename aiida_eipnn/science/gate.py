@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 from ase import Atoms
 from ase.data import covalent_radii
 from vesin import NeighborList
 
-from aiida_eipnn.science.arrays import BoolArray, FloatArray, IntArray
+from aiida_eipnn.science.arrays import FloatArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import Failure, Labels
 from aiida_eipnn.science.uncertainty import spearman
@@ -190,10 +190,297 @@ ENERGY_UNITS = {
 }
 
 MIN_JUDGED = 5
-# EIPs of sound data agree to a factor of two or three; the smallest unit mistake is 13.6.
-MAX_RATIO = 6.0
-MIN_AGREEMENT = 0.3
+# Sound data gave ratios of 0.17 (crushed random crystals, poor EIPs) to 1.3; a unit mistake is a
+# factor of 13.6 at least.
+RATIO_RANGE = (0.1, 5.0)
 CLEAR_AGREEMENT = 0.5
-# An EIP beyond this force is in its repulsive wall, and no yardstick.
-MAX_EIP_FORCE = 50.0
-MIN_EIP_FORCE = 0.05
+# Forces in eV/Å of an EIP that say something: below they are noise, above it is in its
+# repulsive wall.
+EIP_FORCES = (0.05, 50.0)
+
+# Energies per atom that vary less, in eV, say nothing about units.
+MIN_SPREAD = 1e-5
+
+OUTLIER_SIGMA = 6.0
+OUTLIER_EIPS = 3
+OUTLIER_CONFIGURATIONS = 20
+
+
+def check_labels(configurations: Configurations, labels: Labels, eip_labels: Labels) -> GateReport:
+    """Compare reference labels with what EIPs say, to find wrong units, signs and stray labels.
+
+    EIPs are wrong by some ten per cent, a unit or a sign is wrong by far more. No sound set may
+    be refused, so a set passes where there are fewer than five configurations to judge by, or
+    where no EIP agrees with it in either sense.
+
+    Parameters
+    ----------
+    configurations
+        The configurations of ``labels``, in any order.
+    labels
+        The reference; its first source counts.
+    eip_labels
+        Labels by EIPs; they are matched by id and need not cover everything.
+    """
+    broken = _not_finite(labels)
+    # Strings of other widths compare equal, which a set of ids needs.
+    refused = {failure.id for failure in broken}
+    both = [
+        name
+        for name in np.intersect1d(labels.ids[labels.ok[:, 0]], eip_labels.ids).tolist()
+        if name not in refused
+    ]
+    configurations = configurations.take(configurations.rows_of(both))
+    labels = labels.take(labels.rows_of(both))
+    eip_labels = eip_labels.take(eip_labels.rows_of(both))
+
+    forces = _compare_forces(labels, eip_labels)
+    energy = _compare_energies(configurations, labels, eip_labels)
+    verdict, text = _judge(forces, energy, labels)
+    return GateReport(
+        verdict=verdict,
+        text=text,
+        refused=broken + _outliers(configurations, labels, eip_labels),
+        n_judged=max(forces.n, energy.n),
+        forces_agreement=forces.agreement,
+        forces_ratio=forces.ratio,
+        energy_agreement=energy.agreement,
+        energy_ratio=energy.ratio,
+    )
+
+
+class _Comparison(NamedTuple):
+    """Reference against the EIP that agrees best, in either sense, on ``n`` configurations."""
+
+    n: int = 0
+    agreement: float = float("nan")
+    ratio: float = float("nan")
+    source: str = ""
+
+    @property
+    def clear(self) -> bool:
+        return self.n >= MIN_JUDGED and abs(self.agreement) >= CLEAR_AGREEMENT
+
+    @property
+    def wrong_unit(self) -> bool:
+        return self.clear and not RATIO_RANGE[0] <= self.ratio <= RATIO_RANGE[1]
+
+
+def _compare_forces(labels: Labels, eip_labels: Labels) -> _Comparison:
+    return _best([_compare_forces_with(labels, eip_labels, k) for k in _sources(eip_labels)])
+
+
+def _compare_forces_with(labels: Labels, eip_labels: Labels, source: int) -> _Comparison:
+    reference, eip = labels.forces[0], eip_labels.forces[source]
+    length, eip_length = (
+        np.sqrt(_dot(reference, reference, labels)),
+        np.sqrt(_dot(eip, eip, labels)),
+    )
+    typical = eip_length / np.sqrt(labels.n_atoms)
+    used = eip_labels.ok[:, source] & (typical > EIP_FORCES[0]) & (typical < EIP_FORCES[1])
+    # The unit of the reference is unknown here, so zero is judged by its own scale.
+    used &= length > 1e-6 * np.max(length, initial=0.0)
+    if used.sum() < MIN_JUDGED:
+        return _Comparison(int(used.sum()))
+    cosine = _dot(reference, eip, labels)[used] / (length * eip_length)[used]
+    return _Comparison(
+        int(used.sum()),
+        float(np.median(cosine)),
+        float(np.median(length[used] / eip_length[used])),
+        str(eip_labels.sources[source]),
+    )
+
+
+def _compare_energies(
+    configurations: Configurations, labels: Labels, eip_labels: Labels
+) -> _Comparison:
+    reference, fractions = labels.energy[:, 0] / labels.n_atoms, _fractions(configurations)
+    comparisons = []
+    for source in _sources(eip_labels):
+        used = eip_labels.ok[:, source]
+        if used.sum() < MIN_JUDGED + fractions.shape[1]:
+            comparisons.append(_Comparison(int(used.sum())))
+            continue
+        eip = (eip_labels.energy[:, source] / labels.n_atoms)[used]
+        ours = _residual(fractions[used], reference[used])
+        theirs = _residual(fractions[used], eip)
+        if min(_spread(ours), _spread(theirs)) < MIN_SPREAD:
+            continue
+        comparisons.append(
+            _Comparison(
+                int(used.sum()),
+                # NaN where one side is constant: nothing to compare then.
+                float(np.nan_to_num(spearman(ours, theirs))),
+                _spread(ours) / max(_spread(theirs), 1e-12),
+                str(eip_labels.sources[source]),
+            )
+        )
+    return _best(comparisons)
+
+
+def _best(comparisons: list[_Comparison]) -> _Comparison:
+    usable = [item for item in comparisons if item.n >= MIN_JUDGED and item.source]
+    if not usable:
+        return max(comparisons, key=lambda item: item.n, default=_Comparison())
+    # An EIP that agrees clears the set of a wrong sign, however many others disagree.
+    positive = [item for item in usable if item.agreement >= CLEAR_AGREEMENT]
+    return max(positive or usable, key=lambda item: abs(item.agreement))
+
+
+def _judge(forces: _Comparison, energy: _Comparison, labels: Labels) -> tuple[Verdict, str]:
+    if max(forces.n, energy.n) < MIN_JUDGED:
+        return Verdict.TOO_FEW, (
+            f"too few to judge: {max(forces.n, energy.n)} configurations can be compared with "
+            f"EIPs, {MIN_JUDGED} are needed"
+        )
+    if _per_atom(labels):
+        return Verdict.PER_ATOM, (
+            "the energies do not grow with the number of atoms, so they seem to be per atom; give "
+            "total energies: multiply each by its number of atoms"
+        )
+    for what, found, units in (("forces", forces, FORCE_UNITS), ("energies", energy, ENERGY_UNITS)):
+        if found.wrong_unit:
+            return Verdict.WRONG_UNIT, _unit_text(what, found, units)
+    if forces.clear and forces.agreement < 0:
+        return Verdict.WRONG_SIGN, (
+            f"the forces point against those of {forces.source} (median cosine "
+            f"{forces.agreement:.2f}); the gradient seems to be stored: change the sign of all "
+            "forces"
+        )
+    if energy.clear and energy.agreement < 0:
+        return Verdict.WRONG_SIGN, (
+            f"the energies rise where those of {energy.source} fall (rank correlation "
+            f"{energy.agreement:.2f}); change the sign of all energies if they are stored so"
+        )
+    if not (forces.clear or energy.clear):
+        return Verdict.NO_AGREEMENT, (
+            "no EIP agrees with the labels in either sense (forces: median cosine "
+            f"{forces.agreement:.2f}, energies: rank correlation {energy.agreement:.2f}), so "
+            "units and signs could not be checked; look at them, or add an EIP that suits"
+        )
+    return Verdict.PASSED, (
+        f"forces agree with {forces.source or 'no EIP'} (median cosine {forces.agreement:.2f}, "
+        f"ratio {forces.ratio:.2f}), energies with {energy.source or 'no EIP'} (rank correlation "
+        f"{energy.agreement:.2f}, ratio {energy.ratio:.2f})"
+    )
+
+
+def _unit_text(what: str, found: _Comparison, units: dict[str, float]) -> str:
+    close = sorted(units, key=lambda name: abs(np.log(found.ratio / units[name])))[:2]
+    expected = "eV/Å" if units is FORCE_UNITS else "eV"
+    return (
+        f"the {what} are {found.ratio:.3g} times those of {found.source}, with which they agree "
+        f"in direction ({found.agreement:.2f}); they seem to be in {close[0]} "
+        f"(factor {units[close[0]]:.3g}) or {close[1]} ({units[close[1]]:.3g}): give {expected}"
+    )
+
+
+def _per_atom(labels: Labels) -> bool:
+    energy = labels.energy[:, 0]
+    if len(energy) < MIN_JUDGED or not ((energy > 0).all() or (energy < 0).all()):
+        return False
+    size = _spread(np.log(labels.n_atoms))
+    # A total energy varies as much as the number of atoms does, an energy per atom far less.
+    return size > np.log(1.3) and _spread(np.log(np.abs(energy))) < 0.2 * size
+
+
+def _outliers(
+    configurations: Configurations, labels: Labels, eip_labels: Labels
+) -> tuple[Failure, ...]:
+    """Return the labels whose energy lies far from where three EIPs agree that it should."""
+    residuals, scales = _energy_residuals(configurations, labels, eip_labels)
+    if len(scales) < OUTLIER_EIPS:
+        return ()
+    best = np.argsort(scales, kind="stable")[:OUTLIER_EIPS]
+    residuals, scale = residuals[best], scales[best[0]]
+    lowest, highest = residuals.min(axis=0), residuals.max(axis=0)
+    agreed = np.minimum(np.abs(lowest), np.abs(highest))
+    # Where the EIPs differ among themselves as much as from the label, they prove nothing. A
+    # comparison with NaN, an EIP that has no label there, is False.
+    stray = (lowest * highest > 0) & (agreed > highest - lowest)
+    stray &= np.abs(residuals[0]) > OUTLIER_SIGMA * scale
+    return tuple(
+        Failure(
+            str(labels.ids[row]),
+            str(labels.sources[0]),
+            f"its energy is {residuals[0, row]:+.3g} eV/atom from where {OUTLIER_EIPS} EIPs "
+            f"expect it, {abs(residuals[0, row]) / scale:.0f} times their usual error",
+        )
+        for row in np.flatnonzero(stray)
+    )
+
+
+def _energy_residuals(
+    configurations: Configurations, labels: Labels, eip_labels: Labels
+) -> tuple[FloatArray, FloatArray]:
+    """Return what is left of the energies per atom after each EIP, and its usual size."""
+    reference, fractions = labels.energy[:, 0] / labels.n_atoms, _fractions(configurations)
+    residuals, scales = [], []
+    for source in _sources(eip_labels):
+        used = eip_labels.ok[:, source]
+        if used.sum() < OUTLIER_CONFIGURATIONS:
+            continue
+        eip = (eip_labels.energy[:, source] / labels.n_atoms)[used]
+        left = _residual(np.column_stack([fractions[used], eip]), reference[used])
+        scales.append(_usual(left))
+        # What is extreme for the EIP itself lies outside the range of the fit: not judged.
+        centred = _residual(fractions[used], eip)
+        rest = np.full(len(labels), np.nan)
+        rest[used] = np.where(np.abs(centred) > OUTLIER_SIGMA * _usual(centred), np.nan, left)
+        residuals.append(rest)
+    return np.array(residuals).reshape(len(scales), len(labels)), np.array(scales)
+
+
+def _usual(values: FloatArray) -> float:
+    """Return the standard deviation of ``values`` less its outliers, in eV."""
+    size = np.abs(values - np.median(values))
+    # In a mixture of kinds the median may see the quiet kind only, the 90 % quantile does not.
+    # 1 meV/atom keeps a perfect EIP from calling rounding an outlier.
+    return float(max(1.4826 * np.median(size), np.quantile(size, 0.9) / 1.645, 1e-3))
+
+
+def _not_finite(labels: Labels) -> tuple[Failure, ...]:
+    return tuple(
+        Failure(str(labels.ids[row]), str(labels.sources[0]), "its energy or forces are not finite")
+        for row in np.flatnonzero(labels.ok[:, 0]).tolist()
+        if not (np.isfinite(labels.energy[row, 0]) and np.isfinite(labels.forces_of(row)).all())
+    )
+
+
+def _sources(labels: Labels) -> range:
+    return range(len(labels.sources) if len(labels) else 0)
+
+
+def _dot(first: FloatArray, second: FloatArray, labels: Labels) -> FloatArray:
+    """Sum the products of all force components of each configuration. Shape ``(n,)``."""
+    return np.add.reduceat((first * second).sum(axis=1), labels.offsets[:-1])
+
+
+def _fractions(configurations: Configurations) -> FloatArray:
+    """Return the share of each element in each configuration. Shape ``(n, n_elements)``."""
+    if not len(configurations):
+        return np.zeros((0, 0))
+    columns = [
+        np.add.reduceat(
+            (configurations.numbers == number).astype(float), configurations.offsets[:-1]
+        )
+        for number in configurations.elements
+    ]
+    return np.column_stack(columns) / configurations.n_atoms[:, None]
+
+
+def _residual(design: FloatArray, values: FloatArray) -> FloatArray:
+    """Return ``values`` less their least-absolute-deviation fit: half of them may be stray."""
+    weights = np.ones(len(values))
+    rest = values
+    floor = 1e-6 + 1e-4 * _spread(values)
+    for _ in range(30):
+        fit = np.linalg.lstsq(design * weights[:, None], values * weights, rcond=None)[0]
+        rest = values - design @ fit
+        weights = 1 / np.sqrt(np.maximum(np.abs(rest), floor))
+    return rest
+
+
+def _spread(values: FloatArray) -> float:
+    """Return the median absolute deviation."""
+    return float(np.median(np.abs(values - np.median(values))))

@@ -225,9 +225,7 @@ def _labels(
     )
 
 
-def _collect(
-    part: Labels, row: int, info: dict[str, Any], columns: dict[str, FloatArray]
-) -> None:
+def _collect(part: Labels, row: int, info: dict[str, Any], columns: dict[str, FloatArray]) -> None:
     for column, source in enumerate(part.sources.tolist()):
         if not part.ok[row, column]:
             continue

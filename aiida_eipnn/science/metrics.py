@@ -112,9 +112,6 @@ def prediction_errors(reference: Labels, predictions: Predictions) -> Errors:
 
 
 def _finite_forces(forces: FloatArray, reference: Labels) -> BoolArray:
-    bad = ~np.isfinite(forces).all(axis=1)
-    return np.array(
-        [not bad[start:end].any() for start, end in np.column_stack(
-            [reference.offsets[:-1], reference.offsets[1:]])],
-        dtype=bool,
-    )
+    bad = np.concatenate([[0], np.cumsum(~np.isfinite(forces).all(axis=1))])
+    finite: BoolArray = np.diff(bad[reference.offsets]) == 0
+    return finite

@@ -1,4 +1,4 @@
-"""Label configurations with many EIPs, one process each, so that no potential can take the job down.
+"""Label configurations with many EIPs, one process each: none can take the others down.
 
 A potential may raise, hang, return nonsense or abort the interpreter. Whatever it does, its labels
 become *missing with a reason*; what it had labelled before is kept, and the other EIPs go on.
@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -397,7 +397,7 @@ def _work(
     shared.opened.value = 1
     for place in np.flatnonzero(state == _MISSING):
         try:
-            label = potential.label(part.atoms(place))
+            label = potential.label(part.atoms(int(place)))
             reason = _why_not(label)
         except Exception as error:
             reason = _reason_of(error)

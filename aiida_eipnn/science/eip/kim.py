@@ -14,6 +14,7 @@ import kimpy
 import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
+from numpy.typing import NDArray
 
 from aiida_eipnn.science.arrays import BoolArray, FloatArray, IntArray
 from aiida_eipnn.science.eip.potential import (
@@ -22,6 +23,9 @@ from aiida_eipnn.science.eip.potential import (
     refuse_unknown_elements,
     virial_stress,
 )
+
+# KIM's integers are C ints.
+Codes = NDArray[np.intc]
 
 # Values of "potential-type" in the models' own metadata.
 MACHINE_LEARNED = frozenset({"snap", "dunn", "hnn", "nn", "gap", "agni", "mtp", "ace"})
@@ -96,7 +100,7 @@ class KimPotential:
             stress = virial_stress(coordinates, forces, atoms.cell.volume)
         return Label(energy, folded, stress)
 
-    def _with_images(self, atoms: Atoms) -> tuple[FloatArray, IntArray, IntArray]:
+    def _with_images(self, atoms: Atoms) -> tuple[FloatArray, Codes, Codes]:
         """Return coordinates and species codes of atoms and images, and what each is an image of.
 
         KIM takes no periodic cell: images within the influence distance become extra atoms.
@@ -119,7 +123,7 @@ class KimPotential:
         )
 
     def _compute(
-        self, coordinates: FloatArray, codes: IntArray, n_atoms: int
+        self, coordinates: FloatArray, codes: Codes, n_atoms: int
     ) -> tuple[float, FloatArray]:
         """Return the energy of the atoms and the forces on atoms and images."""
         energy, forces = np.zeros(1), np.zeros_like(coordinates)
@@ -141,7 +145,7 @@ class KimPotential:
         self._model.compute(self._arguments)
         return float(energy[0]), forces
 
-    def _species_codes(self, numbers: IntArray) -> IntArray:
+    def _species_codes(self, numbers: IntArray) -> Codes:
         """Return the model's species code of each atom."""
         codes = self._codes[numbers]
         if (codes == _NOT_ASKED).any():
@@ -212,8 +216,8 @@ def describe_kim_model(name: str) -> PotentialDescription:
         species=tuple(spec.get("species", ())),
         family=spec.get("model-driver", spec.get("potential-type", "")).partition("__")[0],
         citation=_one_line(paper),
-        doi=paper.get("doi", ""),
-        year=int(paper["year"]) if "year" in paper else None,
+        doi=paper.get("doi", spec.get("doi", "")),
+        year=_year(paper),
         machine_learned=spec.get("potential-type", "") in MACHINE_LEARNED,
     )
 
@@ -275,12 +279,18 @@ def _primary_citation(spec: dict[str, Any]) -> dict[str, str]:
     )
 
 
+def _year(paper: dict[str, str]) -> int | None:
+    found = re.search(r"\d{4}", paper.get("year", ""))
+    return int(found[0]) if found else None
+
+
 def _one_line(paper: dict[str, str]) -> str:
     """Return a citation as one line."""
     where = [paper.get(key, "") for key in ("journal", "volume", "pages")]
     parts = [paper.get("author", ""), paper.get("title", ""), " ".join(filter(None, where))]
     text = ", ".join(filter(None, parts))
-    return f"{text} ({paper['year']})" if "year" in paper else text
+    year = _year(paper)
+    return f"{text} ({year})" if year else text
 
 
 def _require_installed(name: str) -> None:

@@ -10,7 +10,7 @@ A name is one of
 import importlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from ase import Atoms
@@ -54,7 +54,7 @@ class PotentialDescription:
     citation
         The publication in one line, empty where none is recorded.
     doi
-        DOI of the publication, empty where none is recorded.
+        DOI of the publication, else of the KIM model itself; empty where none is recorded.
     year
         Year of the publication.
     machine_learned
@@ -176,7 +176,7 @@ def virial_stress(positions: FloatArray, forces: FloatArray, volume: float) -> F
     return np.array([s[0, 0], s[1, 1], s[2, 2], *(0.5 * pair for pair in shear)])
 
 
-class EipCalculator(Calculator):  # type: ignore[misc]
+class EipCalculator(Calculator):
     """ASE calculator of an EIP, for molecular dynamics and relaxations.
 
     Parameters
@@ -185,10 +185,10 @@ class EipCalculator(Calculator):  # type: ignore[misc]
         The EIP that gives energy, forces and stress.
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
+    implemented_properties: list[str] = ["energy", "free_energy", "forces", "stress"]  # noqa: RUF012
 
     def __init__(self, potential: EmpiricalPotential) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.potential = potential
 
     def calculate(
@@ -198,8 +198,8 @@ class EipCalculator(Calculator):  # type: ignore[misc]
         system_changes: Sequence[str] = tuple(all_changes),
     ) -> None:
         """Label ``atoms``: all properties come out of one call."""
-        super().calculate(atoms, properties, system_changes)
-        energy, forces, stress = self.potential.label(self.atoms)
+        super().calculate(atoms, properties, system_changes)  # type: ignore[no-untyped-call]
+        energy, forces, stress = self.potential.label(self.atoms)  # type: ignore[arg-type]
         self.results: dict[str, Any] = {"energy": energy, "free_energy": energy, "forces": forces}
         # ASE says "not there" by leaving a property out, never by NaN.
         if np.isfinite(stress).all():

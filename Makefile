@@ -1,0 +1,76 @@
+# What people and CI type. `make install`, then `make demo` or `make test`.
+#
+# Everything that is made lies below this folder (.venv, .aiida, build): `make clean` removes it.
+# System packages are the exception; see .ci/system-packages.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+# The extras that a checkout gets: everything, with the tools of `make test`.
+EXTRAS := all,tests,lint
+TORCH := torch==2.13.0
+KIMPY := kimpy==2.1.4
+INSTALLED := $(VENV)/.installed
+KIMPY_LOG := build/kimpy.log
+
+# The demo's own profile. Never the profile of the user.
+export AIIDA_PATH := $(CURDIR)/.aiida
+# `verdi`, `pw.x` and the rest, also for the daemon and the jobs it starts.
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help install system demo setup test lint clean
+
+help:
+	@echo 'make install   system packages where that is possible, then .venv with everything'
+	@echo 'make demo      install, set up a profile, run a small active-learning loop, write its report'
+	@echo 'make test      install, then every check and test; the same as CI'
+	@echo 'make lint      install, then the checks without the tests'
+	@echo 'make clean     remove what was made here, the demo and its data too'
+
+install: $(INSTALLED)
+
+system:
+	@PYTHON='$(PYTHON)' .ci/system-packages
+
+# A stamp, so that a second call takes a second; anew when the dependencies change.
+$(INSTALLED): pyproject.toml Makefile | system
+	@echo '== Python environment: $(VENV)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"aiida-eipnn needs Python 3.11 or newer, but $(PYTHON) is {v.major}.{v.minor}; say which to use: make install PYTHON=python3.12")'
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python .ci/install-kimpy '$(KIMPY)' $(KIMPY_LOG)
+	@echo '== aiida-eipnn with its dependencies (the largest is torch)'
+	@$(BIN)/python -m pip install --quiet '$(TORCH)' '$(KIMPY)' --editable '.[$(EXTRAS)]'
+	@touch $@
+	@echo '== installed; the commands are in $(VENV)/bin'
+
+setup: install
+	@aiida-eipnn setup
+
+demo: setup
+	@echo '== active learning with the demo protocol'
+	@verdi run workflows/active_learning.py --protocol demo \
+	  --pw-code pw@localhost --job-code eipnn-job@localhost --report demo-report.html
+	@echo '== the report: $(CURDIR)/demo-report.html'
+
+lint: install
+	ruff check
+	ruff format --check
+	mypy
+	lint-imports
+
+# The tests make profiles of their own; this keeps AiiDA from making a folder in the user's home.
+test: export AIIDA_PATH := $(CURDIR)/build/test/.aiida
+test: lint
+	@mkdir -p $(AIIDA_PATH)
+	pytest
+
+clean:
+	@if [ -x $(BIN)/verdi ] && [ -d .aiida ]; then verdi daemon stop --all >/dev/null 2>&1 || true; fi
+	rm -rf $(VENV) .aiida build demo-report.html
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

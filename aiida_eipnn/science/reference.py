@@ -1,0 +1,368 @@
+"""Energy references: one zero of energy for each element, and EIPs brought onto that of DFT."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from aiida_eipnn.science.arrays import Arrays, BoolArray, FloatArray, IntArray, StrArray
+from aiida_eipnn.science.configurations import Configurations, pick_fields
+from aiida_eipnn.science.eip.potential import symbols_of
+from aiida_eipnn.science.labels import Labels
+
+# With fewer labels than this the energies cannot tell scale and shift apart.
+MIN_LABELS_FOR_SCALE = 10
+# How far from 1 a scale is expected to be before any label is seen, and how far it may go: EIPs
+# are fitted to bulk energies, which they miss by tens of per cent, not by factors.
+SCALE_SPREAD = 0.3
+SCALE_BOUNDS = (0.5, 2.0)
+# Weight of the prior of an element's energy relative to one configuration of only that element:
+# enough to decide what fixed compositions leave open, too little to be seen elsewhere.
+RIDGE = 1e-8
+
+_HUBER = 1.345  # 95 % efficiency for normal errors
+_MAD_TO_SIGMA = 1.4826
+_ROUNDS = 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Alignment:
+    r"""Scale and shifts that bring the energies of ``m`` EIPs onto those of the reference.
+
+    :math:`E' = a\, E + \sum_Z n_Z b_Z`, so forces and stress scale by :math:`a`.
+
+    Parameters
+    ----------
+    sources
+        The EIPs. Shape ``(m,)``.
+    elements
+        Atomic numbers, ascending. Shape ``(n_elements,)``.
+    scale
+        :math:`a`, without unit; NaN for an EIP that cannot be used. Shape ``(m,)``.
+    shift
+        :math:`b_Z`, in eV per atom; NaN for an EIP that cannot be used.
+        Shape ``(m, n_elements)``.
+    """
+
+    sources: StrArray
+    elements: IntArray
+    scale: FloatArray
+    shift: FloatArray
+
+    def __post_init__(self) -> None:
+        m = len(self.sources)
+        if self.scale.shape != (m,) or self.shift.shape != (m, len(self.elements)):
+            raise ValueError(
+                f"scale {self.scale.shape} and shift {self.shift.shape} do not fit {m} EIPs and "
+                f"{len(self.elements)} elements"
+            )
+
+    @property
+    def usable(self) -> BoolArray:
+        """Which EIPs can be used. Shape ``(m,)``."""
+        return np.isfinite(self.scale)
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Self:
+        """Build from :meth:`arrays`."""
+        return cls(**pick_fields(cls, arrays))
+
+    def arrays(self) -> Arrays:
+        """Return every field by name, ready for :func:`~.arrays.save_arrays`."""
+        return {item.name: getattr(self, item.name) for item in fields(self)}
+
+    def apply(self, configurations: Configurations, labels: Labels) -> Labels:
+        """Return labels of the same EIPs on the reference's zero.
+
+        Labels of an EIP that cannot be used, and of configurations with an element the alignment
+        does not know, become missing.
+
+        Parameters
+        ----------
+        configurations
+            Must contain every configuration of ``labels``.
+        labels
+            As the EIPs gave them.
+
+        Raises
+        ------
+        ValueError
+            If the EIPs are not those of this alignment.
+        """
+        if labels.sources.tolist() != self.sources.tolist():
+            raise ValueError(
+                f"this alignment is for {self.sources.tolist()}, not {labels.sources.tolist()}"
+            )
+        counts, known = self._count_elements(configurations, labels)
+        status, reasons = labels.status, list(map(str, labels.reasons))
+        status, reasons = _refuse(status, reasons, ~known[:, None], self._unknown_reason())
+        status, reasons = _refuse(status, reasons, ~self.usable, "the EIP could not be aligned")
+        missing = status > 0
+        per_atom = np.repeat(missing, labels.n_atoms, axis=0).T[:, :, None]
+        return Labels(
+            ids=labels.ids,
+            offsets=labels.offsets,
+            sources=labels.sources,
+            energy=np.where(missing, np.nan, self.scale * labels.energy + counts @ self.shift.T),
+            forces=np.where(per_atom, np.nan, self.scale[:, None, None] * labels.forces),
+            stress=np.where(missing[:, :, None], np.nan, self.scale[:, None] * labels.stress),
+            status=status,
+            reasons=np.array(reasons, dtype=np.str_),
+            origins=labels.origins,
+        )
+
+    def _count_elements(
+        self, configurations: Configurations, labels: Labels
+    ) -> tuple[FloatArray, BoolArray]:
+        """Return atoms per element of each labelled configuration, and whether that is all."""
+        part = configurations.take(configurations.rows_of(labels.ids))
+        counts = count_elements(part, self.elements)
+        return counts, counts.sum(axis=1) == part.n_atoms
+
+    def _unknown_reason(self) -> str:
+        return f"an element has no reference energy (there are {symbols_of(self.elements)})"
+
+
+class SourceErrors(NamedTuple):
+    """How far one EIP is from the reference.
+
+    ``n`` configurations were compared; energies in eV/atom, forces in eV/Å per component; NaN
+    where there is nothing to compare.
+    """
+
+    source: str
+    n: int
+    energy_mae: float
+    energy_rmse: float
+    forces_mae: float
+    forces_rmse: float
+
+
+def fit_reference_energies(configurations: Configurations, energy: FloatArray) -> dict[int, float]:
+    r"""Return the energy of one atom of each element that explains the energies best, in eV.
+
+    Least squares on :math:`E / N = \sum_Z x_Z b_Z`. What the compositions leave open (all
+    configurations with the same ratio of elements) is shared evenly.
+
+    Parameters
+    ----------
+    configurations
+        The configurations.
+    energy
+        Their energies in eV, NaN where there is none. Shape ``(n,)``.
+
+    Raises
+    ------
+    ValueError
+        If there is no energy at all.
+    """
+    known = np.isfinite(energy)
+    if not known.any():
+        raise ValueError(f"none of the {len(configurations)} configurations has an energy")
+    elements = np.array(configurations.elements, dtype=np.int64)
+    fractions = _fractions(configurations, elements)[known]
+    per_atom = energy[known] / configurations.n_atoms[known]
+    shifts = _fit_shifts(fractions, per_atom, np.ones(len(per_atom)))
+    return {int(z): float(shift) for z, shift in zip(elements, shifts, strict=True)}
+
+
+def fit_alignment(
+    configurations: Configurations, reference_labels: Labels, labels: Labels
+) -> Alignment:
+    """Fit scale and shifts that bring each EIP onto the reference.
+
+    Robust (Huber) least squares on energies per atom. The scale is 1 below
+    ``MIN_LABELS_FOR_SCALE`` labels, and from there on held towards 1 as far as the noise asks.
+    Without any reference label the alignment changes nothing. An EIP without one label that can
+    be compared cannot be used: its scale is NaN.
+
+    Parameters
+    ----------
+    configurations
+        Must contain every configuration that has a label of both kinds.
+    reference_labels
+        Labels of one source, ``dft``.
+    labels
+        Labels of the EIPs.
+
+    Raises
+    ------
+    ValueError
+        If the reference has more than one source.
+    """
+    rows, reference_rows = _common_rows(labels, reference_labels)
+    elements = np.array(configurations.elements, dtype=np.int64)
+    part = configurations.take(configurations.rows_of(labels.ids[rows]))
+    fractions, n_atoms = _fractions(part, elements), part.n_atoms
+    target = reference_labels.energy[reference_rows, 0] / n_atoms
+    energy, ok = labels.energy[rows] / n_atoms[:, None], labels.ok[rows]
+    scale = np.full(len(labels.sources), np.nan)
+    shift = np.full((len(scale), len(elements)), np.nan)
+    for column in range(len(scale)):
+        if not len(rows) and labels.ok[:, column].any():
+            scale[column], shift[column] = 1.0, 0.0
+        elif (use := ok[:, column]).any():
+            scale[column], shift[column] = _fit_one(
+                fractions[use], energy[use, column], target[use]
+            )
+    return Alignment(sources=labels.sources, elements=elements, scale=scale, shift=shift)
+
+
+def source_errors(reference: Labels, aligned: Labels) -> tuple[SourceErrors, ...]:
+    """Return how far each EIP is from the reference on the configurations both labelled.
+
+    Parameters
+    ----------
+    reference
+        Labels of one source, ``dft``.
+    aligned
+        Labels of the EIPs, on the reference's zero.
+    """
+    rows, reference_rows = _common_rows(aligned, reference)
+    table = []
+    for column, source in enumerate(map(str, aligned.sources)):
+        use = aligned.ok[rows, column]
+        energy, forces = _residuals(
+            reference.take(reference_rows[use]), aligned.take(rows[use]), column
+        )
+        table.append(SourceErrors(source, int(use.sum()), *_mae_rmse(energy), *_mae_rmse(forces)))
+    return tuple(table)
+
+
+def best_single(configurations: Configurations, reference: Labels, aligned: Labels) -> str:
+    """Return the EIP with the smallest energy error on the reference's labels.
+
+    Where there are no more labels than an alignment has parameters, every energy error is zero by
+    construction, so there the force error decides. An EIP that labelled less than half of what the
+    most complete one did is left out: a few easy configurations prove nothing.
+
+    Parameters
+    ----------
+    configurations
+        Must contain every configuration of ``reference``.
+    reference
+        Labels of one source, ``dft``.
+    aligned
+        Labels of the EIPs, on the reference's zero.
+
+    Raises
+    ------
+    ValueError
+        If no EIP has a label on a configuration of the reference.
+    """
+    errors = source_errors(reference, aligned)
+    most = max((row.n for row in errors), default=0)
+    if most == 0:
+        raise ValueError(
+            f"none of {aligned.sources.tolist()} labelled a configuration that the reference "
+            "labelled too; label the reference's configurations with them first"
+        )
+    candidates = [row for row in errors if row.n >= most / 2]
+    n_parameters = 1 + len(configurations.elements)
+    if most <= n_parameters and all(np.isfinite(row.forces_mae) for row in candidates):
+        return min(candidates, key=lambda row: row.forces_mae).source
+    return min(candidates, key=lambda row: row.energy_mae).source
+
+
+def count_elements(configurations: Configurations, elements: IntArray) -> FloatArray:
+    """Return how many atoms of each element each configuration has.
+
+    Shape ``(n, n_elements)``; atoms of other elements are not counted.
+    """
+    n, m = len(configurations), len(elements)
+    owner = np.repeat(np.arange(n), configurations.n_atoms)
+    known = np.isin(configurations.numbers, elements)
+    column = np.searchsorted(elements, configurations.numbers[known])
+    counted = np.bincount(owner[known] * m + column, minlength=n * m)
+    return counted.reshape(n, m).astype(np.float64)
+
+
+def _fractions(configurations: Configurations, elements: IntArray) -> FloatArray:
+    return count_elements(configurations, elements) / configurations.n_atoms[:, None]
+
+
+def _fit_one(
+    fractions: FloatArray, energy: FloatArray, target: FloatArray
+) -> tuple[float, FloatArray]:
+    """Return scale and shifts of one EIP, by reweighted least squares.
+
+    ``energy`` (of the EIP) and ``target`` are per atom.
+    """
+    weights = np.ones(len(target))
+    scale, shift = 1.0, _fit_shifts(fractions, target - energy, weights)
+    for _ in range(_ROUNDS):
+        residual = target - scale * energy - fractions @ shift
+        # The floor, in eV/atom, matters where more than half of the labels are met exactly.
+        sigma = max(_MAD_TO_SIGMA * float(np.median(np.abs(residual))), 1e-9)
+        weights = 1.0 / np.maximum(1.0, np.abs(residual) / (_HUBER * sigma))
+        if len(target) >= MIN_LABELS_FOR_SCALE:
+            scale = _fit_scale(fractions, energy, target, weights, sigma)
+        shift = _fit_shifts(fractions, target - scale * energy, weights)
+    return scale, shift
+
+
+def _fit_scale(
+    fractions: FloatArray,
+    energy: FloatArray,
+    target: FloatArray,
+    weights: FloatArray,
+    sigma: float,
+) -> float:
+    """Return the scale, with what the shifts can explain taken out of both energies."""
+    x = energy - fractions @ _fit_shifts(fractions, energy, weights)
+    y = target - fractions @ _fit_shifts(fractions, target, weights)
+    ridge = (sigma / SCALE_SPREAD) ** 2
+    steepness = float(weights @ x**2) + ridge
+    if steepness < 1e-20:
+        return 1.0
+    return float(np.clip((weights @ (x * y) + ridge) / steepness, *SCALE_BOUNDS))
+
+
+def _fit_shifts(fractions: FloatArray, per_atom: FloatArray, weights: FloatArray) -> FloatArray:
+    """Return the energy per element; where the compositions leave it open, the mean decides."""
+    mean = float(np.average(per_atom, weights=weights))
+    weighted = fractions * weights[:, None]
+    matrix = weighted.T @ fractions + RIDGE * np.eye(fractions.shape[1])
+    correction = np.linalg.solve(matrix, weighted.T @ (per_atom - mean))
+    return np.asarray(mean + correction, dtype=np.float64)
+
+
+def _common_rows(labels: Labels, reference: Labels) -> tuple[IntArray, IntArray]:
+    """Return the rows of both for the configurations that the reference labelled."""
+    if len(reference.sources) != 1:
+        raise ValueError(
+            f"the reference must be one source, not {reference.sources.tolist()}; "
+            "keep only the labels to align with"
+        )
+    rows = {str(name): row for row, name in enumerate(labels.ids)}
+    pairs = [
+        (rows[str(name)], row)
+        for row, name in enumerate(reference.ids)
+        if reference.ok[row, 0] and str(name) in rows
+    ]
+    joined = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    return joined[:, 0], joined[:, 1]
+
+
+def _residuals(reference: Labels, aligned: Labels, column: int) -> tuple[FloatArray, FloatArray]:
+    """Return errors of energy per atom and of force components, one row against one row."""
+    energy = (aligned.energy[:, column] - reference.energy[:, 0]) / aligned.n_atoms
+    forces = (aligned.forces[column] - reference.forces[0]).ravel()
+    return energy, forces[np.isfinite(forces)]
+
+
+def _mae_rmse(errors: FloatArray) -> tuple[float, float]:
+    if not len(errors):
+        return float("nan"), float("nan")
+    return float(np.abs(errors).mean()), float(np.sqrt((errors**2).mean()))
+
+
+def _refuse(
+    status: IntArray, reasons: Sequence[str], where: BoolArray, reason: str
+) -> tuple[IntArray, list[str]]:
+    """Return status and reasons with ``reason`` where a label was and ``where`` is true."""
+    hit = np.broadcast_to(where, status.shape) & (status == 0)
+    if not hit.any():
+        return status, list(reasons)
+    return np.where(hit, len(reasons) + 1, status), [*reasons, reason]

@@ -1,0 +1,546 @@
+"""The loop: EIPs label a pool, DFT labels a few points of it, networks learn from both and ask for more."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from aiida.common import AttributeDict
+from aiida.engine import ExitCode, ProcessBuilder, ProcessSpec, ToContext, WorkChain, if_, while_
+from aiida.orm import Bool, Data, Dict, ProcessNode, to_aiida_type
+from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
+
+from aiida_eipnn.calculations import loop, ports
+from aiida_eipnn.calculations.evaluate import EvaluateCalculation
+from aiida_eipnn.calculations.explore import ExploreCalculation
+from aiida_eipnn.data.choice import ChoiceData
+from aiida_eipnn.data.committee import CommitteeData
+from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.data.predictions import PredictionsData
+from aiida_eipnn.data.selection import SelectionData
+from aiida_eipnn.jobs.spec import Stage
+from aiida_eipnn.science.acquisition import AcquisitionParameters
+from aiida_eipnn.science.convergence import StopCriteria
+from aiida_eipnn.workflows.builder import Codes, Start, fill_builder
+from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, validate_pw
+from aiida_eipnn.workflows.restart import LabelBaseWorkChain, TrainBaseWorkChain
+
+TEST, INITIAL = "test", "initial"
+
+# The twin is fine-tuned like the committee, but from scratch.
+STAGES = {
+    "pretrain": Stage.PRETRAIN,
+    "classify": Stage.CLASSIFY,
+    "finetune": Stage.FINETUNE,
+    "scratch": Stage.FINETUNE,
+}
+
+
+class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
+    """Train a committee on EIP and DFT labels, with as few DFT points as it needs."""
+
+    @classmethod
+    def define(cls, spec: ProcessSpec) -> None:
+        """Define the process specification."""
+        super().define(spec)
+        cls._define_inputs(spec)
+        cls._define_outputs(spec)
+        spec.outline(
+            cls.setup,
+            if_(cls.should_explore)(cls.explore, cls.inspect_explore),
+            cls.label_with_eips,
+            cls.inspect_eip_labels,
+            cls.split,
+            cls.label_test_with_dft,
+            cls.inspect_test_labels,
+            if_(cls.should_label_initial)(cls.label_initial_with_dft, cls.inspect_initial_labels),
+            cls.pretrain,
+            cls.inspect_pretrain,
+            while_(cls.should_continue)(
+                cls.classify,
+                cls.inspect_classify,
+                cls.finetune,
+                cls.inspect_finetune,
+                cls.evaluate,
+                cls.inspect_evaluate,
+                cls.assess,
+                if_(cls.should_continue)(
+                    cls.acquire,
+                    cls.label_with_dft,
+                    cls.inspect_labels,
+                ),
+            ),
+            cls.results,
+        )
+
+    @classmethod
+    def _define_inputs(cls, spec: ProcessSpec) -> None:
+        spec.input(
+            "pool",
+            valid_type=ConfigurationsData,
+            required=False,
+            help="The pool; without it `explore` makes one.",
+        )
+        spec.expose_inputs(
+            ExploreCalculation,
+            namespace="explore",
+            namespace_options={"required": False, "populate_defaults": False},
+        )
+        spec.expose_inputs(LabelBaseWorkChain, namespace="label", exclude=("job.configurations",))
+        spec.expose_inputs(DftLabelWorkChain, namespace="dft", exclude=("configurations", "choice"))
+        spec.expose_inputs(
+            TrainBaseWorkChain,
+            namespace="train",
+            exclude=tuple(
+                f"job.{name}"
+                for name in (
+                    "configurations",
+                    "labels",
+                    "eip_labels",
+                    "exclude",
+                    "selection",
+                    "committee",
+                    "training",
+                    "checkpoint",
+                )
+            ),
+        )
+        spec.expose_inputs(
+            EvaluateCalculation, namespace="evaluate", exclude=("configurations", "committee")
+        )
+        spec.input_namespace(
+            "known",
+            required=False,
+            help="DFT labels that are there already: they are trained on from the start.",
+        )
+        spec.input("known.configurations", valid_type=ConfigurationsData, required=False)
+        spec.input("known.labels", valid_type=LabelsData, required=False)
+        for name, stage in STAGES.items():
+            ports.add_training(spec, name, stage)
+        ports.add_dict(
+            spec, "split", "How many configurations to hold out (test) and to start from (initial)."
+        )
+        ports.add_dict(
+            spec,
+            "acquisition",
+            "How to choose the next DFT points: fields of AcquisitionParameters.",
+            ports.settings_validator(AcquisitionParameters.from_dict),
+        )
+        ports.add_dict(
+            spec,
+            "stop",
+            "When to stop: fields of StopCriteria.",
+            ports.settings_validator(StopCriteria.from_dict),
+        )
+        ports.add_seed(spec)
+        for name, text in (
+            ("train_scratch", "Train a twin from scratch too, to see what the EIPs bring."),
+            ("use_pseudo_labels", "Fine-tune on the energies of the chosen EIPs too."),
+        ):
+            spec.input(
+                name,
+                valid_type=Bool,
+                serializer=to_aiida_type,
+                default=lambda: Bool(False),
+                help=text,
+            )
+        spec.inputs.validator = _validate_inputs
+
+    @classmethod
+    def _define_outputs(cls, spec: ProcessSpec) -> None:
+        spec.output("pool", valid_type=ConfigurationsData, required=False)
+        spec.output("eip_labels", valid_type=LabelsData, help="What the EIPs say about the pool.")
+        spec.output("test_labels", valid_type=LabelsData, help="DFT labels that no stage saw.")
+        spec.output("initial_labels", valid_type=LabelsData, required=False)
+        spec.output("pretrained", valid_type=CommitteeData, help="After the EIPs, before DFT.")
+        spec.output_namespace(
+            "iterations",
+            dynamic=True,
+            valid_type=Data,
+            help="What each iteration made, emitted as it is made.",
+        )
+        spec.output("committee", valid_type=CommitteeData, help="The last fine-tuned committee.")
+        spec.output("selection", valid_type=SelectionData, help="The last choice of EIPs.")
+        spec.output("predictions", valid_type=PredictionsData, help="Its view of the pool.")
+        spec.output("history", valid_type=Dict, help="Errors by iteration, and why it stopped.")
+        for number, name, what in (
+            (401, "EXPLORE", "making the pool"),
+            (402, "EIP_LABELS", "labelling with EIPs"),
+            (403, "DFT_LABELS", "labelling with DFT"),
+            (404, "PRETRAIN", "pre-training"),
+            (405, "CLASSIFY", "training the classifier of EIPs"),
+            (406, "FINETUNE", "fine-tuning"),
+            (407, "EVALUATE", "evaluating the committee"),
+            (408, "SPLIT", "splitting the pool"),
+            (409, "ASSESS", "assessing the committee"),
+            (410, "ACQUIRE", "choosing the next DFT points"),
+        ):
+            spec.exit_code(
+                number,
+                f"ERROR_{name}",
+                message=f"The loop broke while {what}: process {{pk}}, {{message}} "
+                "What was made before is in the outputs.",
+            )
+        spec.exit_code(
+            310,
+            "ERROR_KNOWN_LABELS",
+            message="The given DFT labels were refused: {message}",
+        )
+
+    @classmethod
+    def get_protocol_filepath(cls) -> Path:
+        """Return the file that defines the protocols."""
+        return Path(__file__).parent / "protocols" / "active_learning.yaml"
+
+    @classmethod
+    def get_builder_from_protocol(
+        cls,
+        codes: Codes,
+        start: Start,
+        protocol: str | None = None,
+        overrides: Mapping[str, Any] | Path | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> ProcessBuilder:
+        """Return a builder with every input filled in from a protocol.
+
+        Parameters
+        ----------
+        codes
+            The codes that run pw.x and ``eipnn-job``.
+        start
+            What to start from: seed structures or a pool, EIPs, and labels that are there.
+        protocol
+            ``demo``, ``fast``, ``balanced`` or ``stringent``; see ``get_available_protocols``.
+        overrides
+            Values that replace those of the protocol, nested as in its YAML file.
+        options
+            ``metadata.options`` for every job: queue, account, walltime.
+
+        Raises
+        ------
+        ValueError
+            If the protocol is unknown, if an element has no pseudopotential or no EIPs.
+        """
+        inputs = cls.get_protocol_inputs(protocol, overrides)
+        return fill_builder(cls.get_builder(), inputs, codes, start, dict(options or {}))
+
+    # The steps, in the order of the outline.
+
+    def setup(self) -> None:
+        """Start counting."""
+        self.ctx.iteration = 0
+        self.ctx.labels = {}
+        self.ctx.choices = {}
+        self.ctx.known = self.inputs.get("known", {})
+        if "pool" in self.inputs:
+            self.ctx.pool = self.inputs.pool
+
+    def should_explore(self) -> bool:
+        """Make a pool unless one is given."""
+        return "pool" not in self.inputs
+
+    def explore(self) -> ToContext:
+        """Make the pool."""
+        inputs = AttributeDict(self.exposed_inputs(ExploreCalculation, namespace="explore"))
+        self.report("pool: making configurations")
+        return ToContext(explored=self.submit(ExploreCalculation, **_named(inputs, "explore")))
+
+    def inspect_explore(self) -> ExitCode | None:
+        """Take the pool."""
+        if broken := self._broken(self.ctx.explored, "EXPLORE"):
+            return broken
+        self.ctx.pool = self.ctx.explored.outputs.pool
+        return None
+
+    def label_with_eips(self) -> ToContext:
+        """Let every EIP label the pool."""
+        self.out("pool", self.ctx.pool) if self.should_explore() else None
+        inputs = AttributeDict(self.exposed_inputs(LabelBaseWorkChain, namespace="label"))
+        inputs.job.configurations = self._configurations()
+        self.report(
+            f"EIP labels: {len(inputs.job.eips.get_list())} EIPs, "
+            f"{len(self.ctx.pool)} configurations in the pool"
+        )
+        return ToContext(eips=self.submit(LabelBaseWorkChain, **_named(inputs, "label_with_eips")))
+
+    def inspect_eip_labels(self) -> ExitCode | None:
+        """Take the EIP labels, and hold given DFT labels against them."""
+        if broken := self._broken(self.ctx.eips, "EIP_LABELS"):
+            return broken
+        self.ctx.eip_labels = self.ctx.eips.outputs.labels
+        self.out("eip_labels", self.ctx.eip_labels)
+        facts = self.ctx.eip_labels.base.attributes
+        self.report(f"EIP labels: {facts.get('n_labels')} made, {facts.get('n_failures')} failed")
+        return self._take_known() if "labels" in self.ctx.known else None
+
+    def _take_known(self) -> ExitCode | None:
+        outputs, node = loop.check_given_labels.run_get_node(
+            self.ctx.known.configurations, self.ctx.known.labels, self.ctx.eip_labels
+        )
+        if not node.is_finished_ok:
+            return self.exit_codes.ERROR_KNOWN_LABELS.format(message=node.exit_message)
+        self.ctx.labels["known"] = outputs["labels"]
+        self.report(f"known DFT labels: {outputs['report']['text']}")
+        return None
+
+    def split(self) -> ExitCode | None:
+        """Hold out the test set and choose the first DFT points."""
+        chosen, node = loop.split_pool.run_get_node(
+            self.ctx.pool, self.inputs.split, self.inputs.seed
+        )
+        if not node.is_finished_ok:
+            return self._broken(node, "SPLIT")
+        self.ctx.choices = dict(chosen)
+        return None
+
+    def label_test_with_dft(self) -> ToContext:
+        """Label the held-out test set."""
+        return ToContext(test=self._submit_dft(TEST))
+
+    def inspect_test_labels(self) -> ExitCode | None:
+        """Keep the test labels apart: only `assess` ever sees them."""
+        if broken := self._broken(self.ctx.test, "DFT_LABELS"):
+            return broken
+        self.ctx.test_labels = self.ctx.test.outputs.labels
+        self.out("test_labels", self.ctx.test_labels)
+        return None
+
+    def should_label_initial(self) -> bool:
+        """Start from DFT points of the pool, unless the given labels are enough."""
+        return INITIAL in self.ctx.choices and len(self.ctx.choices[INITIAL]) > 0
+
+    def label_initial_with_dft(self) -> ToContext:
+        """Label the first DFT points."""
+        return ToContext(initial=self._submit_dft(INITIAL))
+
+    def inspect_initial_labels(self) -> ExitCode | None:
+        """Take the first DFT labels."""
+        if broken := self._broken(self.ctx.initial, "DFT_LABELS"):
+            return broken
+        self.ctx.labels[INITIAL] = self.ctx.initial.outputs.labels
+        self.out("initial_labels", self.ctx.labels[INITIAL])
+        return None
+
+    def pretrain(self) -> ToContext:
+        """Teach the networks what the EIPs say about the pool."""
+        self.report("pre-training on EIP labels")
+        inputs = self._train_inputs("pretrain")
+        inputs.job.eip_labels = {"pool": self.ctx.eip_labels}
+        return ToContext(pretraining=self._submit_train(inputs, "pretrain"))
+
+    def inspect_pretrain(self) -> ExitCode | None:
+        """Take the pre-trained committee."""
+        if broken := self._broken(self.ctx.pretraining, "PRETRAIN"):
+            return broken
+        self.ctx.pretrained = self.ctx.pretraining.outputs.committee
+        self.out("pretrained", self.ctx.pretrained)
+        return None
+
+    def should_continue(self) -> bool:
+        """Go on until the last assessment gave a reason to stop."""
+        return "history" not in self.ctx or self.ctx.history["stop"] is None
+
+    def classify(self) -> ToContext:
+        """Learn which EIP to believe where."""
+        self.ctx.iteration += 1
+        n_labels = sum(node.base.attributes.get("n_labels") for node in self.ctx.labels.values())
+        self.report(f"iteration {self.ctx.iteration}: training on {n_labels} DFT labels")
+        inputs = self._train_inputs("classify")
+        inputs.job.labels = dict(self.ctx.labels)
+        inputs.job.eip_labels = {"pool": self.ctx.eip_labels}
+        inputs.job.committee = self.ctx.pretrained
+        return ToContext(classifying=self._submit_train(inputs, "classify"))
+
+    def inspect_classify(self) -> ExitCode | None:
+        """Take the choice of EIPs."""
+        if broken := self._broken(self.ctx.classifying, "CLASSIFY"):
+            return broken
+        self.ctx.selection = self.ctx.classifying.outputs.selection
+        self._emit("selection", self.ctx.selection)
+        return None
+
+    def finetune(self) -> None:
+        """Fine-tune the committee on DFT labels, beside a twin that starts from scratch."""
+        inputs = self._train_inputs("finetune")
+        inputs.job.labels = dict(self.ctx.labels)
+        if self.inputs.train_scratch:
+            twin = self._train_inputs("scratch")
+            twin.job.labels = dict(self.ctx.labels)
+            self.to_context(scratch=self._submit_train(twin, "scratch"))
+        inputs.job.committee = self.ctx.pretrained
+        if self.inputs.use_pseudo_labels:
+            inputs.job.eip_labels = {"pool": self.ctx.eip_labels}
+            inputs.job.selection = self.ctx.selection
+        self.to_context(finetuning=self._submit_train(inputs, "finetune"))
+
+    def inspect_finetune(self) -> ExitCode | None:
+        """Take the committee."""
+        if broken := self._broken(self.ctx.finetuning, "FINETUNE"):
+            return broken
+        self.ctx.committee = self.ctx.finetuning.outputs.committee
+        self._emit("committee", self.ctx.committee)
+        if self.inputs.train_scratch:
+            if broken := self._broken(self.ctx.scratch, "FINETUNE"):
+                return broken
+            self._emit("scratch", self.ctx.scratch.outputs.committee)
+        return None
+
+    def evaluate(self) -> None:
+        """Ask the committee, and its twin, about the whole pool."""
+        self.to_context(evaluation=self._submit_evaluate(self.ctx.committee, "evaluate"))
+        if self.inputs.train_scratch:
+            twin = self.ctx.scratch.outputs.committee
+            self.to_context(scratch_evaluation=self._submit_evaluate(twin, "evaluate_scratch"))
+
+    def inspect_evaluate(self) -> ExitCode | None:
+        """Take the predictions."""
+        if broken := self._broken(self.ctx.evaluation, "EVALUATE"):
+            return broken
+        self.ctx.predictions = self.ctx.evaluation.outputs.predictions
+        self._emit("predictions", self.ctx.predictions)
+        if self.inputs.train_scratch:
+            if broken := self._broken(self.ctx.scratch_evaluation, "EVALUATE"):
+                return broken
+            self._emit("scratch_predictions", self.ctx.scratch_evaluation.outputs.predictions)
+        return None
+
+    def assess(self) -> ExitCode | None:
+        """Measure the errors on the test set and look for a reason to stop."""
+        more = {f"{loop.LABELS}{key}": node for key, node in self.ctx.labels.items()}
+        if self.inputs.train_scratch:
+            more["scratch"] = self.ctx.scratch_evaluation.outputs.predictions
+        if "history" in self.ctx:
+            more["previous"] = self.ctx.history
+        history, node = loop.assess.run_get_node(
+            self.ctx.pool,
+            self.ctx.predictions,
+            self.ctx.test_labels,
+            self.ctx.eip_labels,
+            self.inputs.stop,
+            **more,
+            **self._taken(),
+        )
+        if not node.is_finished_ok:
+            return self._broken(node, "ASSESS")
+        self.ctx.history = history
+        self._emit("history", history)
+        self._report_errors(history["iterations"][-1])
+        if history["stop"]:
+            self.report(f"stop: {history['stop']['text']}")
+        return None
+
+    def acquire(self) -> ExitCode | None:
+        """Choose the next DFT points."""
+        choice, node = loop.acquire.run_get_node(
+            self.ctx.predictions, self.inputs.acquisition, self.inputs.seed, **self._taken()
+        )
+        if not node.is_finished_ok:
+            return self._broken(node, "ACQUIRE")
+        self.ctx.choices[self._name()] = choice
+        self._emit("choice", choice)
+        return None
+
+    def label_with_dft(self) -> ToContext:
+        """Label the chosen configurations."""
+        return ToContext(asked=self._submit_dft(self._name()))
+
+    def inspect_labels(self) -> ExitCode | None:
+        """Take the new DFT labels."""
+        if broken := self._broken(self.ctx.asked, "DFT_LABELS"):
+            return broken
+        self.ctx.labels[self._name()] = self.ctx.asked.outputs.labels
+        self._emit("labels", self.ctx.asked.outputs.labels)
+        return None
+
+    def results(self) -> None:
+        """Emit what the last iteration made."""
+        for name in ("committee", "selection", "predictions", "history"):
+            self.out(name, self.ctx[name])
+
+    # Pieces of the steps.
+
+    def _name(self) -> str:
+        return f"i{self.ctx.iteration:03d}"
+
+    def _emit(self, name: str, node: Data) -> None:
+        # At once, so that a loop that breaks later still has it.
+        self.out(f"iterations.{self._name()}.{name}", node)
+
+    def _taken(self) -> dict[str, ChoiceData]:
+        return {f"{loop.TAKEN}{key}": node for key, node in self.ctx.choices.items()}
+
+    def _configurations(self) -> dict[str, ConfigurationsData]:
+        known = {"known": self.ctx.known.configurations} if "labels" in self.ctx.known else {}
+        return {"pool": self.ctx.pool, **known}
+
+    def _submit_dft(self, name: str) -> ProcessNode:
+        choice = self.ctx.choices[name]
+        inputs = AttributeDict(self.exposed_inputs(DftLabelWorkChain, namespace="dft"))
+        inputs.configurations = self.ctx.pool
+        inputs.choice = choice
+        self.report(f"DFT labels: {len(choice)} configurations ({name})")
+        return self.submit(DftLabelWorkChain, **_named(inputs, f"dft_{name}"))
+
+    def _train_inputs(self, name: str) -> AttributeDict:
+        inputs = AttributeDict(self.exposed_inputs(TrainBaseWorkChain, namespace="train"))
+        inputs.job.training = self.inputs[name]
+        inputs.job.configurations = self._configurations()
+        inputs.job.exclude = {TEST: self.ctx.choices[TEST]}
+        return inputs
+
+    def _submit_train(self, inputs: AttributeDict, label: str) -> ProcessNode:
+        return self.submit(TrainBaseWorkChain, **_named(inputs, label))
+
+    def _submit_evaluate(self, committee: CommitteeData, label: str) -> ProcessNode:
+        inputs = AttributeDict(self.exposed_inputs(EvaluateCalculation, namespace="evaluate"))
+        inputs.configurations = {"pool": self.ctx.pool}
+        inputs.committee = committee
+        return self.submit(EvaluateCalculation, **_named(inputs, label))
+
+    def _report_errors(self, record: Mapping[str, Any]) -> None:
+        parts = [
+            f"{name} {1000 * record[key]['energy_mae']:.1f} meV/atom, "
+            f"{1000 * record[key]['forces_mae']:.0f} meV/Å"
+            for name, key in (
+                ("fine-tuned", "committee"),
+                ("from scratch", "scratch"),
+                ("best EIP", "best_eip"),
+            )
+            if record.get(key)
+        ]
+        self.report(f"test errors of iteration {record['iteration']}: " + "; ".join(parts))
+
+    def _broken(self, process: ProcessNode, name: str) -> ExitCode | None:
+        if process.is_finished_ok:
+            return None
+        message = process.exit_message or f"it is {process.process_state}."
+        return self.exit_codes[f"ERROR_{name}"].format(pk=process.pk, message=message)
+
+
+def _named(inputs: AttributeDict, label: str) -> AttributeDict:
+    """Return ``inputs`` with the label of the link from the loop: history and lineage read it."""
+    inputs.metadata = AttributeDict({**inputs.get("metadata", {}), "call_link_label": label})
+    return inputs
+
+
+def _validate_inputs(inputs: Any, _: Any) -> str | None:
+    """Refuse, before anything runs, what would only break later."""
+    if "pool" not in inputs and "explore" not in inputs:
+        return "give a pool, or the inputs below `explore` to make one"
+    if len(inputs.get("known", {})) == 1:
+        return "`known` needs both configurations and labels"
+    if "pool" in inputs:
+        return _validate_pool(inputs)
+    return None
+
+
+def _validate_pool(inputs: Any) -> str | None:
+    n_pool, sizes = len(inputs["pool"]), inputs["split"].get_dict()
+    if n_pool == 0:
+        return "the pool is empty: give at least one configuration"
+    if sum(sizes.values()) > n_pool:
+        return (
+            f"the split {sizes} needs {sum(sizes.values())} configurations, the pool has {n_pool}: "
+            "make the pool larger or the split smaller"
+        )
+    return validate_pw(inputs["dft"]["pw_base"], inputs["pool"])

@@ -1,0 +1,207 @@
+"""From a protocol to the inputs of the loop."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from aiida.engine import ProcessBuilder
+from aiida.orm import AbstractCode, Dict, Float, Int, List, Str, StructureData
+from aiida_quantumespresso.workflows.pw.base import PwBaseWorkChain
+from ase import Atoms
+
+from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.data.labels import LabelsData
+
+# One core, no MPI: on a busy machine two runs on one core each beat one run on two.
+ONE_CORE = {"resources": {"num_machines": 1, "num_mpiprocs_per_machine": 1}, "withmpi": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codes:
+    """The codes of a loop.
+
+    Parameters
+    ----------
+    pw
+        Runs pw.x.
+    job
+        Runs ``eipnn-job``.
+    """
+
+    pw: AbstractCode
+    job: AbstractCode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What a loop starts from.
+
+    Parameters
+    ----------
+    structures
+        Seed structures, from which a pool is made; not needed with a pool.
+    pool
+        A pool that is there already.
+    eips
+        Names of the EIPs; the protocol's list for the element where it is empty.
+    known_configurations, known_labels
+        Configurations with DFT labels that are there already.
+    """
+
+    structures: Sequence[StructureData] = ()
+    pool: ConfigurationsData | None = None
+    eips: Sequence[str] = ()
+    known_configurations: ConfigurationsData | None = None
+    known_labels: LabelsData | None = None
+
+    def __post_init__(self) -> None:
+        if not self.structures and self.pool is None:
+            raise ValueError("give seed structures to make a pool from, or a pool")
+
+    @property
+    def elements(self) -> list[str]:
+        """Chemical symbols that occur, in alphabetical order."""
+        found = {symbol for item in self.structures for symbol in item.get_symbols_set()}
+        for node in (self.pool, self.known_configurations):
+            if node is not None:
+                found |= set(node.base.attributes.get("elements"))
+        return sorted(found)
+
+
+def fill_builder(
+    builder: ProcessBuilder,
+    inputs: dict[str, Any],
+    codes: Codes,
+    start: Start,
+    options: Mapping[str, Any],
+) -> ProcessBuilder:
+    """Fill in every input of the loop."""
+    eips = list(start.eips) or default_eips(inputs["eips"], start.elements)
+    options = {**ONE_CORE, **options}
+    _fill_start(builder, inputs, codes, start, eips, options)
+    builder.label.job = {
+        "code": codes.job,
+        "eips": List(eips),
+        "parameters": Dict(inputs["label"]),
+        "metadata": {"options": options},
+    }
+    builder.dft = fill_dft(inputs["dft"], codes.pw, start.elements, options)
+    builder.train.job = {
+        "code": codes.job,
+        "seeds": List(member_seeds(inputs["seed"], inputs["n_members"])),
+        "network": Dict(inputs["network"]),
+        "classes": Dict(inputs["classes"]),
+        "parameters": Dict(inputs["train"]),
+        "metadata": {"options": options},
+    }
+    builder.evaluate = {
+        "code": codes.job,
+        "parameters": Dict(inputs["evaluate"]),
+        "metadata": {"options": options},
+    }
+    for name in ("pretrain", "classify", "finetune", "scratch", "split", "acquisition", "stop"):
+        builder[name] = Dict(inputs[name])
+    builder.seed = Int(inputs["seed"])
+    builder.train_scratch = inputs["train_scratch"]
+    builder.use_pseudo_labels = inputs["use_pseudo_labels"]
+    return builder
+
+
+def fill_dft(
+    inputs: Mapping[str, Any],
+    code: AbstractCode,
+    elements: Sequence[str],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the inputs of DftLabelWorkChain, less the configurations.
+
+    Raises
+    ------
+    ValueError
+        If the family of pseudopotentials is not installed or lacks an element.
+    """
+    try:
+        pw_base = PwBaseWorkChain.get_builder_from_protocol(
+            code,
+            StructureData(ase=all_elements(elements)),
+            protocol=inputs["protocol"],
+            overrides=dict(inputs["pw_base"]),
+            options=dict(options),
+        )
+    except ValueError as error:
+        family = inputs["pw_base"]["pseudo_family"]
+        raise ValueError(
+            f"{error} -- the loop needs a family of pseudopotentials with cutoffs for "
+            f"{', '.join(elements)}, and takes {family!r}: install it (`aiida-eipnn setup` does), "
+            "or name another one"
+        ) from error
+    given = pw_base._inputs(prune=True)
+    del given["pw"]["structure"]
+    return {
+        "pw_base": given,
+        "scaling": Dict(inputs["scaling"]),
+        "n_lanes": Int(inputs["n_lanes"]),
+        "min_success_fraction": Float(inputs["min_success_fraction"]),
+    }
+
+
+def all_elements(elements: Sequence[str]) -> Atoms:
+    """Return a structure with one atom of each element, to look up pseudopotentials with."""
+    return Atoms(
+        list(elements),
+        positions=[(4.0 * row, 0.0, 0.0) for row in range(len(elements))],
+        cell=[4.0 * len(elements), 4.0, 4.0],
+        pbc=True,
+    )
+
+
+def default_eips(table: Mapping[str, Sequence[str]], elements: Sequence[str]) -> list[str]:
+    """Return the EIPs of the protocol for these elements.
+
+    Raises
+    ------
+    ValueError
+        If the protocol has none.
+    """
+    key = "-".join(sorted(elements))
+    if key not in table:
+        raise ValueError(
+            f"the protocol names EIPs for {sorted(table)}, not for {key}: name them yourself, at "
+            "least one model that knows each element"
+        )
+    return list(table[key])
+
+
+def member_seeds(seed: int, n_members: int) -> list[int]:
+    """Return one seed for each member of the committee."""
+    children = np.random.SeedSequence(seed).spawn(n_members)
+    return [int(child.generate_state(1)[0]) for child in children]
+
+
+def _fill_start(
+    builder: ProcessBuilder,
+    inputs: Mapping[str, Any],
+    codes: Codes,
+    start: Start,
+    eips: Sequence[str],
+    options: Mapping[str, Any],
+) -> None:
+    if start.pool is not None:
+        builder.pool = start.pool
+    else:
+        seeds = ConfigurationsData.from_structures(list(start.structures), "seed")
+        builder.explore = {
+            "code": codes.job,
+            "configurations": {"seeds": seeds},
+            "recipes": List(inputs["explore"]["recipes"]),
+            "seed": Int(inputs["seed"]),
+            # The first of the list is the one that is trusted most.
+            "eip": Str(eips[0]),
+            "metadata": {"options": options},
+        }
+    if start.known_labels is not None:
+        builder.known = {
+            "configurations": start.known_configurations,
+            "labels": start.known_labels,
+        }
