@@ -13,6 +13,8 @@ VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 # The extras that a checkout gets: everything, with the tools of `make test`.
 EXTRAS := all,tests,lint
+# Python compiles the modules that are used when they are: pip would compile all, for a minute more.
+PIP_OPTIONS := --quiet --no-compile --disable-pip-version-check
 TORCH := torch==2.13.0
 KIMPY := kimpy==2.1.4
 INSTALLED := $(VENV)/.installed
@@ -42,10 +44,9 @@ $(INSTALLED): pyproject.toml Makefile | system
 	@echo '== Python environment: $(VENV)'
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"aiida-eipnn needs Python 3.11 or newer, but $(PYTHON) is {v.major}.{v.minor}; say which to use: make install PYTHON=python3.12")'
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python .ci/install-kimpy '$(KIMPY)' $(KIMPY_LOG)
 	@echo '== aiida-eipnn with its dependencies (the largest is torch)'
-	@$(BIN)/python -m pip install --quiet '$(TORCH)' '$(KIMPY)' --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -m pip install $(PIP_OPTIONS) '$(TORCH)' '$(KIMPY)' --editable '.[$(EXTRAS)]'
 	@touch $@
 	@echo '== installed; the commands are in $(VENV)/bin'
 

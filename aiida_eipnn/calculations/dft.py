@@ -31,6 +31,9 @@ from aiida_eipnn.science.labels import DFT, Labels, join_labels
 # Gathering costs O(N^2) in the number of input nodes, so a process takes no more than these.
 MAX_NODES = 50
 
+# pw.x converges for atoms on top of one another too; such a label is no physics to learn from.
+MAX_FORCE = 200.0
+
 # A link label may not start with a digit, as ids may.
 LABELLED = "labelled_"
 FAILED = "failed_"

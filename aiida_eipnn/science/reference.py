@@ -21,7 +21,7 @@ SCALE_BOUNDS = (0.5, 2.0)
 # enough to decide what fixed compositions leave open, too little to be seen elsewhere.
 RIDGE = 1e-8
 
-_HUBER = 1.345  # 95 % efficiency for normal errors
+_HUBER, _TUKEY = 1.345, 4.685  # 95 % efficiency for normal errors
 _MAD_TO_SIGMA = 1.4826
 _ROUNDS = 30
 
@@ -172,7 +172,7 @@ def fit_alignment(
 ) -> Alignment:
     """Fit scale and shifts that bring each EIP onto the reference.
 
-    Robust (Huber) least squares on energies per atom. The scale is 1 below
+    Robust least squares on energies per atom. The scale is 1 below
     ``MIN_LABELS_FOR_SCALE`` labels, and from there on held towards 1 as far as the noise asks.
     Without any reference label the alignment changes nothing. An EIP without one label that can
     be compared cannot be used: its scale is NaN.
@@ -289,17 +289,38 @@ def _fit_one(
 
     ``energy`` (of the EIP) and ``target`` are per atom.
     """
-    weights = np.ones(len(target))
-    scale, shift = 1.0, _fit_shifts(fractions, target - energy, weights)
+    scale, shift = 1.0, _fit_shifts(fractions, target - energy, np.ones(len(target)))
     for _ in range(_ROUNDS):
-        residual = target - scale * energy - fractions @ shift
-        # The floor, in eV/atom, matters where more than half of the labels are met exactly.
-        sigma = max(_MAD_TO_SIGMA * float(np.median(np.abs(residual))), 1e-9)
-        weights = 1.0 / np.maximum(1.0, np.abs(residual) / (_HUBER * sigma))
-        if len(target) >= MIN_LABELS_FOR_SCALE:
-            scale = _fit_scale(fractions, energy, target, weights, sigma)
+        weights, _sigma = _huber_weights(target - energy - fractions @ shift)
+        shift = _fit_shifts(fractions, target - energy, weights)
+    if len(target) < MIN_LABELS_FOR_SCALE:
+        return scale, shift
+    for _ in range(_ROUNDS):
+        weights, sigma = _tukey_weights(target - scale * energy - fractions @ shift)
+        scale = _fit_scale(fractions, energy, target, weights, sigma)
         shift = _fit_shifts(fractions, target - scale * energy, weights)
     return scale, shift
+
+
+def _huber_weights(residual: FloatArray) -> tuple[FloatArray, float]:
+    """Return the weight of each residual, and their robust spread in eV/atom."""
+    sigma = _robust_sigma(residual)
+    return 1.0 / np.maximum(1.0, np.abs(residual) / (_HUBER * sigma)), sigma
+
+
+def _tukey_weights(residual: FloatArray) -> tuple[FloatArray, float]:
+    """Return weights that reach zero.
+
+    An EIP that is absurd on one configuration has an absurd energy there, which as a regressor
+    would pull the scale however small its Huber weight.
+    """
+    sigma = _robust_sigma(residual)
+    return (1 - np.minimum(1.0, np.abs(residual) / (_TUKEY * sigma)) ** 2) ** 2, sigma
+
+
+def _robust_sigma(residual: FloatArray) -> float:
+    # The floor, in eV/atom, matters where more than half of the labels are met exactly.
+    return max(_MAD_TO_SIGMA * float(np.median(np.abs(residual))), 1e-9)
 
 
 def _fit_scale(

@@ -10,8 +10,12 @@ from aiida.orm import AbstractCode, Dict, Float, Int, List, Str, StructureData
 from aiida_quantumespresso.workflows.pw.base import PwBaseWorkChain
 from ase import Atoms
 
+from aiida_eipnn.calculations.explore import ExploreCalculation
+from aiida_eipnn.data.choice import Choice, ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.workflows.label_dft import DftLabelWorkChain
+from aiida_eipnn.workflows.restart import LabelBaseWorkChain, TrainBaseWorkChain
 
 # One core, no MPI: on a busy machine two runs on one core each beat one run on two.
 ONE_CORE = {"resources": {"num_machines": 1, "num_mpiprocs_per_machine": 1}, "withmpi": False}
@@ -77,34 +81,86 @@ def fill_builder(
     options: Mapping[str, Any],
 ) -> ProcessBuilder:
     """Fill in every input of the loop."""
-    eips = list(start.eips) or default_eips(inputs["eips"], start.elements)
-    options = {**ONE_CORE, **options}
-    _fill_start(builder, inputs, codes, start, eips, options)
-    builder.label.job = {
-        "code": codes.job,
-        "eips": List(eips),
-        "parameters": Dict(inputs["label"]),
-        "metadata": {"options": options},
-    }
+    if start.pool is not None:
+        builder.pool = start.pool
+    else:
+        builder.explore = _explore(inputs, codes.job, start.structures, start.eips, options)
+    if start.known_labels is not None:
+        builder.known = {
+            "configurations": start.known_configurations,
+            "labels": start.known_labels,
+        }
+    builder.label.job = _label(inputs, codes.job, start.elements, start.eips, options)
     builder.dft = fill_dft(inputs["dft"], codes.pw, start.elements, options)
-    builder.train.job = {
-        "code": codes.job,
-        "seeds": List(member_seeds(inputs["seed"], inputs["n_members"])),
-        "network": Dict(inputs["network"]),
-        "classes": Dict(inputs["classes"]),
-        "parameters": Dict(inputs["train"]),
-        "metadata": {"options": options},
-    }
-    builder.evaluate = {
-        "code": codes.job,
-        "parameters": Dict(inputs["evaluate"]),
-        "metadata": {"options": options},
-    }
+    builder.train.job = _train(inputs, codes.job, options)
+    builder.evaluate = {"parameters": Dict(inputs["evaluate"]), **_job(codes.job, options)}
     for name in ("pretrain", "classify", "finetune", "scratch", "split", "acquisition", "stop"):
         builder[name] = Dict(inputs[name])
     builder.seed = Int(inputs["seed"])
     builder.train_scratch = inputs["train_scratch"]
     builder.use_pseudo_labels = inputs["use_pseudo_labels"]
+    return builder
+
+
+def explore_builder(
+    inputs: Mapping[str, Any],
+    code: AbstractCode,
+    structures: Sequence[StructureData],
+    eips: Sequence[str] = (),
+) -> ProcessBuilder:
+    """Return a builder that makes the pool of a protocol."""
+    builder = ExploreCalculation.get_builder()
+    builder._update(_explore(inputs, code, structures, eips, {}))  # noqa: SLF001
+    return builder
+
+
+def label_builder(
+    inputs: Mapping[str, Any],
+    code: AbstractCode,
+    pool: ConfigurationsData,
+    eips: Sequence[str] = (),
+) -> ProcessBuilder:
+    """Return a builder that labels ``pool`` with the EIPs of a protocol, or with those given."""
+    elements = pool.base.attributes.get("elements")
+    builder = LabelBaseWorkChain.get_builder()
+    builder.job = {"configurations": {"pool": pool}, **_label(inputs, code, elements, eips, {})}
+    return builder
+
+
+def dft_builder(
+    inputs: Mapping[str, Any],
+    code: AbstractCode,
+    pool: ConfigurationsData,
+    n_chosen: int | None,
+    seed: int,
+) -> ProcessBuilder:
+    """Return a builder that labels ``n_chosen`` configurations of ``pool`` with pw.x, or all.
+
+    Raises
+    ------
+    ValueError
+        If the pool has fewer configurations.
+    """
+    ids = pool.value().ids
+    if n_chosen is not None:
+        if not 0 < n_chosen <= len(ids):
+            raise ValueError(f"cannot pick {n_chosen} of {len(ids)} configurations")
+        ids = np.random.default_rng(seed).permutation(ids)[:n_chosen]
+    builder = DftLabelWorkChain.get_builder()
+    builder._update(  # noqa: SLF001
+        {
+            "configurations": pool,
+            "choice": ChoiceData.from_value(Choice.from_ids(ids), strategy="given"),
+            **fill_dft(inputs["dft"], code, pool.base.attributes.get("elements"), {}),
+        }
+    )
+    return builder
+
+
+def train_builder(inputs: Mapping[str, Any], code: AbstractCode, name: str) -> ProcessBuilder:
+    """Return a builder with the settings of the training ``name``, less the data."""
+    builder = TrainBaseWorkChain.get_builder()
+    builder.job = {"training": Dict(inputs[name]), **_train(inputs, code, {})}
     return builder
 
 
@@ -127,7 +183,7 @@ def fill_dft(
             StructureData(ase=all_elements(elements)),
             protocol=inputs["protocol"],
             overrides=dict(inputs["pw_base"]),
-            options=dict(options),
+            options={**ONE_CORE, **options},
         )
     except ValueError as error:
         family = inputs["pw_base"]["pseudo_family"]
@@ -179,29 +235,50 @@ def member_seeds(seed: int, n_members: int) -> list[int]:
     return [int(child.generate_state(1)[0]) for child in children]
 
 
-def _fill_start(
-    builder: ProcessBuilder,
+def _job(code: AbstractCode, options: Mapping[str, Any]) -> dict[str, Any]:
+    return {"code": code, "metadata": {"options": {**ONE_CORE, **options}}}
+
+
+def _explore(
     inputs: Mapping[str, Any],
-    codes: Codes,
-    start: Start,
+    code: AbstractCode,
+    structures: Sequence[StructureData],
     eips: Sequence[str],
     options: Mapping[str, Any],
-) -> None:
-    if start.pool is not None:
-        builder.pool = start.pool
-    else:
-        seeds = ConfigurationsData.from_structures(list(start.structures), "seed")
-        builder.explore = {
-            "code": codes.job,
-            "configurations": {"seeds": seeds},
-            "recipes": List(inputs["explore"]["recipes"]),
-            "seed": Int(inputs["seed"]),
-            # The first of the list is the one that is trusted most.
-            "eip": Str(eips[0]),
-            "metadata": {"options": options},
-        }
-    if start.known_labels is not None:
-        builder.known = {
-            "configurations": start.known_configurations,
-            "labels": start.known_labels,
-        }
+) -> dict[str, Any]:
+    elements = sorted({symbol for item in structures for symbol in item.get_symbols_set()})
+    seeds = ConfigurationsData.from_structures(list(structures), "seed")
+    return {
+        "configurations": {"seeds": seeds},
+        "recipes": List(inputs["explore"]["recipes"]),
+        "seed": Int(inputs["seed"]),
+        # The first of the list is the one that is trusted most.
+        "eip": Str((list(eips) or default_eips(inputs["eips"], elements))[0]),
+        **_job(code, options),
+    }
+
+
+def _label(
+    inputs: Mapping[str, Any],
+    code: AbstractCode,
+    elements: Sequence[str],
+    eips: Sequence[str],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    return {
+        "eips": List(list(eips) or default_eips(inputs["eips"], elements)),
+        "parameters": Dict(inputs["label"]),
+        **_job(code, options),
+    }
+
+
+def _train(
+    inputs: Mapping[str, Any], code: AbstractCode, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "seeds": List(member_seeds(inputs["seed"], inputs["n_members"])),
+        "network": Dict(inputs["network"]),
+        "classes": Dict(inputs["classes"]),
+        "parameters": Dict(inputs["train"]),
+        **_job(code, options),
+    }

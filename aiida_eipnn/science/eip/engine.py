@@ -5,6 +5,7 @@ become *missing with a reason*; what it had labelled before is kept, and the oth
 """
 
 import multiprocessing
+import os
 import signal
 import time
 from collections import deque
@@ -286,7 +287,7 @@ class _Task:
     def _launch(self) -> None:
         self.shared.opened.value = 0
         self.reports, sender = _CONTEXT.Pipe(duplex=False)
-        # The alarm ends the process even if this one is killed and cannot end it.
+        # The alarm ends a process that hangs even if this one is killed and cannot end it.
         seconds = self.timeout - (time.monotonic() - self.started) + 5.0
         self.process = _CONTEXT.Process(
             target=_work,
@@ -395,7 +396,10 @@ def _work(
         reports.send((None, _reason_of(error)))
         return
     shared.opened.value = 1
+    parent = os.getppid()
     for place in np.flatnonzero(state == _MISSING):
+        if os.getppid() != parent:
+            return  # the job was killed: nobody will read the labels
         try:
             label = potential.label(part.atoms(int(place)))
             reason = _why_not(label)

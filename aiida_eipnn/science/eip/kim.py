@@ -109,7 +109,9 @@ class KimPotential:
         codes = self._species_codes(atoms.numbers)
         if not atoms.pbc.any():
             return coordinates, codes, np.zeros(0, dtype=np.intc)
-        cell = (atoms.cell if atoms.pbc.all() else atoms.cell.complete()).array
+        cell = atoms.cell if atoms.pbc.all() else atoms.cell.complete()
+        # kimpy reads the memory row by row whatever the strides; complete() returns columns.
+        cell = np.ascontiguousarray(cell.array)
         coordinates = _into_cell(coordinates, cell, atoms.pbc)
         images, image_codes, image_of = kimpy.neighlist.create_paddings(
             self.cutoff, cell, atoms.pbc.astype(np.intc), coordinates, codes

@@ -1,0 +1,178 @@
+"""What the launch scripts share: their options, and how a builder is run or submitted."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from aiida.common.exceptions import NotExistent
+from aiida.engine import ProcessBuilder, run_get_node, submit
+from aiida.engine.daemon.client import get_daemon_client
+from aiida.manage import get_config_option
+from aiida.orm import (
+    AbstractCode,
+    Data,
+    ProcessNode,
+    QueryBuilder,
+    StructureData,
+    load_code,
+    load_node,
+)
+from ase.build import bulk
+
+from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.reports.progress import show_progress
+from aiida_eipnn.science.io import read_configurations, read_labelled
+
+
+def parser(text: str | None) -> argparse.ArgumentParser:
+    """Return the parser that every launch script starts from."""
+    options = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument(
+        "--submit", action="store_true", help="leave it to the daemon instead of waiting here"
+    )
+    return options
+
+
+def add_job_code(options: argparse.ArgumentParser) -> None:
+    """Add the code that runs ``eipnn-job``."""
+    options.add_argument("--job-code", default="eipnn-job@localhost", help="code for eipnn-job")
+
+
+def add_pw_code(options: argparse.ArgumentParser) -> None:
+    """Add the code that runs pw.x."""
+    options.add_argument("--pw-code", default="pw@localhost", help="code for pw.x")
+
+
+def add_protocol(options: argparse.ArgumentParser) -> None:
+    """Add the protocol and what replaces its values."""
+    options.add_argument("--protocol", default="demo", help="demo, fast, balanced or stringent")
+    options.add_argument(
+        "--overrides", type=Path, help="YAML file with values that replace those of the protocol"
+    )
+
+
+def code_of(name: str) -> AbstractCode:
+    """Return the code ``name``; exit with one line if there is none."""
+    try:
+        return load_code(name)
+    except (NotExistent, ValueError) as error:
+        raise SystemExit(
+            f"there is no code {name!r}: see `verdi code list`, make one with `aiida-eipnn setup` "
+            f"or `verdi code create` ({error})"
+        ) from error
+
+
+def node_of(identifier: str, kind: type[Data]) -> Data:
+    """Return the node with this PK or UUID; exit with one line if it is none or of another kind."""
+    try:
+        node = load_node(identifier)
+    except (NotExistent, ValueError) as error:
+        raise SystemExit(f"there is no node {identifier!r}: {error}") from error
+    if not isinstance(node, kind):
+        raise SystemExit(f"node {identifier} is a {type(node).__name__}, not a {kind.__name__}")
+    return node
+
+
+def overrides_of(path: Path | None) -> dict[str, Any]:
+    """Return the values of a YAML file."""
+    if path is None:
+        return {}
+    try:
+        return dict(yaml.safe_load(path.read_text()) or {})
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise SystemExit(f"cannot read the overrides in {path}: {error}") from error
+
+
+def configurations_of(path: Path) -> ConfigurationsData:
+    """Return the configurations of an extended XYZ file."""
+    return ConfigurationsData.from_value(checked(read_configurations, path))
+
+
+def labelled_of(path: Path) -> tuple[ConfigurationsData, LabelsData]:
+    """Return the configurations and the DFT labels of an extended XYZ file."""
+    configurations, labels = checked(read_labelled, path)
+    return (
+        ConfigurationsData.from_value(configurations),
+        LabelsData.from_value(labels, level={}),
+    )
+
+
+def checked(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what ``call`` returns; a ``ValueError`` is for the user: one line, no traceback."""
+    try:
+        return call(*arguments)
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def silicon() -> list[StructureData]:
+    """Return the primitive and the conventional cell of silicon."""
+    return [StructureData(ase=bulk("Si")), StructureData(ase=bulk("Si", cubic=True))]
+
+
+def launch(builder: ProcessBuilder, options: argparse.Namespace, *, slots: int = 1) -> ProcessNode:
+    """Run the process here, or submit it to the daemon.
+
+    Parameters
+    ----------
+    builder
+        The process.
+    options
+        What the script was called with; ``submit`` counts here.
+    slots
+        Slots of the daemon that the process needs at most.
+    """
+    if options.submit:
+        if problem := too_few_slots(slots):
+            raise SystemExit(problem)
+        node = checked(submit, builder)
+        print(f"submitted: `aiida-eipnn status {node.pk} --follow` shows how far it is")  # noqa: T201
+        return node
+    with show_progress():
+        _, node = checked(run_get_node, builder)
+    print(f"{node.process_label} {node.pk}: {outcome(node)}")  # noqa: T201
+    if not node.is_finished_ok:
+        raise SystemExit(1)
+    return node
+
+
+def outcome(node: ProcessNode) -> str:
+    """Return in one line how a process ended."""
+    if node.is_finished_ok:
+        return "finished"
+    return f"failed with exit code {node.exit_status}: {node.exit_message or node.exception}"
+
+
+def too_few_slots(slots: int) -> str | None:
+    """Return what to type if the daemon has fewer free slots than needed, or ``None``.
+
+    A work chain that waits keeps its slot. With fewer slots than waiting parents and children
+    need, all wait for ever.
+    """
+    client = get_daemon_client()
+    if not client.is_daemon_running:
+        return "the daemon is not running: start it with `verdi daemon start`, or leave out --submit"
+    workers = int(client.get_numprocesses()["numprocesses"])
+    per_worker = int(get_config_option("daemon.worker_process_slots"))
+    free = workers * per_worker - active_processes()
+    if free >= slots:
+        return None
+    more = -(-(slots - free) // per_worker)
+    return (
+        f"the daemon has {free} free slots ({workers} workers with {per_worker}), but this needs "
+        f"{slots}: add workers with `verdi daemon incr {more}`, or use fewer lanes"
+    )
+
+
+def active_processes() -> int:
+    """Return how many processes are waiting or running."""
+    query = QueryBuilder().append(
+        ProcessNode,
+        filters={"attributes.process_state": {"in": ["created", "running", "waiting"]}},
+    )
+    return query.count()

@@ -1,0 +1,58 @@
+"""Make a pool of configurations out of seeds."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from aiida_eipnn.jobs import spec
+from aiida_eipnn.jobs.inputs import read_configurations
+from aiida_eipnn.jobs.spec import ExploreJob, State
+from aiida_eipnn.science.arrays import save_arrays
+from aiida_eipnn.science.eip.potential import EipCalculator, open_potential
+from aiida_eipnn.science.pool import MD, counts_by_type, make_pool
+
+LOGGER = logging.getLogger(__name__)
+
+
+def run(job: ExploreJob, folder: Path) -> State:
+    """Read the seeds, write ``output/configurations`` and ``output/metrics.json``.
+
+    Returns ``interrupted`` where the time was up before the pool was complete; what there is has
+    been written then.
+    """
+    start = time.monotonic()
+    in_time = _deadline(start, job.max_seconds)
+    seeds = read_configurations(folder)
+    calculator = EipCalculator(open_potential(job.eip)) if job.eip and _needs_eip(job) else None
+    pool, notes = make_pool(
+        seeds, job.recipes, np.random.default_rng(job.seed), calculator, in_time
+    )
+    for note in notes:
+        LOGGER.warning("%s", note)
+    counts = counts_by_type(pool)
+    LOGGER.info("made %d configurations: %s", len(pool), counts)
+    output = folder / spec.OUTPUT
+    save_arrays(output / spec.CONFIGURATIONS, pool.arrays())
+    metrics = {
+        "n_configurations": len(pool),
+        "counts": counts,
+        "notes": list(notes),
+        "seconds": time.monotonic() - start,
+    }
+    (output / spec.METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+    complete = len(pool) == sum(int(recipe["count"]) for recipe in job.recipes)
+    return State.DONE if complete or in_time() else State.INTERRUPTED
+
+
+def _needs_eip(job: ExploreJob) -> bool:
+    return any(recipe.get("config_type") == MD for recipe in job.recipes)
+
+
+def _deadline(start: float, max_seconds: float | None) -> Callable[[], bool]:
+    if max_seconds is None:
+        return lambda: True
+    return lambda: time.monotonic() - start < max_seconds

@@ -1,0 +1,139 @@
+"""Configurations out of molecular dynamics, with any ASE calculator."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.calculator import Calculator
+from ase.md.langevin import Langevin
+
+from aiida_eipnn.science.gate import MIN_CONTACT, geometry_fault
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dynamics:
+    """One run of Langevin dynamics at constant volume.
+
+    Parameters
+    ----------
+    temperature
+        Of the thermostat and of the first velocities, in K.
+    n_snapshots
+        Configurations to take.
+    spacing
+        Steps between two of them, and before the first.
+    timestep
+        Length of a step, in fs.
+    friction
+        Of the thermostat, per fs.
+    max_temperature_factor
+        The run ends when the atoms are hotter than this many times ``temperature``, averaged over
+        the last few steps; small cells fluctuate by a factor of three without any fault.
+    min_contact
+        The run ends when two atoms are closer than this fraction of the sum of their covalent
+        radii.
+    """
+
+    temperature: float
+    n_snapshots: int = 10
+    spacing: int = 20
+    timestep: float = 1.0
+    friction: float = 0.01
+    max_temperature_factor: float = 10.0
+    min_contact: float = MIN_CONTACT
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "n_snapshots", "spacing", "timestep", "friction"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above zero")
+        if not self.max_temperature_factor > 1:
+            raise ValueError(
+                f"max_temperature_factor is {self.max_temperature_factor}; it must be above 1"
+            )
+
+
+class Trajectory(NamedTuple):
+    """The snapshots, and why there are fewer than asked for; an empty ``fault`` if all came."""
+
+    frames: list[Atoms]
+    fault: str
+
+
+def run_dynamics(
+    atoms: Atoms,
+    calculator: Calculator,
+    rng: np.random.Generator,
+    settings: Dynamics,
+    keep_going: Callable[[], bool] = lambda: True,
+) -> Trajectory:
+    """Run dynamics and keep snapshots.
+
+    A run that blows up keeps its frames up to the last good one and says why it ended; it does not
+    raise.
+
+    Parameters
+    ----------
+    atoms
+        Where to start; not changed.
+    calculator
+        Gives energy and forces.
+    rng
+        Draws velocities and the thermostat's kicks: the same generator state, the same frames.
+    settings
+        How hot and how long.
+    keep_going
+        Asked after each snapshot; ``False`` ends the run.
+    """
+    moving = Atoms(
+        numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc
+    )
+    moving.calc = calculator
+    # The Maxwell-Boltzmann distribution, written out: ASE has renamed its function.
+    speed = np.sqrt(units.kB * settings.temperature / moving.get_masses())
+    moving.set_velocities(speed[:, None] * rng.standard_normal((len(moving), 3)))
+    integrator = Langevin(
+        moving,
+        timestep=settings.timestep * units.fs,
+        temperature_K=settings.temperature,
+        friction=settings.friction / units.fs,
+        fixcm=False,
+        rng=rng,
+    )
+    frames: list[Atoms] = []
+    while len(frames) < settings.n_snapshots:
+        fault = _advance(moving, integrator, settings)
+        if fault:
+            done = len(frames) * settings.spacing
+            return Trajectory(frames, f"stopped after step {done}: {fault}")
+        frames.append(
+            Atoms(
+                numbers=moving.numbers,
+                positions=moving.positions,
+                cell=moving.cell.array,
+                pbc=moving.pbc,
+            )
+        )
+        if not keep_going():
+            return Trajectory(frames, "stopped: the time is up")
+    return Trajectory(frames, "")
+
+
+def _advance(moving: Atoms, integrator: Langevin, settings: Dynamics) -> str:
+    """Go on to the next snapshot; return what went wrong, if anything did."""
+    temperatures = []
+    for _ in range(settings.spacing):
+        try:
+            integrator.step()
+        except Exception as error:
+            # A potential that is asked about exploding atoms raises whatever it likes.
+            return f"the potential failed ({type(error).__name__}: {error})"
+        temperatures.append(moving.get_temperature())
+        if fault := geometry_fault(moving, settings.min_contact):
+            return fault
+    hottest = settings.max_temperature_factor * settings.temperature
+    recent = float(np.mean(temperatures[-10:]))
+    if not recent <= hottest:
+        return f"the atoms reached {recent:.0f} K, the guard is {hottest:.0f} K"
+    return ""

@@ -1,0 +1,289 @@
+"""Make new configurations out of a seed: rattle, strain, take an atom out, cut, isolate a pair.
+
+Each function takes a seed, a random generator and its settings, and returns new atoms. Nothing here
+refuses atoms that came too close: that is for the caller, :mod:`aiida_eipnn.science.pool`, who may
+try again.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from ase import Atoms
+from ase.build import make_supercell, surface
+from ase.data import covalent_radii
+
+from aiida_eipnn.science.arrays import FloatArray
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rattle:
+    """Displace every atom.
+
+    Parameters
+    ----------
+    amplitude
+        Standard deviation of each component, drawn from this range, in Å.
+    """
+
+    amplitude: Range = (0.02, 0.25)
+
+    def __post_init__(self) -> None:
+        check_range("amplitude", self.amplitude, lowest=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strain:
+    """Scale the volume, shear the cell, and displace the atoms a little.
+
+    Parameters
+    ----------
+    volume
+        Volume relative to the seed, drawn from this range.
+    shear
+        Largest component of the symmetric strain that comes on top.
+    amplitude
+        As for :class:`Rattle`.
+    """
+
+    volume: Range = (0.85, 1.15)
+    shear: float = 0.05
+    amplitude: Range = (0.0, 0.05)
+
+    def __post_init__(self) -> None:
+        check_range("volume", self.volume, lowest=0.1)
+        check_range("amplitude", self.amplitude, lowest=0.0)
+        if not 0 <= self.shear < 0.5:
+            raise ValueError(f"shear is {self.shear}; it must lie in [0, 0.5)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vacancy:
+    """Take atoms out and displace the others.
+
+    Parameters
+    ----------
+    n_vacancies
+        How many to take out.
+    amplitude
+        As for :class:`Rattle`.
+    """
+
+    n_vacancies: int = 1
+    amplitude: Range = (0.02, 0.15)
+
+    def __post_init__(self) -> None:
+        check_range("amplitude", self.amplitude, lowest=0.0)
+        if self.n_vacancies < 1:
+            raise ValueError(f"n_vacancies is {self.n_vacancies}; take out at least one atom")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surface:
+    """Cut a slab, put vacuum above it, and displace the atoms.
+
+    Parameters
+    ----------
+    miller
+        Planes to cut along, in terms of the seed's own cell vectors; one is drawn.
+    max_atoms
+        Largest slab; as many layers as fit.
+    vacuum
+        Thickness of the vacuum, in Å. The cell stays periodic in all directions.
+    amplitude
+        As for :class:`Rattle`.
+    """
+
+    miller: tuple[tuple[int, int, int], ...] = ((1, 0, 0), (1, 1, 0), (1, 1, 1))
+    max_atoms: int = 8
+    vacuum: float = 8.0
+    amplitude: Range = (0.02, 0.15)
+
+    def __post_init__(self) -> None:
+        check_range("amplitude", self.amplitude, lowest=0.0)
+        if not self.miller or any(len(plane) != 3 or not any(plane) for plane in self.miller):
+            raise ValueError(f"miller is {self.miller}; give planes such as [[1, 0, 0], [1, 1, 1]]")
+        if not self.vacuum > 0:
+            raise ValueError(f"vacuum is {self.vacuum} Å; it must be above zero")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dimer:
+    """Put two atoms of the seed's elements into an otherwise empty box.
+
+    Parameters
+    ----------
+    distance
+        Distance of the two relative to the sum of their covalent radii, drawn from this range.
+    box
+        Edge of the cubic, periodic box, in Å; larger where the pair would be nearer to its images
+        than to each other.
+    """
+
+    distance: Range = (0.75, 1.8)
+    box: float = 8.0
+
+    def __post_init__(self) -> None:
+        check_range("distance", self.distance, lowest=0.1)
+        if not self.box > 0:
+            raise ValueError(f"box is {self.box} Å; it must be above zero")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interstitial:
+    """Put one more atom into the largest of several random holes, and displace all.
+
+    Parameters
+    ----------
+    n_tries
+        Places to compare.
+    amplitude
+        As for :class:`Rattle`.
+    """
+
+    n_tries: int = 50
+    amplitude: Range = (0.02, 0.1)
+
+    def __post_init__(self) -> None:
+        check_range("amplitude", self.amplitude, lowest=0.0)
+        if self.n_tries < 1:
+            raise ValueError(f"n_tries is {self.n_tries}; try at least one place")
+
+
+def rattled(atoms: Atoms, rng: np.random.Generator, settings: Rattle) -> Atoms:
+    """Return a copy with every atom displaced."""
+    new = _bare(atoms)
+    _displace(new, rng, settings.amplitude)
+    return new
+
+
+def strained(atoms: Atoms, rng: np.random.Generator, settings: Strain) -> Atoms:
+    """Return a copy under a random strain, the volume change and the shear apart."""
+    strain = rng.uniform(-settings.shear, settings.shear, size=(3, 3))
+    stretch = np.eye(3) + (strain + strain.T) / 2
+    volume = rng.uniform(*settings.volume)
+    stretch *= (volume / np.linalg.det(stretch)) ** (1 / 3)
+    new = _bare(atoms)
+    new.set_cell(atoms.cell.array @ stretch, scale_atoms=True)
+    _displace(new, rng, settings.amplitude)
+    return new
+
+
+def vacancy(atoms: Atoms, rng: np.random.Generator, settings: Vacancy) -> Atoms:
+    """Return a copy that lacks random atoms.
+
+    Raises
+    ------
+    ValueError
+        If nothing would be left.
+    """
+    if settings.n_vacancies >= len(atoms):
+        raise ValueError(
+            f"cannot take {settings.n_vacancies} of {len(atoms)} atoms out; use a larger supercell"
+        )
+    new = _bare(atoms)
+    del new[np.sort(rng.choice(len(atoms), size=settings.n_vacancies, replace=False))]
+    _displace(new, rng, settings.amplitude)
+    return new
+
+
+def cut_surface(atoms: Atoms, rng: np.random.Generator, settings: Surface) -> Atoms:
+    """Return a slab of the seed with vacuum along the third cell vector, cut at a random height.
+
+    Raises
+    ------
+    ValueError
+        If the seed is not a crystal, or has more atoms than the slab may have.
+    """
+    if not atoms.pbc.all():
+        raise ValueError("only a seed that is periodic in all directions has surfaces")
+    if len(atoms) > settings.max_atoms:
+        raise ValueError(
+            f"a slab of this seed has at least {len(atoms)} atoms, allowed are "
+            f"{settings.max_atoms}; raise max_atoms, or take a smaller seed or supercell"
+        )
+    plane = settings.miller[rng.integers(len(settings.miller))]
+    seed = _bare(atoms)
+    # Shifting the crystal before the cut gives each of its terminations a chance.
+    seed.positions += rng.uniform(size=3) @ atoms.cell.array
+    seed.wrap()
+    slab = surface(seed, plane, layers=settings.max_atoms // len(atoms))
+    slab.center(vacuum=settings.vacuum / 2, axis=2)
+    slab.pbc = True
+    new = _bare(slab)
+    _displace(new, rng, settings.amplitude)
+    return new
+
+
+def dimer(atoms: Atoms, rng: np.random.Generator, settings: Dimer) -> Atoms:
+    """Return two atoms in a box, their elements drawn from those of the seed."""
+    numbers = rng.choice(np.unique(atoms.numbers), size=2)
+    distance = rng.uniform(*settings.distance) * covalent_radii[numbers].sum()
+    box = max(settings.box, 2 * distance)
+    # Along a cell vector: another direction would be the same molecule.
+    half = np.array([distance / 2, 0.0, 0.0])
+    centre = np.full(3, box / 2)
+    return Atoms(
+        numbers=numbers,
+        positions=[centre - half, centre + half],
+        cell=np.full(3, box),
+        pbc=True,
+    )
+
+
+def interstitial(atoms: Atoms, rng: np.random.Generator, settings: Interstitial) -> Atoms:
+    """Return a copy with one more atom of the seed's elements."""
+    number = int(rng.choice(np.unique(atoms.numbers)))
+    places = rng.uniform(size=(settings.n_tries, 3)) @ atoms.cell.array
+    widest = int(np.argmax([_clearance(atoms, place) for place in places]))
+    new = _bare(atoms)
+    new += Atoms(numbers=[number], positions=[places[widest]])
+    _displace(new, rng, settings.amplitude)
+    return new
+
+
+def repeat(atoms: Atoms, supercell: tuple[int, ...] | tuple[tuple[int, ...], ...]) -> Atoms:
+    """Return a supercell: three repetitions, or the 3 × 3 integer matrix that makes it.
+
+    Raises
+    ------
+    ValueError
+        If it is neither, or if it has no volume.
+    """
+    try:
+        matrix = np.array(supercell, dtype=float)
+        matrix = np.diag(matrix) if matrix.shape == (3,) else matrix
+    except (TypeError, ValueError):
+        matrix = np.zeros(0)
+    if matrix.shape != (3, 3) or (matrix != matrix.round()).any() or np.linalg.det(matrix) < 0.5:
+        raise ValueError(
+            f"supercell is {supercell}; give three integers above zero, or a 3 × 3 integer "
+            "matrix with a positive determinant"
+        )
+    larger: Atoms = make_supercell(_bare(atoms), matrix.astype(int))
+    return larger
+
+
+def check_range(name: str, limits: Range, lowest: float) -> None:
+    """Raise ``ValueError`` unless ``limits`` is a rising pair from ``lowest`` or above."""
+    if not isinstance(limits, tuple) or len(limits) != 2:
+        raise ValueError(f"{name} is {limits}; give its lowest and its highest value")
+    if not lowest <= limits[0] <= limits[1] < np.inf:
+        raise ValueError(f"{name} is {list(limits)}; it must rise, from {lowest} at least")
+
+
+def _bare(atoms: Atoms) -> Atoms:
+    """Copy the geometry only: no calculator, constraints, velocities or notes of the seed."""
+    return Atoms(
+        numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc
+    )
+
+
+def _displace(atoms: Atoms, rng: np.random.Generator, amplitude: Range) -> None:
+    atoms.positions += rng.normal(scale=rng.uniform(*amplitude), size=(len(atoms), 3))
+
+
+def _clearance(atoms: Atoms, place: FloatArray) -> float:
+    probe = _bare(atoms) + Atoms("H", positions=[place])
+    return float(probe.get_distances(-1, np.arange(len(atoms)), mic=True).min())

@@ -1,0 +1,281 @@
+"""The pool: new configurations made out of a few seeds, by recipe."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+
+from aiida_eipnn.science import perturbation
+from aiida_eipnn.science.configurations import Configurations, configuration_id
+from aiida_eipnn.science.dynamics import Dynamics, run_dynamics
+from aiida_eipnn.science.gate import MIN_CONTACT, geometry_fault
+from aiida_eipnn.science.settings import build
+
+MD = "md"
+
+# Tries for each configuration before a recipe is called impossible.
+MAX_TRIES = 100
+
+
+class Kind(NamedTuple):
+    """A kind of perturbation: what makes it, and its settings."""
+
+    make: Callable[[Atoms, np.random.Generator, Any], Atoms]
+    settings: type[Any]
+
+
+KINDS: dict[str, Kind] = {
+    "rattled": Kind(perturbation.rattled, perturbation.Rattle),
+    "strained": Kind(perturbation.strained, perturbation.Strain),
+    "vacancy": Kind(perturbation.vacancy, perturbation.Vacancy),
+    "surface": Kind(perturbation.cut_surface, perturbation.Surface),
+    "dimer": Kind(perturbation.dimer, perturbation.Dimer),
+    "interstitial": Kind(perturbation.interstitial, perturbation.Interstitial),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MolecularDynamics:
+    """Snapshots of molecular dynamics, run after run until there are enough.
+
+    Parameters
+    ----------
+    temperatures
+        Taken in turn by the runs, in K.
+    snapshots_per_run, spacing, timestep, friction, max_temperature_factor
+        See :class:`aiida_eipnn.science.dynamics.Dynamics`.
+    amplitude
+        Displacement of the atoms before each run; see
+        :class:`aiida_eipnn.science.perturbation.Rattle`.
+    """
+
+    temperatures: tuple[float, ...] = (300.0, 600.0, 1000.0)
+    snapshots_per_run: int = 10
+    spacing: int = 20
+    timestep: float = 1.0
+    friction: float = 0.01
+    max_temperature_factor: float = 10.0
+    amplitude: tuple[float, float] = (0.01, 0.05)
+
+    def __post_init__(self) -> None:
+        perturbation.check_range("amplitude", self.amplitude, lowest=0.0)
+        if not isinstance(self.temperatures, tuple) or not self.temperatures:
+            raise ValueError(f"temperatures is {self.temperatures}; give a list of at least one")
+        for temperature in self.temperatures:
+            self.run(temperature, self.snapshots_per_run, MIN_CONTACT)
+
+    def run(self, temperature: float, n_snapshots: int, min_contact: float) -> Dynamics:
+        """Return the settings of one run."""
+        return Dynamics(
+            temperature=temperature,
+            n_snapshots=n_snapshots,
+            spacing=self.spacing,
+            timestep=self.timestep,
+            friction=self.friction,
+            max_temperature_factor=self.max_temperature_factor,
+            min_contact=min_contact,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What to make.
+
+    Parameters
+    ----------
+    config_type
+        ``md``, or a kind of perturbation (:data:`KINDS`).
+    count
+        How many configurations.
+    settings
+        The settings of that kind.
+    n_atoms
+        Use only seeds with that many atoms, before the supercell; all seeds in turn by default.
+    supercell
+        Three repetitions, or a 3 × 3 integer matrix.
+    min_contact
+        Smallest distance of two atoms, as a fraction of the sum of their covalent radii.
+    """
+
+    config_type: str
+    count: int
+    settings: Any
+    n_atoms: int | None = None
+    supercell: tuple[Any, ...] = (1, 1, 1)
+    min_contact: float = MIN_CONTACT
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Recipe":
+        """Build from plain values: the fields above and, beside them, the settings of the kind.
+
+        Raises
+        ------
+        ValueError
+            If the kind is unknown, or a setting is unknown or out of range.
+        """
+        kind = content.get("config_type")
+        if kind != MD and kind not in KINDS:
+            raise ValueError(f"no recipe for config_type {kind!r}, only {sorted([*KINDS, MD])}")
+        settings_class = MolecularDynamics if kind == MD else KINDS[kind].settings
+        common = {item.name for item in fields(cls)} - {"settings"}
+        own = {item.name for item in fields(settings_class)}
+        if unknown := sorted(set(content) - common - own):
+            raise ValueError(f"recipe {kind!r}: no setting {unknown}, only {sorted(common | own)}")
+        what = f"recipe {kind!r}"
+        try:
+            settings = build(
+                settings_class, {key: content[key] for key in own if key in content}, what
+            )
+            given = {key: content[key] for key in common if key in content}
+            return build(cls, {**given, "settings": settings}, what)
+        except ValueError as error:
+            text = str(error)
+            raise ValueError(text if text.startswith(what) else f"{what}: {text}") from None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.count, int) or self.count < 1:
+            raise ValueError(f"count is {self.count!r}; make at least one configuration")
+
+
+def make_pool(
+    seeds: Configurations,
+    recipes: Sequence[Mapping[str, Any]],
+    rng: np.random.Generator,
+    calculator: Calculator | None = None,
+    keep_going: Callable[[], bool] = lambda: True,
+) -> tuple[Configurations, tuple[str, ...]]:
+    """Make configurations by recipe.
+
+    Every recipe draws from a random stream of its own, so adding a recipe at the end leaves the
+    configurations of the others as they were.
+
+    Parameters
+    ----------
+    seeds
+        Where to start from; they are not part of the pool.
+    recipes
+        Each with ``config_type``, ``count`` and settings; see :class:`Recipe`.
+    rng
+        The source of all randomness.
+    calculator
+        Drives molecular dynamics; needed only where a recipe asks for it.
+    keep_going
+        Asked between configurations; ``False`` ends with what there is.
+
+    Returns
+    -------
+    tuple
+        The pool, each geometry once, and notes about what did not go as planned.
+
+    Raises
+    ------
+    ValueError
+        If a recipe is wrong or cannot be followed.
+    """
+    if not len(seeds):
+        raise ValueError("no seeds: give at least one configuration to start from")
+    if not recipes:
+        raise ValueError("no recipes: say what to make, such as config_type rattled, count 10")
+    parsed = [Recipe.from_dict(content) for content in recipes]
+    started = [_starts(seeds, recipe) for recipe in parsed]
+    seen: set[str] = set()
+    frames: list[Atoms] = []
+    types: list[str] = []
+    notes: list[str] = []
+    for recipe, starts, stream in zip(parsed, started, rng.spawn(len(parsed)), strict=True):
+        if recipe.config_type != MD:
+            source = _perturbed(recipe, starts, stream)
+        elif calculator is None:
+            raise ValueError("molecular dynamics needs an EIP to drive it: name one")
+        else:
+            source = _dynamics(recipe, starts, stream, calculator, keep_going, notes)
+        made = _collect(source, recipe, seen, keep_going)
+        if len(made) < recipe.count:
+            notes.append(f"{recipe.config_type}: {len(made)} of {recipe.count} were made")
+        frames += made
+        types += [recipe.config_type] * len(made)
+    if not frames:
+        raise ValueError("not one configuration could be made: " + "; ".join(notes))
+    return Configurations.from_atoms(frames, types), tuple(notes)
+
+
+def counts_by_type(configurations: Configurations) -> dict[str, int]:
+    """Return how many configurations there are of each type."""
+    return dict(sorted(Counter(configurations.config_types.tolist()).items()))
+
+
+def _starts(seeds: Configurations, recipe: Recipe) -> list[Atoms]:
+    rows = [row for row, n in enumerate(seeds.n_atoms.tolist()) if recipe.n_atoms in (None, int(n))]
+    if not rows:
+        raise ValueError(
+            f"recipe {recipe.config_type!r}: no seed has {recipe.n_atoms} atoms, only "
+            f"{sorted(set(seeds.n_atoms.tolist()))}"
+        )
+    try:
+        return [perturbation.repeat(seeds.atoms(row), recipe.supercell) for row in rows]
+    except ValueError as error:
+        raise ValueError(f"recipe {recipe.config_type!r}: {error}") from None
+
+
+def _collect(
+    source: Iterator[Atoms], recipe: Recipe, seen: set[str], keep_going: Callable[[], bool]
+) -> list[Atoms]:
+    made: list[Atoms] = []
+    for atoms in source:
+        name = configuration_id(atoms)
+        if name not in seen:
+            seen.add(name)
+            made.append(atoms)
+        if len(made) == recipe.count or not keep_going():
+            break
+    return made
+
+
+def _perturbed(recipe: Recipe, starts: list[Atoms], rng: np.random.Generator) -> Iterator[Atoms]:
+    kind = KINDS[recipe.config_type]
+    fault: str | None = None
+    for turn in range(MAX_TRIES * recipe.count):
+        try:
+            atoms = kind.make(starts[turn % len(starts)], rng, recipe.settings)
+        except ValueError as error:
+            raise ValueError(f"recipe {recipe.config_type!r}: {error}") from error
+        fault = geometry_fault(atoms, recipe.min_contact)
+        if fault is None:
+            yield atoms
+    raise ValueError(
+        f"recipe {recipe.config_type!r}: {MAX_TRIES * recipe.count} tries did not give "
+        f"{recipe.count} different configurations"
+        + (f" (the last one failed: {fault})" if fault else "")
+        + "; make the perturbation weaker, lower min_contact, or ask for fewer"
+    )
+
+
+def _dynamics(
+    recipe: Recipe,
+    starts: list[Atoms],
+    rng: np.random.Generator,
+    calculator: Calculator,
+    keep_going: Callable[[], bool],
+    notes: list[str],
+) -> Iterator[Atoms]:
+    settings: MolecularDynamics = recipe.settings
+    rattle = perturbation.Rattle(amplitude=settings.amplitude)
+    n_runs = -(-recipe.count // settings.snapshots_per_run)
+    # Runs that blow up are made good by others, but not for ever.
+    for turn in range(3 * n_runs + 3):
+        # Every seed meets every temperature before any pair comes again.
+        start = starts[turn % len(starts)]
+        temperature = settings.temperatures[turn // len(starts) % len(settings.temperatures)]
+        run = settings.run(temperature, settings.snapshots_per_run, recipe.min_contact)
+        trajectory = run_dynamics(
+            perturbation.rattled(start, rng, rattle), calculator, rng, run, keep_going
+        )
+        if trajectory.fault:
+            notes.append(f"{MD} at {temperature:.0f} K, {len(start)} atoms: {trajectory.fault}")
+        yield from trajectory.frames
+        if not keep_going():
+            return

@@ -1,0 +1,130 @@
+"""Fixtures that several rooms use, and the rule for codes that are not installed."""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aiida_eipnn.science.configurations import Configurations
+
+pytest_plugins = ["aiida.tools.pytest_fixtures"]
+
+PSEUDOS = Path("/usr/share/espresso/pseudo")
+PSEUDO_FAMILY = "tests/LDA"
+# A norm-conserving LDA pseudopotential that is cheap at 20 Ry: physics for tests, not for papers.
+SI_PSEUDO = "Si.pz-vbc.UPF"
+
+MARKED = {"pw_code": ("qe", "slow"), "pseudo_family": ("qe",), "kim": ("kim",), "torch": ("torch",)}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark each test by the codes that its fixtures need."""
+    for item in items:
+        for fixture in getattr(item, "fixturenames", ()):
+            for mark in MARKED.get(fixture, ()):
+                item.add_marker(mark)
+
+
+def require(name: str, found: object, how: str) -> None:
+    """Skip a test whose code is missing, but fail where it must be there (``EIPNN_REQUIRE``)."""
+    if found:
+        return
+    if name in os.environ.get("EIPNN_REQUIRE", "").split(","):
+        pytest.fail(f"{name} is required here and missing: {how}")
+    pytest.skip(f"{name} is missing: {how}")
+
+
+@pytest.fixture
+def kim():
+    """OpenKIM, with its models."""
+    require("kim", importlib.util.find_spec("kimpy"), "pip install aiida-eipnn[kim]")
+
+
+@pytest.fixture
+def torch():
+    """The torch module, on one thread."""
+    require("torch", importlib.util.find_spec("torch"), "pip install aiida-eipnn[nn]")
+    import torch
+
+    torch.set_num_threads(1)
+    return torch
+
+
+@pytest.fixture
+def job_code(aiida_code_installed, aiida_localhost):
+    """The code that runs ``eipnn-job``."""
+    tune(aiida_localhost)
+    return aiida_code_installed(
+        label="eipnn-job",
+        default_calc_job_plugin="eipnn.train",
+        filepath_executable=str(Path(sys.executable).with_name("eipnn-job")),
+        prepend_text="export OMP_NUM_THREADS=1",
+    )
+
+
+@pytest.fixture
+def pw_code(aiida_code_installed, aiida_localhost):
+    """The code that runs pw.x."""
+    executable = shutil.which("pw.x")
+    require("qe", executable, "apt-get install quantum-espresso")
+    tune(aiida_localhost)
+    return aiida_code_installed(
+        label="pw",
+        default_calc_job_plugin="quantumespresso.pw",
+        filepath_executable=executable,
+        prepend_text="\n".join(
+            [
+                "export OMP_NUM_THREADS=1",
+                "export OMPI_ALLOW_RUN_AS_ROOT=1",
+                "export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
+            ]
+        ),
+    )
+
+
+def tune(computer) -> None:
+    """Let a test not wait for the politeness that a cluster deserves."""
+    computer.set_minimum_job_poll_interval(0.0)
+    computer.configure(safe_interval=0.0, use_login_shell=False)
+
+
+@pytest.fixture
+def pseudo_family(tmp_path):
+    """A family with the cheap silicon, by its label."""
+    from aiida.common.exceptions import NotExistent
+    from aiida.orm import load_group
+    from aiida_pseudo.data.pseudo import UpfData
+    from aiida_pseudo.groups.family import CutoffsPseudoPotentialFamily
+
+    require("qe", (PSEUDOS / SI_PSEUDO).exists(), "apt-get install quantum-espresso-data")
+    try:
+        return load_group(PSEUDO_FAMILY).label
+    except NotExistent:
+        shutil.copy(PSEUDOS / SI_PSEUDO, tmp_path / "Si.upf")
+        family = CutoffsPseudoPotentialFamily.create_from_folder(
+            tmp_path, PSEUDO_FAMILY, pseudo_type=UpfData
+        )
+        family.set_cutoffs({"Si": {"cutoff_wfc": 20.0, "cutoff_rho": 80.0}}, "low", unit="Ry")
+        return family.label
+
+
+@pytest.fixture
+def rattled_silicon():
+    """Return a function that makes rattled two-atom silicon."""
+    from ase.build import bulk
+
+    def make(n: int, *, seed: int = 0, amplitude: float = 0.05) -> Configurations:
+        rng = np.random.default_rng(seed)
+        frames = []
+        for _ in range(n):
+            atoms = bulk("Si")
+            atoms.set_cell(atoms.cell * rng.uniform(0.97, 1.03), scale_atoms=True)
+            atoms.positions += rng.normal(0, amplitude, atoms.positions.shape)
+            frames.append(atoms)
+        return Configurations.from_atoms(frames, ["rattled", "strained"] * (n // 2) + ["rattled"] * (n % 2))
+
+    return make

@@ -1,0 +1,197 @@
+"""The label job on a folder, without AiiDA."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase.build import bulk
+
+from aiida_eipnn.jobs import label, spec
+from aiida_eipnn.jobs.spec import LabelJob, State
+from aiida_eipnn.science.arrays import load_arrays, save_arrays
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.labels import NOT_RUN, Labels
+
+LJ = "lennard-jones"
+SW = "SW_StillingerWeber_1985_Si__MO_405512056662_005"
+
+SLOW = """
+import time
+from aiida_eipnn.science.eip.analytic import LennardJones
+
+
+class Slow:
+    name, elements, cutoff = "slow", LennardJones().elements, 5.0
+    description = LennardJones().description
+
+    def label(self, atoms):
+        time.sleep(0.2)
+        return LennardJones().label(atoms)
+"""
+
+RUN = """
+import sys
+from pathlib import Path
+from aiida_eipnn.jobs import label, spec
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    label.run(spec.read_job(folder / spec.JOB), folder)
+"""
+
+
+def pool_of(n: int, seed: int = 0, symbol: str = "Si") -> Configurations:
+    rng = np.random.default_rng(seed)
+    frames = []
+    for _ in range(n):
+        atoms = bulk(symbol, "diamond", a=5.43)
+        atoms.positions += 0.05 * rng.normal(size=(2, 3))
+        frames.append(atoms)
+    return Configurations.from_atoms(frames, "rattled")
+
+
+def write_pool(folder: Path, **sets: Configurations) -> None:
+    for name, part in sets.items():
+        save_arrays(folder / spec.CONFIGURATIONS / name, part.arrays())
+
+
+def read_labels(folder: Path) -> Labels:
+    return Labels.from_arrays(load_arrays(folder / spec.OUTPUT / spec.LABELS))
+
+
+def read_metrics(folder: Path) -> dict:
+    return json.loads((folder / spec.OUTPUT / spec.METRICS).read_text())
+
+
+def test_every_set_is_labelled_by_every_eip(tmp_path):
+    write_pool(tmp_path, pool=pool_of(3), seeds=pool_of(2, seed=1))
+
+    state = label.run(LabelJob(eips=(LJ, "lennard-jones[sigma=2.2]")), tmp_path)
+
+    labels = read_labels(tmp_path)
+    assert state is State.DONE
+    assert labels.ids.tolist() == [*pool_of(3).ids, *pool_of(2, seed=1).ids]
+    assert labels.sources.tolist() == [LJ, "lennard-jones[sigma=2.2]"]
+    assert labels.ok.all()
+
+
+@pytest.mark.kim
+def test_metrics_count_labels_and_say_where_an_eip_comes_from(tmp_path):
+    pytest.importorskip("kimpy")
+    write_pool(tmp_path, pool=pool_of(3))
+
+    state = label.run(
+        LabelJob(eips=(SW, "SW_StillingerWeber_1985_Si__MO_405512056662_004")), tmp_path
+    )
+
+    metrics = read_metrics(tmp_path)
+    known, unknown = metrics["eips"].values()
+    assert state is State.DONE
+    assert metrics["n_configurations"] == 3
+    assert (known["n_ok"], known["n_failed"], known["n_not_run"]) == (3, 0, 0)
+    assert known["seconds"] > 0
+    assert known["metadata"]["kim_id"] == "MO_405512056662_005"
+    assert known["metadata"]["year"] == 1985
+    assert (unknown["n_ok"], unknown["n_failed"]) == (0, 3)
+    (reason,) = unknown["reasons"]
+    assert "is not installed; close to it are" in reason
+    assert unknown["reasons"][reason] == 3
+
+
+def test_a_job_that_runs_out_of_time_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    (tmp_path / "slow_potential.py").write_text(SLOW)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    write_pool(tmp_path, pool=pool_of(15))
+    slow = "python:slow_potential:Slow"
+
+    first = label.run(LabelJob(eips=(slow,), max_seconds=2.0), tmp_path)
+    half = read_labels(tmp_path)
+    second = label.run(LabelJob(eips=(slow,)), tmp_path)
+
+    assert first is State.INTERRUPTED
+    assert read_metrics(tmp_path)["eips"][slow]["n_not_run"] == 0
+    assert not half.ok.all()
+    assert {failure.reason for failure in half.failures()} == {NOT_RUN}
+    assert second is State.DONE
+    labels = read_labels(tmp_path)
+    assert labels.ok.all()
+    np.testing.assert_array_equal(labels.energy[half.ok], half.energy[half.ok])
+
+
+def test_a_job_that_is_killed_leaves_labels_to_go_on_from_and_no_process(tmp_path):
+    (tmp_path / "slow_potential.py").write_text(SLOW)
+    (tmp_path / "run.py").write_text(RUN)
+    write_pool(tmp_path, pool=pool_of(400))
+    job = LabelJob(eips=(LJ, "python:slow_potential:Slow"), timeout=60.0)
+    spec.write_job(tmp_path / spec.JOB, job)
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "run.py"), str(tmp_path)], start_new_session=True
+    )
+    try:
+        wait_until((tmp_path / spec.CHECKPOINT / "status.npy").exists, 60)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    wait_until(lambda: is_empty_group(process.pid), 20)
+
+    labels = label.read_checkpoint(tmp_path)
+
+    assert labels is not None
+    assert labels.ok[:, 0].all()
+    assert 0 < labels.ok[:, 1].sum() < 400
+    assert np.isfinite(labels.energy[labels.ok]).all()
+
+
+def test_a_checkpoint_that_was_not_finished_is_no_checkpoint(tmp_path):
+    labels = Labels.missing(pool_of(2), [LJ])
+    label.write_checkpoint(tmp_path, labels)
+    assert label.read_checkpoint(tmp_path).ids.tolist() == labels.ids.tolist()
+
+    (tmp_path / spec.CHECKPOINT / "status.npy").unlink()
+    assert label.read_checkpoint(tmp_path) is None
+
+
+def test_a_job_without_configurations_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no configurations to label"):
+        label.run(LabelJob(eips=(LJ,)), tmp_path)
+
+    write_pool(tmp_path, pool=Configurations.from_atoms([]))
+    with pytest.raises(ValueError, match="the 1 sets given are empty"):
+        label.run(LabelJob(eips=(LJ,)), tmp_path)
+
+
+@pytest.mark.kim
+def test_an_element_that_nobody_knows_is_refused_with_what_they_know(tmp_path):
+    pytest.importorskip("kimpy")
+    write_pool(tmp_path, pool=pool_of(1), more=pool_of(1, symbol="Ge"))
+
+    with pytest.raises(ValueError, match=f"no EIP knows Ge, .*they know: {SW}: Si"):
+        label.run(LabelJob(eips=(SW,)), tmp_path)
+
+
+def test_a_job_fails_only_where_every_eip_does(tmp_path):
+    write_pool(tmp_path, pool=pool_of(1))
+
+    with pytest.raises(ValueError, match="no EIP labelled any configuration: python:nowhere:f: "):
+        label.run(LabelJob(eips=("python:nowhere:f",)), tmp_path)
+
+
+def is_empty_group(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def wait_until(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"did not happen within {seconds} s"
+        time.sleep(0.2)

@@ -1,0 +1,203 @@
+import numpy as np
+import pytest
+
+from aiida_eipnn.science.acquisition import (
+    AcquisitionParameters,
+    acquire,
+    farthest_points,
+    shares,
+    standardise,
+    stratified_split,
+)
+from aiida_eipnn.science.predictions import Predictions
+
+
+def predictions(uncertainty, features=None, ids=None):
+    n = len(uncertainty)
+    # The uncertainty of a configuration is that of its worst atom: here the second of two.
+    spread = np.column_stack([np.zeros(n), uncertainty]).ravel()
+    return Predictions(
+        ids=np.array([f"{row:032x}" for row in range(n)] if ids is None else ids),
+        offsets=np.arange(0, 2 * n + 1, 2),
+        energy=np.zeros(n),
+        forces=np.zeros((2 * n, 3)),
+        stress=np.zeros((n, 6)),
+        energy_std=np.zeros(n),
+        forces_std=spread,
+        features=np.zeros((n, 1)) if features is None else np.asarray(features, float),
+    )
+
+
+def pick(uncertainty, features=None, ids=None, candidates=None, seed=0, **settings):
+    candidates = np.arange(len(uncertainty)) if candidates is None else np.array(candidates)
+    return acquire(
+        predictions(np.asarray(uncertainty, float), features, ids),
+        candidates,
+        AcquisitionParameters.from_dict(settings),
+        np.random.default_rng(seed),
+    )
+
+
+def test_uncertainty_picks_the_most_uncertain_first():
+    chosen = pick([0.1, 0.4, 0.2, 0.3], n_select=2, strategy="uncertainty")
+
+    assert chosen.rows.tolist() == [1, 3]
+    assert chosen.scores.tolist() == [0.4, 0.3]
+
+
+def test_only_candidates_are_picked():
+    chosen = pick([0.1, 0.4, 0.2, 0.3], candidates=[0, 2], n_select=1, strategy="uncertainty")
+
+    assert chosen.rows.tolist() == [2]
+
+
+def test_too_uncertain_is_left_out():
+    chosen = pick([0.1, 9.0, 0.2, np.nan], n_select=2, strategy="uncertainty", max_uncertainty=1.0)
+
+    assert chosen.rows.tolist() == [2, 0]
+
+
+def test_diverse_starts_with_the_most_uncertain_and_skips_its_neighbour():
+    features = [[0.0], [0.1], [5.0], [10.0]]
+
+    chosen = pick([0.9, 0.8, 0.7, 0.1], features, n_select=2, strategy="diverse", top_fraction=0.75)
+
+    assert chosen.rows.tolist() == [0, 2]
+
+
+def test_diverse_never_looks_at_fewer_than_it_must_pick():
+    chosen = pick([0.4, 0.3, 0.2, 0.1], [[0], [1], [2], [3]], n_select=3, top_fraction=0.1)
+
+    assert sorted(chosen.rows.tolist()) == [0, 1, 2]
+
+
+def test_equal_configurations_are_picked_once():
+    chosen = pick([0.4, 0.4, 0.1], ids=["a", "a", "b"], n_select=2, strategy="uncertainty")
+
+    assert chosen.rows.tolist() == [0, 2]
+
+
+def test_random_depends_on_the_generator_only():
+    first = pick(np.zeros(50), n_select=5, strategy="random", seed=1)
+    again = pick(np.zeros(50), n_select=5, strategy="random", seed=1)
+    other = pick(np.zeros(50), n_select=5, strategy="random", seed=2)
+
+    assert first.rows.tolist() == again.rows.tolist() != other.rows.tolist()
+    assert len(set(first.rows.tolist())) == 5
+
+
+@pytest.mark.parametrize("strategy", ["random", "uncertainty", "diverse"])
+def test_more_than_there_are_is_refused(strategy):
+    with pytest.raises(ValueError, match="cannot pick 3 of 2 candidates"):
+        pick([0.1, 0.2], n_select=3, strategy=strategy)
+
+
+@pytest.mark.parametrize("strategy", ["random", "uncertainty", "diverse"])
+@pytest.mark.parametrize("n", [0, 2])
+def test_all_there_are_is_taken_where_that_is_allowed(strategy, n):
+    chosen = pick(np.full(n, 0.1), n_select=3, strategy=strategy, allow_fewer=True)
+
+    assert len(chosen.rows) == len(chosen.scores) == n
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"strategy": "best", "n_select": 1}, "'best', only .*'diverse'"),
+        ({"n_select": 0}, "at least one"),
+        ({"n_select": 1, "top_fraction": 0}, r"\(0, 1\]"),
+        ({"n_select": 1, "min_uncertainty": 1.0, "max_uncertainty": 0.5}, "raise max_uncertainty"),
+        ({"n_select": 1, "n_selct": 2}, "no setting .*n_selct"),
+        ({}, "give .*n_select"),
+        ({"n_select": "many"}, "wrong type"),
+    ],
+)
+def test_wrong_parameters_say_what_is_allowed(settings, words):
+    with pytest.raises(ValueError, match=words):
+        AcquisitionParameters.from_dict(settings)
+
+
+def test_farthest_points_picks_the_extremes_first():
+    line = np.array([[0.0], [1.0], [2.0], [3.9], [9.0]])
+
+    assert farthest_points(line, 3, start=0).tolist() == [0, 4, 3]
+
+
+def test_farthest_points_never_picks_one_twice():
+    assert sorted(farthest_points(np.zeros((4, 2)), 4, start=2).tolist()) == [0, 1, 2, 3]
+
+
+def test_farthest_points_of_too_few_are_refused():
+    with pytest.raises(ValueError, match="cannot pick 5 of 4 points"):
+        farthest_points(np.zeros((4, 2)), 5, start=0)
+
+
+def test_standardised_features_weigh_the_same_and_constant_ones_nothing():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(30, 3)) * [1.0, 1000.0, 0.0] + 7.3
+
+    scaled = standardise(features)
+
+    np.testing.assert_allclose(scaled.std(axis=0), [1, 1, 0], atol=1e-9)
+
+
+def test_a_split_holds_every_type_in_proportion_and_every_row_once():
+    types = np.array(["md"] * 60 + ["rattled"] * 30 + ["dimer"] * 10)
+
+    parts = stratified_split(types, {"test": 20, "initial": 10}, np.random.default_rng(0))
+
+    assert sorted(np.concatenate(list(parts.values())).tolist()) == list(range(100))
+    assert {name: len(rows) for name, rows in parts.items()} == {
+        "test": 20,
+        "initial": 10,
+        "pool": 70,
+    }
+    counts = {str(name): int((types[parts["test"]] == name).sum()) for name in np.unique(types)}
+    assert counts == {"dimer": 2, "md": 12, "rattled": 6}
+
+
+def test_a_rare_type_is_represented_in_every_part():
+    types = np.array(["md"] * 97 + ["dimer"] * 3)
+
+    parts = stratified_split(types, {"test": 10, "initial": 5}, np.random.default_rng(0))
+
+    assert all("dimer" in types[rows] for rows in parts.values())
+
+
+def test_a_split_is_the_same_for_the_same_seed_only():
+    types = np.array(["a", "b"] * 50)
+
+    def test_rows(seed):
+        return stratified_split(types, {"test": 10}, np.random.default_rng(seed))["test"].tolist()
+
+    assert test_rows(1) == test_rows(1) != test_rows(2)
+
+
+def test_a_part_smaller_than_the_number_of_types_takes_the_common_ones():
+    types = np.array(["a"] * 5 + ["b"] * 9 + ["c"] * 7)
+
+    parts = stratified_split(types, {"initial": 2}, np.random.default_rng(0))
+
+    assert set(types[parts["initial"]]) == {"b", "c"}
+
+
+def test_a_split_into_more_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="cannot split 3 configurations .* needs 5"):
+        stratified_split(np.array(["a"] * 3), {"test": 4, "initial": 1}, np.random.default_rng(0))
+
+
+def test_the_pool_may_have_a_size_of_its_own():
+    parts = stratified_split(np.array(["a"] * 9), {"test": 2, "pool": 3}, np.random.default_rng(0))
+
+    assert {name: len(rows) for name, rows in parts.items()} == {"test": 2, "pool": 3}
+
+
+def test_shares_add_up_and_never_exceed_what_is_there():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        available = rng.integers(0, 12, size=rng.integers(1, 7))
+        size = int(rng.integers(0, available.sum() + 1))
+        quota = shares(available, size)
+        assert quota.sum() == size
+        assert (quota <= available).all()
+        assert (quota >= 0).all()

@@ -1,0 +1,266 @@
+"""Whatever an EIP does, its labels are right or missing with a reason."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.eip.analytic import LennardJones
+from aiida_eipnn.science.eip.engine import (
+    MAX_RESTARTS,
+    NOT_FINITE,
+    OVERLAP,
+    STRONG_FORCE,
+    label_with_eips,
+    overlapping,
+)
+from aiida_eipnn.science.eip.potential import open_potential
+from aiida_eipnn.science.labels import NOT_RUN, Labels
+
+LJ = "lennard-jones"
+SW = "SW_StillingerWeber_1985_Si__MO_405512056662_005"
+EDIP = "EDIP_JustoBazantKaxiras_1998_Si__MO_958932894036_002"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _importable():
+    """The engine's processes find the module by name, as a user's potential would be found."""
+    folder = str(Path(__file__).parent)
+    sys.path.insert(0, folder)
+    # The first process takes a second or two, which is not what the tests time.
+    label_with_eips(pool_of(2), [LJ])
+    yield
+    sys.path.remove(folder)
+
+
+def rattled(n_atoms: int, seed: int) -> Atoms:
+    atoms = bulk("Si", cubic=True)[:n_atoms]
+    atoms.positions += 0.05 * np.random.default_rng(seed).normal(size=(n_atoms, 3))
+    return atoms
+
+
+def pool_of(*sizes: int) -> Configurations:
+    return Configurations.from_atoms([rattled(size, seed) for seed, size in enumerate(sizes)])
+
+
+def reasons_of(labels: Labels, source: int = 0) -> list[str]:
+    """Return the reason of each configuration, empty where it is labelled."""
+    names = ["", *map(str, labels.reasons)]
+    return [names[code] for code in labels.status[:, source]]
+
+
+def misbehaving(how: str) -> str:
+    return f"python:dying_potentials:{how}"
+
+
+def assert_same(one: Labels, two: Labels) -> None:
+    np.testing.assert_array_equal(one.energy, two.energy)
+    np.testing.assert_array_equal(one.forces, two.forces)
+    np.testing.assert_array_equal(one.stress, two.stress)
+    for source in range(len(one.sources)):
+        assert reasons_of(one, source) == reasons_of(two, source)
+
+
+def test_labels_are_those_of_the_potential_in_the_order_of_the_configurations():
+    pool = pool_of(8, 2, 6)
+
+    labels = label_with_eips(pool, [LJ, "lennard-jones[sigma=2.3]"])
+
+    assert labels.ok.all()
+    assert labels.sources.tolist() == [LJ, "lennard-jones[sigma=2.3]"]
+    for row in range(3):
+        for source, potential in enumerate((LennardJones(), LennardJones(sigma=2.3))):
+            expected = potential.label(pool.atoms(row))
+            assert labels.energy[row, source] == expected.energy
+            np.testing.assert_array_equal(labels.forces_of(row, source), expected.forces)
+            np.testing.assert_array_equal(labels.stress[row, source], expected.stress)
+
+
+@pytest.mark.kim
+def test_labels_depend_neither_on_the_workers_nor_on_the_order():
+    pytest.importorskip("kimpy")
+    pool, order = pool_of(8, 4, 6, 2, 8), [3, 0, 4, 2, 1]
+
+    labels = label_with_eips(pool, [SW, EDIP, LJ], n_workers=1)
+    shuffled = label_with_eips(pool.take(order), [SW, EDIP, LJ], n_workers=3)
+
+    assert labels.ok.all()
+    assert_same(labels.take(order), shuffled)
+    assert labels.energy[0, 0] == open_potential(SW).label(pool.atoms(0)).energy
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("aborts", "the process died with signal 6 (SIGABRT) on this configuration"),
+        ("exits", "the process ended with exit code 7 on this configuration"),
+        ("raises", "ZeroDivisionError: division by zero"),
+        ("returns_nan", NOT_FINITE),
+        ("pushes_hard", STRONG_FORCE),
+    ],
+)
+def test_only_the_configuration_that_goes_wrong_is_lost(how, reason):
+    pool = pool_of(8, 6, 7, 4, 2)
+
+    labels = label_with_eips(pool, [misbehaving(how), LJ])
+
+    assert reasons_of(labels, 0) == ["", "", reason, "", ""]
+    assert reasons_of(labels, 1) == [""] * 5
+    np.testing.assert_array_equal(labels.energy[labels.ok[:, 0], 0], labels.energy[[0, 1, 3, 4], 1])
+    assert np.isnan(labels.energy[2, 0])
+    assert np.isnan(labels.forces_of(2, 0)).all()
+    assert np.isnan(labels.stress[2, 0]).all()
+
+
+def test_an_eip_that_keeps_dying_is_given_up():
+    pool = pool_of(8, *[7] * (MAX_RESTARTS + 1), 8, 6)
+
+    reasons = reasons_of(label_with_eips(pool, [misbehaving("aborts")]))
+
+    assert reasons[0] == ""
+    assert all("SIGABRT" in reason for reason in reasons[1:-2])
+    assert all(reason.startswith("given up") for reason in reasons[-2:])
+
+
+def test_an_eip_that_dies_when_it_is_opened_takes_no_other_with_it():
+    labels = label_with_eips(pool_of(8, 6), [misbehaving("dies_when_opened"), LJ])
+
+    assert all("while it opened the potential" in reason for reason in reasons_of(labels, 0))
+    assert labels.ok[:, 1].all()
+
+
+def test_an_eip_that_hangs_keeps_what_it_had_and_loses_the_rest():
+    started = time.monotonic()
+
+    labels = label_with_eips(
+        pool_of(8, 6, 7, 4), [misbehaving("hangs"), LJ], timeout=2.0, n_workers=2
+    )
+
+    assert reasons_of(labels, 0)[:2] == ["", ""]
+    assert all("within the 2 s" in reason for reason in reasons_of(labels, 0)[2:])
+    assert labels.ok[:, 1].all()
+    assert time.monotonic() - started < 10
+
+
+def test_a_potential_that_is_not_there_is_a_reason_and_not_an_error():
+    labels = label_with_eips(pool_of(8, 6), ["python:dying_potentials:nowhere", LJ])
+
+    assert all("has no attribute 'nowhere'" in reason for reason in reasons_of(labels, 0))
+    assert labels.ok[:, 1].all()
+
+
+@pytest.mark.kim
+def test_an_element_that_an_eip_lacks_costs_only_these_configurations():
+    pytest.importorskip("kimpy")
+    pool = Configurations.from_atoms([rattled(8, 0), bulk("SiC", "zincblende", a=4.36)])
+
+    labels = label_with_eips(pool, [SW])
+
+    assert labels.ok[:, 0].tolist() == [True, False]
+    assert "does not know C" in reasons_of(labels)[1]
+
+
+def test_overlapping_atoms_are_refused_for_every_eip():
+    close = Atoms("Si2", [[0, 0, 0], [1.2, 0, 0]])
+    labels = label_with_eips(Configurations.from_atoms([close, rattled(8, 0)]), [LJ])
+
+    assert reasons_of(labels) == [OVERLAP, ""]
+
+
+def test_contacts_are_measured_through_the_boundary_and_by_element():
+    through = Atoms("Si2", [[0.2, 5, 5], [9.4, 5, 5]], cell=[10, 10, 10], pbc=True)
+    wide = Atoms("Si2", [[0, 0, 0], [1.4, 0, 0]])
+    hydrogen = Atoms("H2", [[0, 0, 0], [0.74, 0, 0]])
+
+    found = overlapping(Configurations.from_atoms([through, wide, hydrogen]))
+
+    assert found.tolist() == [True, False, False]
+
+
+def test_labelling_stops_at_the_deadline_and_goes_on_from_there():
+    pool, slow = pool_of(8, 6, 4, 8, 6, 2), misbehaving("is_slow")
+
+    half = label_with_eips(pool, [slow, LJ], deadline=time.monotonic() + 1.5)
+    whole = label_with_eips(pool, [slow, LJ], previous=half)
+
+    assert 0 < half.ok.sum() < half.ok.size
+    assert set(half.reasons[half.status[~half.ok] - 1]) == {NOT_RUN}
+    assert whole.ok.all()
+    assert_same(whole, label_with_eips(pool, [LJ, "lennard-jones[sigma=2.1]"]))
+
+
+def test_previous_labels_are_kept_and_not_made_again():
+    pool = pool_of(8, 6, 4)
+    before = label_with_eips(pool, [misbehaving("aborts"), LJ])
+    before.energy[1] += 1.0
+    before.status[2, 1], before.energy[2, 1] = before.reasons.tolist().index(NOT_RUN) + 1, np.nan
+
+    after = label_with_eips(pool.take([2, 1, 0]), [LJ, misbehaving("aborts")], previous=before)
+
+    np.testing.assert_array_equal(after.energy[1:, ::-1], before.energy[[1, 0]])
+    assert after.energy[0, 0] == LennardJones().label(pool.atoms(2)).energy
+
+
+def test_a_failure_of_an_earlier_run_stays_a_failure():
+    pool = pool_of(8, 7)
+    before = label_with_eips(pool, [misbehaving("raises")])
+
+    assert_same(label_with_eips(pool, [misbehaving("raises")], previous=before), before)
+
+
+def test_progress_is_reported_while_it_goes_on_and_at_the_end():
+    seen = []
+    label_with_eips(
+        pool_of(8, 6, 4, 8),
+        [misbehaving("is_slow")],
+        on_progress=seen.append,
+        progress_interval=0.3,
+    )
+
+    counts = [int(progress.labels.ok.sum()) for progress in seen]
+    assert counts == sorted(counts)
+    assert counts[-1] == 4
+    assert len(seen) > 1
+    assert seen[-1].seconds[misbehaving("is_slow")] > 1.2
+
+
+def test_no_configurations_are_no_trouble():
+    assert len(label_with_eips(Configurations.from_atoms([]), [LJ])) == 0
+
+
+@pytest.mark.parametrize(
+    ("eips", "n_workers", "words"),
+    [
+        ([], 1, "no EIP to label with"),
+        ([LJ, LJ], 1, "given twice"),
+        ([LJ], 0, "at least one worker"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(eips, n_workers, words):
+    with pytest.raises(ValueError, match=words):
+        label_with_eips(pool_of(8), eips, n_workers=n_workers)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lennard-jones[depth=2]", "only the settings"),
+        ("lennard-jones[sigma=wide]", "wide"),
+        ("lennard-jones[sigma=-1]", "must be positive"),
+        ("lennard-jones-12-6", "cannot read"),
+        ("python:nowhere", "write python:module:callable"),
+    ],
+)
+def test_a_name_that_opens_nothing_is_refused_with_what_to_write(name, words):
+    with pytest.raises(ValueError, match=words):
+        open_potential(name)
+
+
+def test_what_is_no_potential_is_refused():
+    with pytest.raises(TypeError, match="lacks part of EmpiricalPotential"):
+        open_potential("python:decimal:Decimal")

@@ -1,0 +1,167 @@
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+
+from aiida_eipnn.science import perturbation as p
+from aiida_eipnn.science.gate import geometry_fault
+
+MAKERS = [
+    (p.rattled, p.Rattle()),
+    (p.strained, p.Strain()),
+    (p.vacancy, p.Vacancy()),
+    (p.cut_surface, p.Surface()),
+    (p.dimer, p.Dimer()),
+    (p.interstitial, p.Interstitial()),
+]
+
+
+@pytest.fixture
+def diamond():
+    return bulk("Si", cubic=True)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(("make", "settings"), MAKERS)
+def test_the_same_generator_makes_the_same_atoms_and_the_seed_stays(make, settings, diamond):
+    before = diamond.copy()
+
+    first, again, other = (
+        make(diamond, np.random.default_rng(seed), settings) for seed in (1, 1, 2)
+    )
+
+    assert first == again
+    assert first != other
+    assert diamond == before
+
+
+def test_rattling_has_the_asked_amplitude(rng):
+    large = bulk("Si", cubic=True) * (4, 4, 4)
+
+    moved = p.rattled(large, rng, p.Rattle(amplitude=(0.1, 0.1)))
+
+    assert (moved.positions - large.positions).std() == pytest.approx(0.1, rel=0.1)
+    np.testing.assert_array_equal(moved.cell.array, large.cell.array)
+
+
+def test_strain_keeps_the_volume_in_its_range_and_the_fractions(diamond, rng):
+    settings = p.Strain(volume=(0.8, 0.9), shear=0.1, amplitude=(0.0, 0.0))
+    for _ in range(20):
+        new = p.strained(diamond, rng, settings)
+        assert 0.8 <= new.get_volume() / diamond.get_volume() <= 0.9
+        np.testing.assert_allclose(
+            new.cell.scaled_positions(new.positions),
+            diamond.cell.scaled_positions(diamond.positions),
+            atol=1e-12,
+        )
+
+
+def test_strain_without_shear_is_isotropic(diamond, rng):
+    new = p.strained(diamond, rng, p.Strain(shear=0.0, amplitude=(0, 0)))
+
+    np.testing.assert_allclose(new.cell.lengths(), new.cell.lengths()[0])
+    np.testing.assert_allclose(new.cell.angles(), 90)
+
+
+def test_strain_does_not_rotate(diamond, rng):
+    new = p.strained(diamond, rng, p.Strain(shear=0.2))
+    stretch = np.linalg.solve(diamond.cell.array, new.cell.array)
+
+    np.testing.assert_allclose(stretch, stretch.T, atol=1e-12)
+
+
+def test_a_vacancy_lacks_one_atom(diamond, rng):
+    assert len(p.vacancy(diamond, rng, p.Vacancy())) == 7
+    assert len(p.vacancy(diamond, rng, p.Vacancy(n_vacancies=3))) == 5
+
+
+def test_the_last_atom_cannot_be_taken_out(rng):
+    with pytest.raises(ValueError, match="cannot take 1 of 1 atoms out; use a larger supercell"):
+        p.vacancy(bulk("Cu"), rng, p.Vacancy())
+
+
+@pytest.mark.parametrize("seed", [bulk("Si"), bulk("Si", cubic=True), bulk("W")])
+def test_a_slab_is_small_periodic_and_has_vacuum(seed, rng):
+    settings = p.Surface(vacuum=8.0, amplitude=(0.0, 0.0))
+    for _ in range(10):
+        slab = p.cut_surface(seed, rng, settings)
+        heights = slab.positions @ (np.cross(*slab.cell.array[:2]) / slab.cell.areas()[2])
+        gap = slab.get_volume() / slab.cell.areas()[2] - np.ptp(heights)
+
+        assert len(slab) <= 8
+        assert slab.pbc.all()
+        assert gap == pytest.approx(8.0)
+        assert geometry_fault(slab, min_contact=0.9) is None
+
+
+def test_a_seed_larger_than_the_slab_may_be_is_refused(diamond, rng):
+    with pytest.raises(ValueError, match="at least 8 atoms, allowed are 4; raise max_atoms"):
+        p.cut_surface(diamond, rng, p.Surface(max_atoms=4))
+
+
+def test_a_molecule_has_no_surface(rng):
+    with pytest.raises(ValueError, match="periodic in all directions"):
+        p.cut_surface(Atoms("Si"), rng, p.Surface())
+
+
+def test_dimers_cover_their_range_of_distances(rng):
+    settings = p.Dimer(distance=(0.8, 1.6))
+    found = [p.dimer(bulk("Si"), rng, settings) for _ in range(50)]
+    distances = np.array([atoms.get_distance(0, 1, mic=True) for atoms in found]) / 2.22
+
+    assert distances.min() >= 0.8
+    assert distances.max() <= 1.6
+    assert np.ptp(distances) > 0.6
+    assert all(atoms.pbc.all() for atoms in found)
+
+
+def test_the_box_of_a_large_dimer_grows(rng):
+    atoms = p.dimer(bulk("W"), rng, p.Dimer(distance=(1.8, 1.8), box=8.0))
+
+    assert atoms.cell.lengths()[0] == pytest.approx(2 * 1.8 * 2 * 1.62)
+
+
+def test_an_interstitial_finds_a_hole(diamond, rng):
+    new = p.interstitial(diamond, rng, p.Interstitial(amplitude=(0.0, 0.0)))
+
+    assert len(new) == 9
+    assert new.get_distances(-1, np.arange(8), mic=True).min() > 1.8
+
+
+def test_a_supercell_may_be_a_matrix():
+    primitive = bulk("Si")
+    matrix = ((-1, 1, 1), (1, -1, 1), (1, 1, -1))
+
+    assert len(p.repeat(primitive, (2, 2, 1))) == 8
+    np.testing.assert_allclose(p.repeat(primitive, matrix).cell.angles(), 90)
+
+
+@pytest.mark.parametrize(
+    "supercell", [(2, 2), (0, 1, 1), (1.5, 1, 1), "large", ((1, 0, 0), (1, 0, 0), (0, 0, 1))]
+)
+def test_a_supercell_that_is_none_is_refused(supercell):
+    with pytest.raises(ValueError, match="give three integers"):
+        p.repeat(bulk("Si"), supercell)
+
+
+@pytest.mark.parametrize(
+    ("cls", "setting", "words"),
+    [
+        (p.Rattle, {"amplitude": (0.2, 0.1)}, "must rise"),
+        (p.Rattle, {"amplitude": 0.1}, "its lowest and its highest"),
+        (p.Strain, {"volume": (0.0, 1.0)}, "volume is .* must rise"),
+        (p.Strain, {"shear": 0.7}, "shear is 0.7"),
+        (p.Vacancy, {"n_vacancies": 0}, "at least one"),
+        (p.Surface, {"miller": ((0, 0, 0),)}, "give planes"),
+        (p.Surface, {"vacuum": 0.0}, "above zero"),
+        (p.Dimer, {"box": -1.0}, "above zero"),
+        (p.Interstitial, {"n_tries": 0}, "at least one"),
+    ],
+)
+def test_settings_out_of_range_are_refused(cls, setting, words):
+    with pytest.raises(ValueError, match=words):
+        cls(**setting)

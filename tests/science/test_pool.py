@@ -1,0 +1,150 @@
+import numpy as np
+import pytest
+from ase.build import bulk
+from ase.calculators.emt import EMT
+
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.gate import refuse_invalid
+from aiida_eipnn.science.pool import KINDS, counts_by_type, make_pool
+
+
+@pytest.fixture
+def seeds():
+    return Configurations.from_atoms([bulk("Cu", cubic=True), bulk("Cu") * (2, 1, 1)])
+
+
+def make(seeds, *recipes, seed=0, calculator=None, **settings):
+    return make_pool(seeds, recipes, np.random.default_rng(seed), calculator, **settings)
+
+
+def test_every_recipe_makes_exactly_its_count_and_nothing_invalid(seeds):
+    recipes = [{"config_type": name, "count": 7} for name in KINDS]
+    recipes.append({"config_type": "md", "count": 7, "spacing": 5, "snapshots_per_run": 3})
+
+    pool, notes = make(seeds, *recipes, calculator=EMT())
+
+    assert counts_by_type(pool) == dict.fromkeys(sorted([*KINDS, "md"]), 7)
+    assert refuse_invalid(pool) == ()
+    assert notes == ()
+
+
+def test_the_same_seed_makes_the_same_pool(seeds):
+    recipe = {"config_type": "rattled", "count": 5}
+
+    first, again, other = (make(seeds, recipe, seed=seed)[0].ids.tolist() for seed in (1, 1, 2))
+
+    assert first == again
+    assert not set(first) & set(other)
+
+
+def test_a_recipe_added_at_the_end_changes_no_other(seeds):
+    rattled = {"config_type": "rattled", "count": 4}
+
+    alone, _ = make(seeds, rattled)
+    both, _ = make(seeds, rattled, {"config_type": "strained", "count": 4})
+
+    assert both.ids[:4].tolist() == alone.ids.tolist()
+
+
+def test_seeds_are_used_in_turn_unless_one_is_named(seeds):
+    both, _ = make(seeds, {"config_type": "rattled", "count": 4})
+    one, _ = make(seeds, {"config_type": "rattled", "count": 4, "n_atoms": 2})
+
+    assert both.n_atoms.tolist() == [4, 2, 4, 2]
+    assert one.n_atoms.tolist() == [2, 2, 2, 2]
+
+
+def test_supercells_are_made_before_the_perturbation(seeds):
+    pool, _ = make(
+        seeds, {"config_type": "vacancy", "count": 2, "n_atoms": 2, "supercell": [2, 2, 1]}
+    )
+
+    assert pool.n_atoms.tolist() == [7, 7]
+
+
+def test_settings_reach_the_perturbation(seeds):
+    pool, _ = make(
+        seeds,
+        {"config_type": "dimer", "count": 3, "distance": [1.0, 1.0001], "box": 9.0},
+    )
+
+    np.testing.assert_allclose(pool.cells[0], 9.0 * np.eye(3))
+    assert pool.atoms(0).get_distance(0, 1) == pytest.approx(2.64, abs=1e-3)
+
+
+def test_a_recipe_that_repeats_itself_is_refused(seeds):
+    still = {"config_type": "rattled", "count": 5, "amplitude": [0.0, 0.0]}
+
+    with pytest.raises(ValueError, match="did not give 5 different configurations"):
+        make(seeds, still)
+
+
+def test_a_recipe_whose_atoms_always_overlap_is_refused(seeds):
+    crushed = {"config_type": "strained", "count": 1, "volume": [0.1, 0.11]}
+
+    with pytest.raises(ValueError, match="two atoms overlap.* make the perturbation weaker"):
+        make(seeds, crushed)
+
+
+def test_dynamics_that_blows_up_is_noted_and_keeps_what_is_good(seeds):
+    recipe = {
+        "config_type": "md",
+        "count": 500,
+        "temperatures": [300, 30000],
+        "snapshots_per_run": 2,
+        "spacing": 2,
+        "timestep": 30.0,
+        "max_temperature_factor": 2.0,
+    }
+
+    pool, notes = make(
+        seeds, {"config_type": "rattled", "count": 2}, recipe | {"count": 60}, calculator=EMT()
+    )
+
+    assert any("md at" in note and "stopped" in note for note in notes)
+    assert refuse_invalid(pool) == ()
+
+
+def test_the_pool_ends_with_what_there_is_when_the_time_is_up(seeds):
+    answers = iter([True, True, False, False])
+
+    pool, notes = make(
+        seeds,
+        {"config_type": "rattled", "count": 10},
+        {"config_type": "strained", "count": 5},
+        keep_going=lambda: next(answers),
+    )
+
+    assert counts_by_type(pool) == {"rattled": 3, "strained": 1}
+    assert notes == ("rattled: 3 of 10 were made", "strained: 1 of 5 were made")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"config_type": "melted", "count": 1}, r"'melted', only .*'dimer'.*'md'"),
+        ({"config_type": "rattled", "count": 1, "shear": 0.1}, r"no setting \['shear'\], only"),
+        ({"config_type": "rattled"}, r"recipe 'rattled': give \['count'\] too"),
+        ({"config_type": "rattled", "count": 0}, "at least one"),
+        (
+            {"config_type": "rattled", "count": 1, "n_atoms": 3},
+            r"no seed has 3 atoms, only \[2, 4\]",
+        ),
+        ({"config_type": "rattled", "count": 1, "amplitude": [1, 0]}, "'rattled': amplitude"),
+        ({"config_type": "rattled", "count": 1, "supercell": [1, 1]}, "give three integers"),
+        ({"config_type": "md", "count": 1, "temperatures": []}, "at least one"),
+        ({"config_type": "md", "count": 1, "temperatures": [-5]}, "above zero"),
+        ({"config_type": "md", "count": 1}, "needs an EIP"),
+        ({"config_type": "vacancy", "count": 1, "n_vacancies": 9}, "cannot take 9 of 4"),
+    ],
+)
+def test_a_wrong_recipe_says_what_is_allowed(seeds, recipe, words):
+    with pytest.raises(ValueError, match=words):
+        make(seeds, recipe)
+
+
+def test_no_seeds_and_no_recipes_are_refused(seeds):
+    with pytest.raises(ValueError, match="no seeds"):
+        make(seeds.take([]), {"config_type": "rattled", "count": 1})
+    with pytest.raises(ValueError, match="no recipes"):
+        make(seeds)

@@ -1,0 +1,163 @@
+"""DFT labels in lanes, with the real pw.x."""
+
+import numpy as np
+import pytest
+from aiida.engine import run_get_node
+from aiida.orm import Dict, QueryBuilder
+from aiida.plugins import CalculationFactory
+from ase.build import bulk
+
+from aiida_eipnn.calculations.dft import deal, same_level
+from aiida_eipnn.data.choice import Choice, ChoiceData
+from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.labels import Labels
+from aiida_eipnn.workflows.builder import fill_dft
+from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, slots_needed
+
+INPUTS = {
+    "protocol": "fast",
+    "n_lanes": 2,
+    "min_success_fraction": 0.5,
+    "scaling": {"bands_factor": 1.25, "extra_bands": 4, "conv_thr_per_atom": 1e-7},
+    "pw_base": {"kpoints_distance": 0.9, "max_iterations": 2},
+}
+
+
+@pytest.fixture
+def dft_inputs(pw_code, pseudo_family):
+    def make(configurations: Configurations, **changes):
+        inputs = {**INPUTS, **changes}
+        inputs["pw_base"] = {"pseudo_family": pseudo_family, **inputs["pw_base"]}
+        node = ConfigurationsData.from_value(configurations)
+        return {
+            "configurations": node,
+            "choice": ChoiceData.from_value(Choice.from_ids(configurations.ids), strategy="given"),
+            **fill_dft(inputs, pw_code, ["Si"], {}),
+        }
+
+    return make
+
+
+def overlapping() -> Configurations:
+    atoms = bulk("Si")
+    atoms.positions[1] = atoms.positions[0]
+    return Configurations.from_atoms([atoms], "broken")
+
+
+def test_labels_of_pw_agree_with_finite_differences_of_its_energy(dft_inputs, rattled_silicon):
+    step = 0.02
+    moved = []
+    base = rattled_silicon(1).atoms(0)
+    for shift in (0.0, step, -step):
+        atoms = base.copy()
+        atoms.positions[0, 0] += shift
+        moved.append(atoms)
+    outputs, node = run_get_node(
+        DftLabelWorkChain, **dft_inputs(Configurations.from_atoms(moved, "x"))
+    )
+    assert node.is_finished_ok, node.exit_message
+    labels = outputs["labels"].value()
+    rows = labels.rows_of(Configurations.from_atoms(moved).ids)
+    middle, up, down = (labels.energy[row, 0] for row in rows)
+    assert labels.forces_of(rows[0])[0, 0] == pytest.approx(-(up - down) / (2 * step), abs=0.03)
+    assert labels.sources.tolist() == ["dft"]
+    assert outputs["labels"].level["ecutwfc"] == 20.0
+    assert all(labels.origins)
+    assert middle < 0
+
+
+def test_stress_of_pw_has_the_sign_and_unit_of_ase(dft_inputs):
+    strained = []
+    for factor in (0.95, 0.96, 0.94):
+        atoms = bulk("Si")
+        atoms.set_cell(atoms.cell * factor, scale_atoms=True)
+        strained.append(atoms)
+    configurations = Configurations.from_atoms(strained, "compressed")
+    outputs, _ = run_get_node(DftLabelWorkChain, **dft_inputs(configurations))
+    labels = outputs["labels"].value()
+    volumes = [atoms.get_volume() for atoms in strained]
+    energies = labels.energy[labels.rows_of(configurations.ids), 0]
+    slope = (energies[1] - energies[2]) / (volumes[1] - volumes[2])
+    stress = labels.stress[labels.rows_of(configurations.ids)[0], 0]
+    assert stress[:3].mean() < 0  # compressed
+    assert stress[:3].mean() == pytest.approx(slope, rel=0.2)
+
+
+def test_a_failed_run_is_a_row_with_a_reason_and_the_rest_is_labelled(dft_inputs, rattled_silicon):
+    good = rattled_silicon(2)
+    bad = overlapping()
+    together = Configurations.from_atoms([good.atoms(0), bad.atoms(0), good.atoms(1)], "mixed")
+    outputs, node = run_get_node(DftLabelWorkChain, **dft_inputs(together))
+    assert node.is_finished_ok
+    labels = outputs["labels"].value()
+    assert labels.ok.sum() == 2
+    (failure,) = labels.failures()
+    assert failure.id == str(bad.ids[0])
+    assert failure.reason
+    assert np.isnan(labels.energy[labels.rows_of(bad.ids)]).all()
+
+
+def test_no_label_at_all_is_an_error_that_quotes_the_reason(dft_inputs):
+    outputs, node = run_get_node(DftLabelWorkChain, **dft_inputs(overlapping()))
+    assert node.exit_status == 411
+    assert "pw.x" in node.exit_message
+    assert outputs["labels"].base.attributes.get("n_labels") == 0
+
+
+def test_a_second_run_takes_every_pw_calculation_from_the_cache(dft_inputs, rattled_silicon):
+    from aiida.manage.caching import enable_caching
+
+    configurations = rattled_silicon(2, seed=7)
+    first, _ = run_get_node(DftLabelWorkChain, **dft_inputs(configurations))
+    with enable_caching():
+        second, _ = run_get_node(DftLabelWorkChain, **dft_inputs(configurations))
+    query = QueryBuilder().append(CalculationFactory("quantumespresso.pw"), project="*")
+    cached = [node for node in query.all(flat=True) if node.base.caching.is_created_from_cache]
+    assert len(cached) == 2
+    assert first["labels"].value().energy.tolist() == second["labels"].value().energy.tolist()
+
+
+def test_an_element_without_pseudopotential_is_refused_before_anything_runs(dft_inputs):
+    inputs = dft_inputs(Configurations.from_atoms([bulk("Si")], "x"))
+    inputs["configurations"] = ConfigurationsData.from_value(
+        Configurations.from_atoms([bulk("Al")], "x")
+    )
+    with pytest.raises(ValueError, match=r"no pseudopotential for \['Al'\]"):
+        run_get_node(DftLabelWorkChain, **inputs)
+
+
+def test_a_family_that_lacks_an_element_is_named(pw_code, pseudo_family):
+    inputs = {**INPUTS, "pw_base": {"pseudo_family": pseudo_family, **INPUTS["pw_base"]}}
+    with pytest.raises(ValueError, match="tests/LDA.*install it"):
+        fill_dft(inputs, pw_code, ["Al"], {})
+
+
+def test_occupations_must_be_explicit(dft_inputs, rattled_silicon):
+    inputs = dft_inputs(rattled_silicon(1))
+    parameters = inputs["pw_base"]["pw"]["parameters"].get_dict()
+    del parameters["SYSTEM"]["occupations"]
+    inputs["pw_base"]["pw"]["parameters"] = Dict(parameters)
+    with pytest.raises(ValueError, match="occupations must be set"):
+        run_get_node(DftLabelWorkChain, **inputs)
+
+
+def test_lanes_get_equal_cost_and_never_too_many_configurations():
+    cost = np.array([8.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    lanes = deal(cost, 2, 50)
+    assert sorted(len(lane) for lane in lanes) == [1, 8]
+    assert max(len(lane) for lane in deal(np.ones(120), 2, 50)) <= 50
+    assert sorted(row for lane in deal(np.ones(120), 2, 50) for row in lane) == list(range(120))
+
+
+def test_three_slots_a_lane_and_a_few_for_the_parents():
+    assert slots_needed(20) == 64
+
+
+def test_labels_of_different_levels_are_not_mixed():
+    labels = Labels.missing(Configurations.from_atoms([bulk("Si")]), ["dft"])
+    low = LabelsData.from_value(labels, level={"ecutwfc": 20.0})
+    high = LabelsData.from_value(labels, level={"ecutwfc": 60.0})
+    with pytest.raises(ValueError, match="different levels of theory.*ecutwfc"):
+        same_level([low, high])

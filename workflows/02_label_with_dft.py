@@ -1,0 +1,41 @@
+"""Label configurations with pw.x, a few at a time; what fails is recorded.
+
+    verdi run workflows/02_label_with_dft.py --pool pool.xyz
+    verdi run workflows/02_label_with_dft.py --pool PK --n 10 --seed 1
+"""
+
+from pathlib import Path
+
+from aiida_eipnn.cli import launch
+from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
+from aiida_eipnn.workflows.builder import dft_builder
+from aiida_eipnn.workflows.label_dft import slots_needed
+
+options = launch.parser(__doc__)
+launch.add_pw_code(options)
+launch.add_protocol(options)
+options.add_argument("--pool", required=True, help="extended XYZ file, or PK of configurations")
+options.add_argument("--n", type=int, help="label so many of them, drawn by chance (all)")
+options.add_argument("--seed", type=int, default=0, help="seed of that draw")
+given = options.parse_args()
+
+path = Path(given.pool)
+if path.exists():
+    pool = launch.configurations_of(path)
+else:
+    pool = launch.node_of(given.pool, ConfigurationsData)
+inputs = launch.checked(
+    ActiveLearningWorkChain.get_protocol_inputs,
+    given.protocol,
+    launch.overrides_of(given.overrides),
+)
+builder = launch.checked(
+    dft_builder, inputs, launch.code_of(given.pw_code), pool, given.n, given.seed
+)
+labelled = launch.launch(builder, given, slots=slots_needed(builder.n_lanes.value))
+if not given.submit:
+    labels = labelled.outputs.labels
+    print(f"pool {pool.pk}, DFT labels {labels.pk}")
+    for failure in labels.value().failures():
+        print(f"failed: {failure.id}: {failure.reason}")

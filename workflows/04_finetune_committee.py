@@ -1,0 +1,34 @@
+"""Fine-tune a committee on DFT labels; without a pre-trained one, train it from scratch.
+
+    verdi run workflows/04_finetune_committee.py --pool PK --labels PK --committee PK
+"""
+
+from aiida_eipnn.cli import launch
+from aiida_eipnn.data.committee import CommitteeData
+from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
+from aiida_eipnn.workflows.builder import train_builder
+
+options = launch.parser(__doc__)
+launch.add_job_code(options)
+launch.add_protocol(options)
+options.add_argument("--pool", required=True, help="PK of the configurations")
+options.add_argument("--labels", required=True, help="PK of their DFT labels")
+options.add_argument("--committee", help="PK of the pre-trained committee")
+given = options.parse_args()
+
+inputs = launch.checked(
+    ActiveLearningWorkChain.get_protocol_inputs,
+    given.protocol,
+    launch.overrides_of(given.overrides),
+)
+stage = "finetune" if given.committee else "scratch"
+builder = train_builder(inputs, launch.code_of(given.job_code), stage)
+builder.job.configurations = {"pool": launch.node_of(given.pool, ConfigurationsData)}
+builder.job.labels = {"dft": launch.node_of(given.labels, LabelsData)}
+if given.committee:
+    builder.job.committee = launch.node_of(given.committee, CommitteeData)
+trained = launch.launch(builder, given)
+if not given.submit:
+    print(f"committee {trained.outputs.committee.pk}")

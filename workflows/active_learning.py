@@ -1,0 +1,52 @@
+"""Active learning: EIPs label a pool, DFT labels a few points of it, a committee learns from both.
+
+    verdi run workflows/active_learning.py --protocol demo
+    verdi run workflows/active_learning.py --protocol fast --pool pool.xyz --eip ID --eip ID
+    verdi run -- workflows/active_learning.py --help
+"""
+
+from pathlib import Path
+
+from aiida.orm import StructureData
+from ase.io import read
+
+from aiida_eipnn.cli import launch
+from aiida_eipnn.reports.report import write_report
+from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
+from aiida_eipnn.workflows.builder import Codes, Start
+from aiida_eipnn.workflows.label_dft import slots_needed
+
+options = launch.parser(__doc__)
+launch.add_pw_code(options)
+launch.add_job_code(options)
+launch.add_protocol(options)
+options.add_argument("--structure", type=Path, help="seed structure (any format of ASE)")
+options.add_argument("--pool", type=Path, help="extended XYZ file with a pool of your own")
+options.add_argument("--known", type=Path, help="extended XYZ file with DFT labels you have")
+options.add_argument("--eip", action="append", default=[], help="KIM id; repeat for each EIP")
+options.add_argument("--report", type=Path, help="write the report here when it is done")
+given = options.parse_args()
+
+if given.structure:
+    structures = [StructureData(ase=launch.checked(read, given.structure))]
+else:
+    structures = launch.silicon() if not given.pool else []
+known = launch.labelled_of(given.known) if given.known else (None, None)
+builder = launch.checked(
+    lambda: ActiveLearningWorkChain.get_builder_from_protocol(
+        Codes(pw=launch.code_of(given.pw_code), job=launch.code_of(given.job_code)),
+        Start(
+            structures=structures,
+            pool=launch.configurations_of(given.pool) if given.pool else None,
+            eips=given.eip,
+            known_configurations=known[0],
+            known_labels=known[1],
+        ),
+        protocol=given.protocol,
+        overrides=launch.overrides_of(given.overrides),
+    )
+)
+loop = launch.launch(builder, given, slots=slots_needed(builder.dft.n_lanes.value))
+if given.report and not given.submit:
+    write_report(loop, given.report)
+    print(f"the report is in {given.report}")
