@@ -25,10 +25,11 @@ COMPUTER = "localhost"
 POLL_SECONDS = 1.0
 
 PW_PLUGIN = "quantumespresso.pw"
-# One core for one DFT point: two at once on two cores beat one on both. OpenMPI, with which Debian
-# builds pw.x, refuses root and listens on every network interface unless it is told otherwise.
+# Two jobs, or two workers of one, at once on two cores beat one that uses both.
+ONE_THREAD = "export OMP_NUM_THREADS=1\n"
+# OpenMPI, with which Debian builds pw.x, refuses root and listens on every network interface unless
+# it is told otherwise.
 PW_PREPEND = """\
-export OMP_NUM_THREADS=1
 export OMPI_ALLOW_RUN_AS_ROOT=1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 """
@@ -129,7 +130,7 @@ def find_code(label: str) -> InstalledCode | None:
 def pw_prepend() -> str:
     """Return what the job script of pw.x says before it runs pw.x."""
     # The shared-memory transport and the loopback interface have other names elsewhere.
-    return PW_PREPEND + (PW_PREPEND_LINUX if sys.platform == "linux" else "")
+    return ONE_THREAD + PW_PREPEND + (PW_PREPEND_LINUX if sys.platform == "linux" else "")
 
 
 def find_pw(path: str | None) -> Path:

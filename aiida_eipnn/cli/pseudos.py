@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 from aiida_pseudo.data.pseudo.upf import UpfData
 from aiida_pseudo.groups.family.cutoffs import CutoffsPseudoPotentialFamily
+from aiida_pseudo.groups.family.pseudo import PseudoPotentialFamily
 
 DEFAULT_STRINGENCY = "normal"
 DENSITY_RATIO = 4  # cutoff of the density over that of the wave functions, norm-conserving
@@ -76,7 +77,7 @@ def ensure_family(label: str, table: PseudoTable, *, folder: Path | None = None)
     folder
         Take the UPF files from here, ``Si.upf`` and so on, instead of fetching the package.
     """
-    if CutoffsPseudoPotentialFamily.collection.count(filters={"label": label}):
+    if PseudoPotentialFamily.collection.count(filters={"label": label}):
         return False
     with tempfile.TemporaryDirectory() as scratch:
         upfs = fetch_upfs(table, Path(scratch)) if folder is None else folder

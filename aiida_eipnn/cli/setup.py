@@ -11,7 +11,7 @@ import click
 @click.option(
     "--pseudo-family",
     metavar="LABEL",
-    default="PseudoDojo/0.4/PBE/SR/standard/upf",
+    default="PseudoDojo/0.4/PBE/SR/standard",
     show_default=True,
     help="Family of pseudopotentials to make.",
 )
@@ -47,7 +47,7 @@ def cmd_setup(
         "pw", pw_path, plugin=environment.PW_PLUGIN, prepend=environment.pw_prepend()
     )
     _tell(f"code pw@{environment.COMPUTER} ({pw_path})", made=made)
-    made = environment.ensure_code("eipnn-job", job_path)
+    made = environment.ensure_code("eipnn-job", job_path, prepend=environment.ONE_THREAD)
     _tell(f"code eipnn-job@{environment.COMPUTER} ({job_path})", made=made)
     made = pseudos.ensure_family(pseudo_family, pseudos.read_table(), folder=pseudo_folder)
     _tell(f"pseudopotentials {pseudo_family}", made=made)

@@ -3,7 +3,8 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from aiida_eipnn.science.eip.potential import (
 )
 from aiida_eipnn.science.labels import NOT_RUN, Labels
 
+CHECKPOINT_SECONDS = 10.0
+
 
 def run(job: spec.LabelJob, folder: Path) -> spec.State:
     """Label the configurations in ``folder``; write labels and metrics below its ``output``.
@@ -37,7 +40,7 @@ def run(job: spec.LabelJob, folder: Path) -> spec.State:
     started = time.monotonic()
     pool = read_pool(folder)
     descriptions = describe_eips(job.eips)
-    require_known_elements(pool, job.eips, descriptions)
+    require_known_elements(pool, descriptions)
     seconds: dict[str, float] = {}
 
     def save(progress: Progress) -> None:
@@ -52,6 +55,7 @@ def run(job: spec.LabelJob, folder: Path) -> spec.State:
         deadline=None if job.max_seconds is None else started + job.max_seconds,
         previous=read_checkpoint(folder),
         on_progress=save,
+        progress_interval=CHECKPOINT_SECONDS,
     )
     save_arrays(folder / spec.OUTPUT / spec.LABELS, labels.arrays())
     write_metrics(folder, summarise(labels, seconds, descriptions))
@@ -80,28 +84,28 @@ def read_pool(folder: Path) -> Configurations:
 
 
 def describe_eips(eips: Sequence[str]) -> dict[str, PotentialDescription]:
-    """Describe each EIP; one that is not there is described by its name alone."""
+    """Describe each EIP that is there."""
     described = {}
     for name in eips:
-        try:
+        # The labels will say why an EIP is not there: opening it fails for the same reason.
+        with suppress(ValueError, TypeError, ImportError):
             described[name] = describe_potential(name)
-        except (ValueError, TypeError, ImportError):
-            # The labels say why: opening it fails for the same reason.
-            described[name] = PotentialDescription(name=name)
     return described
 
 
 def require_known_elements(
-    pool: Configurations, eips: Sequence[str], descriptions: dict[str, PotentialDescription]
+    pool: Configurations, descriptions: Mapping[str, PotentialDescription]
 ) -> None:
     """Raise ``ValueError`` if configurations could get no label because nobody knows an element."""
     known = {
-        name: {atomic_numbers[symbol] for symbol in descriptions[name].species} for name in eips
+        name: {atomic_numbers[symbol] for symbol in description.species}
+        for name, description in descriptions.items()
     }
-    if not any(known.values()):
+    # An EIP that lists no elements is not tied to any: it is asked for each configuration.
+    if not known or not all(known.values()):
         return
     if missing := sorted(set(pool.elements) - set().union(*known.values())):
-        table = "; ".join(f"{name}: {symbols_of(sorted(z))}" for name, z in known.items() if z)
+        table = "; ".join(f"{name}: {symbols_of(sorted(z))}" for name, z in known.items())
         raise ValueError(
             f"no EIP knows {symbols_of(missing)}, which the configurations contain; add an EIP for "
             f"it or drop these configurations (they know: {table})"
@@ -125,7 +129,7 @@ def read_checkpoint(folder: Path) -> Labels | None:
 
 
 def summarise(
-    labels: Labels, seconds: dict[str, float], descriptions: dict[str, PotentialDescription]
+    labels: Labels, seconds: dict[str, float], descriptions: Mapping[str, PotentialDescription]
 ) -> dict[str, Any]:
     """Say for each EIP how many labels it gave, how long it took, and why others are missing."""
     eips = {}
@@ -139,7 +143,7 @@ def summarise(
             "n_not_run": n_not_run,
             "seconds": round(seconds.get(name, 0.0), 3),
             "reasons": reasons,
-            "metadata": asdict(descriptions[name]),
+            "metadata": asdict(descriptions.get(name, PotentialDescription(name=name))),
         }
     return {"n_configurations": len(labels), "n_atoms": int(labels.offsets[-1]), "eips": eips}
 

@@ -190,8 +190,8 @@ ENERGY_UNITS = {
 }
 
 MIN_JUDGED = 5
-# Sound data gave ratios of 0.09 (crushed random crystals against one poor EIP; 0.4 and more with
-# good ones) to 1.3; a unit mistake is a factor of 13.6 at least.
+# Sound data gave median ratios of 0.07 (crushed random crystals against a poor EIP; 0.4 and more
+# with good ones) to 1.3; a unit mistake is a factor of 13.6 at least.
 RATIO_RANGE = (0.08, 5.0)
 CLEAR_AGREEMENT = 0.5
 # Forces in eV/Å of an EIP that say something: below they are noise, above it is in its
@@ -250,12 +250,17 @@ def check_labels(configurations: Configurations, labels: Labels, eip_labels: Lab
 
 
 class _Comparison(NamedTuple):
-    """Reference against the EIP that agrees best, in either sense, on ``n`` configurations."""
+    """Reference against one EIP on ``n`` configurations.
+
+    ``agreement`` is about directions, ``ratio`` about sizes, and ``sized`` says whether the sizes
+    may be right.
+    """
 
     n: int = 0
     agreement: float = float("nan")
     ratio: float = float("nan")
     source: str = ""
+    sized: bool = False
 
     @property
     def clear(self) -> bool:
@@ -263,7 +268,7 @@ class _Comparison(NamedTuple):
 
     @property
     def wrong_unit(self) -> bool:
-        return self.clear and not RATIO_RANGE[0] <= self.ratio <= RATIO_RANGE[1]
+        return self.clear and not self.sized
 
 
 def _compare_forces(labels: Labels, eip_labels: Labels) -> _Comparison:
@@ -283,11 +288,16 @@ def _compare_forces_with(labels: Labels, eip_labels: Labels, source: int) -> _Co
     if used.sum() < MIN_JUDGED:
         return _Comparison(int(used.sum()))
     cosine = _dot(reference, eip, labels)[used] / (length * eip_length)[used]
+    ratio = length[used] / eip_length[used]
+    # A unit is the same factor everywhere; an EIP that exaggerates does so most where atoms are
+    # crushed. So the configurations on which the two come closest must be off too.
+    low, high = np.quantile(ratio, [0.2, 0.8])
     return _Comparison(
         int(used.sum()),
         float(np.median(cosine)),
-        float(np.median(length[used] / eip_length[used])),
+        float(np.median(ratio)),
         str(eip_labels.sources[source]),
+        bool(high >= RATIO_RANGE[0] and low <= RATIO_RANGE[1]),
     )
 
 
@@ -306,13 +316,14 @@ def _compare_energies(
         theirs = _residual(fractions[used], eip)
         if min(_spread(ours), _spread(theirs)) < MIN_SPREAD:
             continue
+        ratio = _spread(ours) / _spread(theirs)
         comparisons.append(
             _Comparison(
                 int(used.sum()),
-                # NaN where one side is constant: nothing to compare then.
-                float(np.nan_to_num(spearman(ours, theirs))),
-                _spread(ours) / max(_spread(theirs), 1e-12),
+                spearman(ours, theirs),
+                ratio,
                 str(eip_labels.sources[source]),
+                RATIO_RANGE[0] <= ratio <= RATIO_RANGE[1],
             )
         )
     return _best(comparisons)
@@ -322,9 +333,12 @@ def _best(comparisons: list[_Comparison]) -> _Comparison:
     usable = [item for item in comparisons if item.n >= MIN_JUDGED and item.source]
     if not usable:
         return max(comparisons, key=lambda item: item.n, default=_Comparison())
-    # An EIP that agrees clears the set of a wrong sign, however many others disagree.
-    positive = [item for item in usable if item.agreement >= CLEAR_AGREEMENT]
-    return max(positive or usable, key=lambda item: abs(item.agreement))
+    # An EIP that agrees clears the set of a wrong sign, however many others disagree; and one that
+    # agrees nearly as well as the best clears it of a wrong unit.
+    usable = [item for item in usable if item.agreement >= CLEAR_AGREEMENT] or usable
+    best = max(usable, key=lambda item: abs(item.agreement))
+    near = [item for item in usable if abs(item.agreement) >= 0.9 * abs(best.agreement)]
+    return best if best.sized or not best.clear else next((i for i in near if i.sized), best)
 
 
 def _judge(forces: _Comparison, energy: _Comparison, labels: Labels) -> tuple[Verdict, str]:
@@ -473,10 +487,10 @@ def _residual(design: FloatArray, values: FloatArray) -> FloatArray:
     """Return ``values`` less their least-absolute-deviation fit: half of them may be stray."""
     weights = np.ones(len(values))
     rest = values
-    floor = 1e-6 + 1e-4 * _spread(values)
     for _ in range(30):
         fit = np.linalg.lstsq(design * weights[:, None], values * weights, rcond=None)[0]
         rest = values - design @ fit
+        floor = 1e-9 + 1e-3 * _spread(rest)
         weights = 1 / np.sqrt(np.maximum(np.abs(rest), floor))
     return rest
 

@@ -1,8 +1,6 @@
 """The label job on a folder, without AiiDA."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -23,6 +21,7 @@ SW = "SW_StillingerWeber_1985_Si__MO_405512056662_005"
 
 SLOW = """
 import time
+from pathlib import Path
 from aiida_eipnn.science.eip.analytic import LennardJones
 
 
@@ -32,6 +31,8 @@ class Slow:
 
     def label(self, atoms):
         time.sleep(0.2)
+        with Path(__file__).with_name("calls").open("a") as calls:
+            calls.write("x")
         return LennardJones().label(atoms)
 """
 
@@ -42,6 +43,7 @@ from aiida_eipnn.jobs import label, spec
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
+    label.CHECKPOINT_SECONDS = 1.0
     label.run(spec.read_job(folder / spec.JOB), folder)
 """
 
@@ -130,15 +132,14 @@ def test_a_job_that_is_killed_leaves_labels_to_go_on_from_and_no_process(tmp_pat
     write_pool(tmp_path, pool=pool_of(400))
     job = LabelJob(eips=(LJ, "python:slow_potential:Slow"), timeout=60.0)
     spec.write_job(tmp_path / spec.JOB, job)
-    process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "run.py"), str(tmp_path)], start_new_session=True
-    )
+    process = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(tmp_path)])
+    status, calls = tmp_path / spec.CHECKPOINT / "status.npy", tmp_path / "calls"
     try:
-        wait_until((tmp_path / spec.CHECKPOINT / "status.npy").exists, 60)
+        wait_until(lambda: status.exists() and (np.load(status)[:, 1] == 0).any(), 60)
     finally:
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
-    wait_until(lambda: is_empty_group(process.pid), 20)
+    wait_until(lambda: does_not_grow(calls), 20)
 
     labels = label.read_checkpoint(tmp_path)
 
@@ -175,6 +176,15 @@ def test_an_element_that_nobody_knows_is_refused_with_what_they_know(tmp_path):
         label.run(LabelJob(eips=(SW,)), tmp_path)
 
 
+@pytest.mark.kim
+def test_an_eip_that_is_tied_to_no_element_knows_them_all(tmp_path):
+    pytest.importorskip("kimpy")
+    write_pool(tmp_path, pool=pool_of(1), more=pool_of(1, symbol="Ge"))
+
+    assert label.run(LabelJob(eips=(SW, LJ)), tmp_path) is State.DONE
+    assert read_labels(tmp_path).ok.tolist() == [[False, True], [True, True]]
+
+
 def test_a_job_fails_only_where_every_eip_does(tmp_path):
     write_pool(tmp_path, pool=pool_of(1))
 
@@ -182,12 +192,10 @@ def test_a_job_fails_only_where_every_eip_does(tmp_path):
         label.run(LabelJob(eips=("python:nowhere:f",)), tmp_path)
 
 
-def is_empty_group(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True
-    return False
+def does_not_grow(path: Path) -> bool:
+    before = path.stat().st_size
+    time.sleep(1.0)
+    return path.stat().st_size == before
 
 
 def wait_until(condition, seconds: float) -> None:

@@ -182,7 +182,7 @@ def test_a_part_smaller_than_the_number_of_types_takes_the_common_ones():
 
 
 def test_a_split_into_more_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="cannot split 3 configurations .* needs 5"):
+    with pytest.raises(ValueError, match=r"cannot split 3 configurations .* needs 5"):
         stratified_split(np.array(["a"] * 3), {"test": 4, "initial": 1}, np.random.default_rng(0))
 
 

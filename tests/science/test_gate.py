@@ -22,7 +22,7 @@ BOHR = 0.529177
 
 
 def lj(scale=1.0):
-    return LennardJones(sigma=2.27, epsilon=0.35 * scale, rc=6.0, smooth=True)
+    return LennardJones(sigma=2.27, epsilon=0.14 * scale, rc=6.0, smooth=True)
 
 
 def label(frames, calculators):
@@ -51,7 +51,7 @@ def copper():
         atoms.positions += rng.normal(scale=0.12, size=atoms.positions.shape)
         frames.append(atoms)
     configurations, dft = label(frames, {"dft": EMT()})
-    _, eips = label(frames, {"lj-a": lj(), "lj-b": lj(1.5), "lj-c": lj(0.8)})
+    _, eips = label(frames, {"lj-a": lj(), "lj-b": lj(1.2), "lj-c": lj(0.9)})
     return configurations, dft, eips
 
 

@@ -124,7 +124,7 @@ def test_a_geometry_that_comes_twice_is_read_once(tmp_path):
 def test_one_geometry_with_two_energies_is_refused(tmp_path):
     frames = [labelled_atoms(energy=e, forces=np.ones((2, 3))) for e in (-3.5, -3.4)]
 
-    with pytest.raises(ValueError, match="frame 1: this geometry came before .* drop one"):
+    with pytest.raises(ValueError, match=r"frame 1: this geometry came before .* drop one"):
         read_labelled(write_frames(tmp_path / "set.extxyz", frames))
 
 
@@ -144,7 +144,7 @@ def test_an_empty_file_is_refused(tmp_path, name):
 def test_a_file_that_is_no_structure_is_refused(tmp_path):
     (tmp_path / "notes.extxyz").write_text("dear diary,\ntoday I relaxed.\n")
 
-    with pytest.raises(ValueError, match="cannot read .*give a file that ASE reads"):
+    with pytest.raises(ValueError, match=r"cannot read .*give a file that ASE reads"):
         read_configurations(tmp_path / "notes.extxyz")
 
 
@@ -175,14 +175,14 @@ def test_a_periodic_cell_without_volume_is_refused_with_its_frame(tmp_path):
 def test_a_frame_without_labels_is_refused_with_its_number(tmp_path):
     frames = [labelled_atoms(energy=-3.5, forces=np.ones((2, 3))), bulk("C")]
 
-    with pytest.raises(ValueError, match="frame 1: no energy under 'dft_energy'.*drop this frame"):
+    with pytest.raises(ValueError, match=r"frame 1: no energy under 'dft_energy'.*drop this frame"):
         read_labelled(write_frames(tmp_path / "s.extxyz", frames))
 
 
 def test_a_label_that_is_no_number_is_refused(tmp_path):
     atoms = labelled_atoms(energy=float("nan"), forces=np.ones((2, 3)))
 
-    with pytest.raises(ValueError, match="frame 0: the energy .* is not finite"):
+    with pytest.raises(ValueError, match=r"frame 0: the energy .* is not finite"):
         read_labelled(write_frames(tmp_path / "s.extxyz", [atoms]))
 
 

@@ -82,7 +82,7 @@ def test_a_recipe_that_repeats_itself_is_refused(seeds):
 def test_a_recipe_whose_atoms_always_overlap_is_refused(seeds):
     crushed = {"config_type": "strained", "count": 1, "volume": [0.1, 0.11]}
 
-    with pytest.raises(ValueError, match="two atoms overlap.* make the perturbation weaker"):
+    with pytest.raises(ValueError, match=r"two atoms overlap.* make the perturbation weaker"):
         make(seeds, crushed)
 
 

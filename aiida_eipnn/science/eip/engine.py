@@ -7,6 +7,7 @@ become *missing with a reason*; what it had labelled before is kept, and the oth
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -287,8 +288,8 @@ class _Task:
     def _launch(self) -> None:
         self.shared.opened.value = 0
         self.reports, sender = _CONTEXT.Pipe(duplex=False)
-        # The alarm ends a process that hangs even if this one is killed and cannot end it.
-        seconds = self.timeout - (time.monotonic() - self.started) + 5.0
+        # A few seconds later than this process would end it, for when this one was killed.
+        seconds = self.time_left + 5.0
         self.process = _CONTEXT.Process(
             target=_work,
             args=(self.name, self.part, self.shared, sender, max(seconds, 5.0)),
@@ -385,10 +386,7 @@ def _work(
     name: str, part: Configurations, shared: _Shared, reports: Connection, seconds: float
 ) -> None:
     """Label what is missing; runs in a process of its own."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    # Ctrl-C goes to the whole group: the parent decides what becomes of this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_in_time(seconds)
     energy, forces, stress, state = shared.views()
     try:
         potential = open_potential(name)
@@ -396,10 +394,7 @@ def _work(
         reports.send((None, _reason_of(error)))
         return
     shared.opened.value = 1
-    parent = os.getppid()
     for place in np.flatnonzero(state == _MISSING):
-        if os.getppid() != parent:
-            return  # the job was killed: nobody will read the labels
         try:
             label = potential.label(part.atoms(int(place)))
             reason = _why_not(label)
@@ -412,6 +407,23 @@ def _work(
         energy[place], stress[place] = label.energy, label.stress
         forces[part.offsets[place] : part.offsets[place + 1]] = label.forces
         state[place] = _OK
+
+
+def _end_in_time(seconds: float) -> None:
+    """See to it that this process ends, whatever the potential does and whoever kills the job."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Ctrl-C goes to the whole group: the parent decides what becomes of this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_after(sentinel: int) -> None:
+    """End this process when the one with that sentinel is gone: nobody will read the labels."""
+    wait([sentinel])
+    os._exit(1)
 
 
 def _why_not(label: Label) -> str | None:
