@@ -125,6 +125,8 @@ def rattled_silicon():
             atoms.set_cell(atoms.cell * rng.uniform(0.97, 1.03), scale_atoms=True)
             atoms.positions += rng.normal(0, amplitude, atoms.positions.shape)
             frames.append(atoms)
-        return Configurations.from_atoms(frames, ["rattled", "strained"] * (n // 2) + ["rattled"] * (n % 2))
+        return Configurations.from_atoms(
+            frames, ["rattled", "strained"] * (n // 2) + ["rattled"] * (n % 2)
+        )
 
     return make

@@ -1,7 +1,7 @@
 """Label configurations with empirical interatomic potentials, all in one job.
 
-    verdi run workflows/01_label_with_eips.py                  (a pool of silicon is made first)
-    verdi run workflows/01_label_with_eips.py --pool pool.xyz --eip ID --eip ID
+verdi run workflows/01_label_with_eips.py                  (a pool of silicon is made first)
+verdi run workflows/01_label_with_eips.py --pool pool.xyz --eip ID --eip ID
 """
 
 from pathlib import Path
@@ -34,4 +34,6 @@ else:
 labelled = launch.launch(launch.checked(label_builder, inputs, code, pool, given.eip), given)
 if not given.submit:
     labels = labelled.outputs.labels
-    print(f"pool {pool.pk}, EIP labels {labels.pk}: {labels.base.attributes.get('n_labels')} labels")
+    print(
+        f"pool {pool.pk}, EIP labels {labels.pk}: {labels.base.attributes.get('n_labels')} labels"
+    )

@@ -1,7 +1,7 @@
 """Label configurations with pw.x, a few at a time; what fails is recorded.
 
-    verdi run workflows/02_label_with_dft.py --pool pool.xyz
-    verdi run workflows/02_label_with_dft.py --pool PK --n 10 --seed 1
+verdi run workflows/02_label_with_dft.py --pool pool.xyz
+verdi run workflows/02_label_with_dft.py --pool PK --n 10 --seed 1
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Pre-train a committee on EIP labels.
 
-    verdi run workflows/03_pretrain_committee.py --pool PK --eip-labels PK
+verdi run workflows/03_pretrain_committee.py --pool PK --eip-labels PK
 """
 
 from aiida_eipnn.cli import launch

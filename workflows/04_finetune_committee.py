@@ -1,6 +1,6 @@
 """Fine-tune a committee on DFT labels; without a pre-trained one, train it from scratch.
 
-    verdi run workflows/04_finetune_committee.py --pool PK --labels PK --committee PK
+verdi run workflows/04_finetune_committee.py --pool PK --labels PK --committee PK
 """
 
 from aiida_eipnn.cli import launch

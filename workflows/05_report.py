@@ -1,6 +1,6 @@
 """Write the report of an active-learning loop, finished or not.
 
-    verdi run workflows/05_report.py PK --output report.html
+verdi run workflows/05_report.py PK --output report.html
 """
 
 import argparse

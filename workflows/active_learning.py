@@ -1,8 +1,8 @@
 """Active learning: EIPs label a pool, DFT labels a few points of it, a committee learns from both.
 
-    verdi run workflows/active_learning.py --protocol demo
-    verdi run workflows/active_learning.py --protocol fast --pool pool.xyz --eip ID --eip ID
-    verdi run -- workflows/active_learning.py --help
+verdi run workflows/active_learning.py --protocol demo
+verdi run workflows/active_learning.py --protocol fast --pool pool.xyz --eip ID --eip ID
+verdi run -- workflows/active_learning.py --help
 """
 
 from pathlib import Path

@@ -15,29 +15,42 @@ from aiida_eipnn.data.predictions import PredictionsData
 from aiida_eipnn.science import acquisition
 from aiida_eipnn.science.configurations import Configurations, ragged_rows, rows_of
 from aiida_eipnn.science.convergence import IterationRecord, StopCriteria, stop_reason
-from aiida_eipnn.science.gate import PROBLEMS, check_labels
+from aiida_eipnn.science.gate import PROBLEMS, check_labels, keep_valid
 from aiida_eipnn.science.labels import Labels, join_labels
 from aiida_eipnn.science.metrics import errors, errors_by_type, prediction_errors
 from aiida_eipnn.science.predictions import Predictions
 from aiida_eipnn.science.reference import best_single, fit_alignment
 from aiida_eipnn.science.uncertainty import calibrate
 
+TEST, INITIAL, REFUSED = "test", "initial", "refused"
+
 TAKEN = "taken_"
 LABELS = "labels_"
 
 
 @calcfunction
-def split_pool(pool: ConfigurationsData, sizes: Dict, seed: Int) -> dict[str, Any]:
-    """Choose the ``test`` and the ``initial`` configurations, every type in proportion."""
+def split_pool(pool: ConfigurationsData, sizes: Dict, gate: Dict, seed: Int) -> dict[str, Any]:
+    """Refuse what cannot be right, then choose the ``test`` and the ``initial`` configurations.
+
+    Every type is represented in proportion. The choice ``refused`` has the reasons as attribute.
+    """
     configurations = pool.value()
+    kept, failures = keep_valid(configurations, **gate.get_dict())
+    valid = configurations.rows_of(kept.ids)
+    refused = np.setdiff1d(configurations.ids, kept.ids)
     rng = np.random.default_rng(seed.value)
-    parts = acquisition.stratified_split(configurations.config_types, sizes.get_dict(), rng)
-    return {
+    parts = acquisition.stratified_split(configurations.config_types[valid], sizes.get_dict(), rng)
+    chosen = {
         name: ChoiceData.from_value(
-            Choice.from_ids(configurations.ids[parts[name]]), strategy="random", seed=seed.value
+            Choice.from_ids(configurations.ids[valid[parts[name]]]),
+            strategy="random",
+            seed=seed.value,
         )
         for name in sizes.get_dict()
     }
+    reasons = {failure.id: failure.reason for failure in failures}
+    refusal = ChoiceData.from_value(Choice.from_ids(refused), strategy="gate", reasons=reasons)
+    return {**chosen, REFUSED: refusal}
 
 
 @calcfunction
@@ -112,7 +125,7 @@ def assess(
     previous = more["previous"]["iterations"] if "previous" in more else []
     record = IterationRecord(
         iteration=len(previous) + 1,
-        n_dft_labels=sum(len(node) for node in taken.values()),
+        n_dft_labels=sum(len(node) for key, node in taken.items() if key != f"{TAKEN}{REFUSED}"),
         n_candidates=len(candidates),
         energy_mae=accuracy.energy_mae,
         forces_mae=accuracy.forces_mae,

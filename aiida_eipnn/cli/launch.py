@@ -156,7 +156,9 @@ def too_few_slots(slots: int) -> str | None:
     """
     client = get_daemon_client()
     if not client.is_daemon_running:
-        return "the daemon is not running: start it with `verdi daemon start`, or leave out --submit"
+        return (
+            "the daemon is not running: start it with `verdi daemon start`, or leave out --submit"
+        )
     workers = int(client.get_numprocesses()["numprocesses"])
     per_worker = int(get_config_option("daemon.worker_process_slots"))
     free = workers * per_worker - active_processes()

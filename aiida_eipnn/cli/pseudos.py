@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import yaml
+from aiida.manage import get_manager
 from aiida_pseudo.data.pseudo.upf import UpfData
 from aiida_pseudo.groups.family.cutoffs import CutoffsPseudoPotentialFamily
 from aiida_pseudo.groups.family.pseudo import PseudoPotentialFamily
@@ -86,12 +87,14 @@ def ensure_family(label: str, table: PseudoTable, *, folder: Path | None = None)
         for element, pseudo in table.pseudos.items():
             content = read_upf(upfs / f"{element}.upf", sha256=pseudo.sha256)
             (checked / f"{element}.upf").write_bytes(content)
-        family = CutoffsPseudoPotentialFamily.create_from_folder(
-            checked, label, pseudo_type=UpfData, description=f"{table.folder} of {table.package}"
-        )
-    for stringency in ("low", "normal"):
-        family.set_cutoffs(_cutoffs(table, stringency), stringency, unit="Ry")
-    family.set_default_stringency(DEFAULT_STRINGENCY)
+        # All or nothing: the next call would take a family without cutoffs for a complete one.
+        with get_manager().get_profile_storage().transaction():
+            family = CutoffsPseudoPotentialFamily.create_from_folder(
+                checked, label, pseudo_type=UpfData, description=f"{table.folder}, {table.package}"
+            )
+            for stringency in ("low", "normal"):
+                family.set_cutoffs(_cutoffs(table, stringency), stringency, unit="Ry")
+            family.set_default_stringency(DEFAULT_STRINGENCY)
     return True
 
 

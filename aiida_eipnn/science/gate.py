@@ -202,6 +202,9 @@ EIP_FORCES = (0.05, 50.0)
 MIN_SPREAD = 1e-5
 
 OUTLIER_SIGMA = 6.0
+# Near equilibrium sound labels lay up to 0.13 eV/atom from where good EIPs expected them.
+OUTLIER_ENERGY = 0.25
+OUTLIER_SPREAD = 2.0
 OUTLIER_EIPS = 3
 OUTLIER_CONFIGURATIONS = 20
 
@@ -409,10 +412,10 @@ def _outliers(
     residuals, scale = residuals[best], scales[best[0]]
     lowest, highest = residuals.min(axis=0), residuals.max(axis=0)
     agreed = np.minimum(np.abs(lowest), np.abs(highest))
-    # Where the EIPs differ among themselves as much as from the label, they prove nothing. A
+    # Where the EIPs differ among themselves, their difference from the label proves little. A
     # comparison with NaN, an EIP that has no label there, is False.
-    stray = (lowest * highest > 0) & (agreed > highest - lowest)
-    stray &= np.abs(residuals[0]) > OUTLIER_SIGMA * scale
+    stray = (lowest * highest > 0) & (agreed > OUTLIER_SPREAD * (highest - lowest))
+    stray &= np.abs(residuals[0]) > max(OUTLIER_SIGMA * scale, OUTLIER_ENERGY)
     return tuple(
         Failure(
             str(labels.ids[row]),

@@ -150,7 +150,7 @@ def make_pool(
 ) -> tuple[Configurations, tuple[str, ...]]:
     """Make configurations by recipe.
 
-    Every recipe draws from a random stream of its own, so adding a recipe at the end leaves the
+    Every recipe draws from a random stream of its own, so a change of one leaves the
     configurations of the others as they were.
 
     Parameters

@@ -21,7 +21,8 @@ SCALE_BOUNDS = (0.5, 2.0)
 # enough to decide what fixed compositions leave open, too little to be seen elsewhere.
 RIDGE = 1e-8
 
-_HUBER, _TUKEY = 1.345, 4.685  # 95 % efficiency for normal errors
+_HUBER = 1.345  # 95 % efficiency for normal errors
+_FAR_OUT = 3.0  # robust standard deviations
 _MAD_TO_SIGMA = 1.4826
 _ROUNDS = 30
 
@@ -289,33 +290,45 @@ def _fit_one(
 
     ``energy`` (of the EIP) and ``target`` are per atom.
     """
-    scale, shift = 1.0, _fit_shifts(fractions, target - energy, np.ones(len(target)))
-    for _ in range(_ROUNDS):
-        weights, _sigma = _huber_weights(target - energy - fractions @ shift)
-        shift = _fit_shifts(fractions, target - energy, weights)
     if len(target) < MIN_LABELS_FOR_SCALE:
-        return scale, shift
+        return 1.0, _fit_robust_shifts(fractions, target - energy)
+    trust = _trust(fractions, energy, target)
+    scale, shift = 1.0, _fit_robust_shifts(fractions, target - energy)
     for _ in range(_ROUNDS):
-        weights, sigma = _tukey_weights(target - scale * energy - fractions @ shift)
-        scale = _fit_scale(fractions, energy, target, weights, sigma)
-        shift = _fit_shifts(fractions, target - scale * energy, weights)
+        weights, sigma = _huber_weights(target - scale * energy - fractions @ shift)
+        scale = _fit_scale(fractions, energy, target, trust * weights, sigma)
+        shift = _fit_shifts(fractions, target - scale * energy, trust * weights)
     return scale, shift
+
+
+def _trust(fractions: FloatArray, energy: FloatArray, target: FloatArray) -> FloatArray:
+    """Return less than 1 where the EIP's energy is far out and the reference's is not.
+
+    There the EIP is absurd, and as a regressor its energy would pull the scale however large the
+    residual: the weights fall as the square of it. A configuration that is far out for both says
+    most about the scale and is kept.
+    """
+    spread = [
+        np.abs(values - fractions @ _fit_robust_shifts(fractions, values))
+        for values in (energy, target)
+    ]
+    of_eip, of_reference = (values / _robust_sigma(values) for values in spread)
+    return np.minimum(1.0, (_FAR_OUT + of_reference) / np.maximum(of_eip, _FAR_OUT)) ** 2
+
+
+def _fit_robust_shifts(fractions: FloatArray, per_atom: FloatArray) -> FloatArray:
+    """Return the energy per element, by Huber's weights."""
+    shift = _fit_shifts(fractions, per_atom, np.ones(len(per_atom)))
+    for _ in range(_ROUNDS):
+        weights, _sigma = _huber_weights(per_atom - fractions @ shift)
+        shift = _fit_shifts(fractions, per_atom, weights)
+    return shift
 
 
 def _huber_weights(residual: FloatArray) -> tuple[FloatArray, float]:
     """Return the weight of each residual, and their robust spread in eV/atom."""
     sigma = _robust_sigma(residual)
     return 1.0 / np.maximum(1.0, np.abs(residual) / (_HUBER * sigma)), sigma
-
-
-def _tukey_weights(residual: FloatArray) -> tuple[FloatArray, float]:
-    """Return weights that reach zero.
-
-    An EIP that is absurd on one configuration has an absurd energy there, which as a regressor
-    would pull the scale however small its Huber weight.
-    """
-    sigma = _robust_sigma(residual)
-    return (1 - np.minimum(1.0, np.abs(residual) / (_TUKEY * sigma)) ** 2) ** 2, sigma
 
 
 def _robust_sigma(residual: FloatArray) -> float:

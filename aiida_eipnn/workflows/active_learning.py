@@ -12,6 +12,7 @@ from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 from aiida_eipnn.calculations import loop, ports
 from aiida_eipnn.calculations.evaluate import EvaluateCalculation
 from aiida_eipnn.calculations.explore import ExploreCalculation
+from aiida_eipnn.calculations.loop import INITIAL, REFUSED, TEST
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
@@ -24,8 +25,6 @@ from aiida_eipnn.science.convergence import StopCriteria
 from aiida_eipnn.workflows.builder import Codes, Start, fill_builder
 from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, validate_pw
 from aiida_eipnn.workflows.restart import LabelBaseWorkChain, TrainBaseWorkChain
-
-TEST, INITIAL = "test", "initial"
 
 # The twin is fine-tuned like the committee, but from scratch.
 STAGES = {
@@ -120,6 +119,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         ports.add_dict(
             spec, "split", "How many configurations to hold out (test) and to start from (initial)."
         )
+        ports.add_dict(spec, "gate", "What to refuse: min_contact, in sums of covalent radii.")
         ports.add_dict(
             spec,
             "acquisition",
@@ -286,11 +286,13 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
     def split(self) -> ExitCode | None:
         """Hold out the test set and choose the first DFT points."""
         chosen, node = loop.split_pool.run_get_node(
-            self.ctx.pool, self.inputs.split, self.inputs.seed
+            self.ctx.pool, self.inputs.split, self.inputs.gate, self.inputs.seed
         )
         if not node.is_finished_ok:
             return self._broken(node, "SPLIT")
         self.ctx.choices = dict(chosen)
+        if len(chosen[REFUSED]):
+            self.report(f"gate: {len(chosen[REFUSED])} configurations of the pool are refused")
         return None
 
     def label_test_with_dft(self) -> ToContext:
@@ -485,7 +487,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         inputs = AttributeDict(self.exposed_inputs(TrainBaseWorkChain, namespace="train"))
         inputs.job.training = self.inputs[name]
         inputs.job.configurations = self._configurations()
-        inputs.job.exclude = {TEST: self.ctx.choices[TEST]}
+        inputs.job.exclude = {name: self.ctx.choices[name] for name in (TEST, REFUSED)}
         return inputs
 
     def _submit_train(self, inputs: AttributeDict, label: str) -> ProcessNode:

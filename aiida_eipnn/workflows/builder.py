@@ -21,6 +21,9 @@ from aiida_eipnn.workflows.restart import LabelBaseWorkChain, TrainBaseWorkChain
 ONE_CORE = {"resources": {"num_machines": 1, "num_mpiprocs_per_machine": 1}, "withmpi": False}
 
 
+TRAININGS = ("pretrain", "classify", "finetune", "scratch")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codes:
     """The codes of a loop.
@@ -94,7 +97,7 @@ def fill_builder(
     builder.dft = fill_dft(inputs["dft"], codes.pw, start.elements, options)
     builder.train.job = _train(inputs, codes.job, options)
     builder.evaluate = {"parameters": Dict(inputs["evaluate"]), **_job(codes.job, options)}
-    for name in ("pretrain", "classify", "finetune", "scratch", "split", "acquisition", "stop"):
+    for name in (*TRAININGS, "split", "gate", "acquisition", "stop"):
         builder[name] = Dict(inputs[name])
     builder.seed = Int(inputs["seed"])
     builder.train_scratch = inputs["train_scratch"]

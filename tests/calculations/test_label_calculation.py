@@ -69,9 +69,7 @@ def test_an_empty_pool_is_one_clear_error(job_code):
 
 def test_the_same_eip_twice_is_refused(job_code, pool):
     with pytest.raises(ValueError, match="may occur once"):
-        run_get_node(
-            LabelCalculation, code=job_code, configurations={"pool": pool}, eips=[SW, SW]
-        )
+        run_get_node(LabelCalculation, code=job_code, configurations={"pool": pool}, eips=[SW, SW])
 
 
 def test_a_job_without_walltime_left_goes_on_from_its_checkpoint(kim, job_code, rattled_silicon):

@@ -37,13 +37,14 @@ def test_the_same_seed_makes_the_same_pool(seeds):
     assert not set(first) & set(other)
 
 
-def test_a_recipe_added_at_the_end_changes_no_other(seeds):
-    rattled = {"config_type": "rattled", "count": 4}
+def test_a_change_of_one_recipe_changes_no_other(seeds):
+    strained = {"config_type": "strained", "count": 4}
 
-    alone, _ = make(seeds, rattled)
-    both, _ = make(seeds, rattled, {"config_type": "strained", "count": 4})
+    few, _ = make(seeds, {"config_type": "rattled", "count": 2}, strained)
+    many, _ = make(seeds, {"config_type": "rattled", "count": 5}, strained)
 
-    assert both.ids[:4].tolist() == alone.ids.tolist()
+    assert few.ids[2:].tolist() == many.ids[5:].tolist()
+    assert few.ids[:2].tolist() == many.ids[:2].tolist()
 
 
 def test_seeds_are_used_in_turn_unless_one_is_named(seeds):

@@ -1,0 +1,176 @@
+"""Neighbours of atoms: built once for a set of configurations, cut into batches for the networks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from vesin import NeighborList
+
+from aiida_eipnn.science.arrays import FloatArray, IntArray
+from aiida_eipnn.science.configurations import Configurations, ragged_rows
+from aiida_eipnn.science.eip.potential import symbols_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Neighbours:
+    """Neighbours of the ``N`` atoms of ``n`` configurations: ``E`` pairs, each in both directions.
+
+    Parameters
+    ----------
+    species
+        Index of each atom's element among those of the network. Shape ``(N,)``.
+    offsets
+        The atoms of configuration ``i`` are rows ``offsets[i]`` to ``offsets[i + 1]``.
+        Shape ``(n + 1,)``.
+    pair_offsets
+        The pairs of atom ``a`` are rows ``pair_offsets[a]`` to ``pair_offsets[a + 1]``.
+        Shape ``(N + 1,)``.
+    partners
+        Row of the neighbour, counted from the first atom of its configuration. Shape ``(E,)``.
+    vectors
+        From the atom to its neighbour, or to the periodic image of it that is meant, in Å.
+        Shape ``(E, 3)``.
+    volumes
+        Of the cells, in Å³; NaN where a configuration is not periodic in all directions.
+        Shape ``(n,)``.
+    """
+
+    species: IntArray
+    offsets: IntArray
+    pair_offsets: IntArray
+    partners: IntArray
+    vectors: FloatArray
+    volumes: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    @property
+    def n_atoms(self) -> IntArray:
+        """Number of atoms of each configuration. Shape ``(n,)``."""
+        return np.diff(self.offsets)
+
+
+class Graph(NamedTuple):
+    """A batch of ``n`` configurations with ``N`` atoms, each with ``K`` places for neighbours.
+
+    Parameters
+    ----------
+    species
+        Index of each atom's element. Shape ``(N,)``.
+    owner
+        Configuration of each atom. Shape ``(N,)``.
+    n_atoms
+        Shape ``(n,)``.
+    pairs
+        Row in the flat list of pairs of what is in each place; the number of pairs where the place
+        is empty. Shape ``(N, K)``.
+    partners
+        Row of the neighbour among the atoms of the batch; 0 where the place is empty.
+        Shape ``(N, K)``.
+    vectors
+        From the atom to its neighbour, in Å; zero where the place is empty. Shape ``(N, K, 3)``.
+    volumes
+        In Å³; NaN where a configuration is not periodic in all directions. Shape ``(n,)``.
+    """
+
+    species: Tensor
+    owner: Tensor
+    n_atoms: Tensor
+    pairs: Tensor
+    partners: Tensor
+    vectors: Tensor
+    volumes: Tensor
+
+
+def find_neighbours(
+    configurations: Configurations, elements: Sequence[int], cutoff: float
+) -> Neighbours:
+    """Find all neighbours closer than ``cutoff`` (in Å).
+
+    Raises
+    ------
+    ValueError
+        If an element is not among ``elements``.
+    """
+    species = species_of(configurations, elements)
+    finder = NeighborList(cutoff=cutoff, full_list=True)
+    parts = [_find(finder, configurations, row) for row in range(len(configurations))]
+    counts = [np.zeros(0, np.int64), *(part[0] for part in parts)]
+    return Neighbours(
+        species=species,
+        offsets=configurations.offsets,
+        pair_offsets=np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64),
+        partners=np.concatenate([np.zeros(0, np.int64), *(part[1] for part in parts)]),
+        vectors=np.concatenate([np.zeros((0, 3)), *(part[2] for part in parts)]),
+        volumes=np.where(
+            configurations.pbc.all(axis=1), np.abs(np.linalg.det(configurations.cells)), np.nan
+        ),
+    )
+
+
+def species_of(configurations: Configurations, elements: Sequence[int]) -> IntArray:
+    """Return the index among ``elements`` (ascending) of each atom. Shape ``(N,)``.
+
+    Raises
+    ------
+    ValueError
+        If an element is not there.
+    """
+    known = np.array(elements, dtype=np.int64)
+    if unknown := sorted(set(configurations.elements) - set(known.tolist())):
+        raise ValueError(
+            f"the network does not know {symbols_of(unknown)}, only {symbols_of(known)}; drop the "
+            "configurations that contain it, or train on configurations with that element"
+        )
+    return np.searchsorted(known, configurations.numbers).astype(np.int64)
+
+
+def batch_graph(neighbours: Neighbours, rows: IntArray) -> Graph:
+    """Return the given configurations as one batch."""
+    atoms = ragged_rows(neighbours.offsets, rows)
+    n_atoms = neighbours.n_atoms[rows]
+    owner = np.repeat(np.arange(len(rows)), n_atoms)
+    starts = np.concatenate([[0], np.cumsum(n_atoms)[:-1]]).astype(np.int64)
+    pairs = _places(neighbours.pair_offsets, atoms, n_pairs=len(neighbours.partners))
+    empty = pairs == len(neighbours.partners)
+    # One row more than there are pairs: what an empty place refers to.
+    partners = np.append(neighbours.partners, 0)[pairs] + starts[owner][:, None]
+    vectors = np.concatenate([neighbours.vectors, np.zeros((1, 3))])[pairs]
+    return Graph(
+        species=torch.from_numpy(neighbours.species[atoms]),
+        owner=torch.from_numpy(owner),
+        n_atoms=torch.from_numpy(n_atoms),
+        pairs=torch.from_numpy(pairs),
+        partners=torch.from_numpy(np.where(empty, 0, partners)),
+        vectors=torch.from_numpy(vectors),
+        volumes=torch.from_numpy(neighbours.volumes[rows]),
+    )
+
+
+def _places(pair_offsets: IntArray, atoms: IntArray, *, n_pairs: int) -> IntArray:
+    """Return the pairs of each atom, filled up to the same number with ``n_pairs``."""
+    counts = pair_offsets[atoms + 1] - pair_offsets[atoms]
+    place = np.arange(max(1, int(counts.max(initial=0))))
+    return np.where(place < counts[:, None], pair_offsets[atoms][:, None] + place, n_pairs)
+
+
+def _find(
+    finder: NeighborList, configurations: Configurations, row: int
+) -> tuple[IntArray, IntArray, FloatArray]:
+    """Return number of pairs of each atom, then partner and vector of each pair."""
+    atoms = configurations.atoms(row)
+    first, second, shift, vector = finder.compute(
+        points=atoms.positions,
+        # vesin's second name for an ASE cell is "box"; rows are cell vectors there too.
+        box=atoms.cell.complete().array,
+        periodic=atoms.pbc,
+        quantities="ijSD",
+    )
+    # The order that vesin finds pairs in is its own affair, but sums must not depend on it.
+    order = np.lexsort((*shift.T, second, first))
+    counts = np.bincount(first.astype(np.int64), minlength=len(atoms))
+    return counts, second[order].astype(np.int64), vector[order]

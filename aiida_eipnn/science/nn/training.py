@@ -1,0 +1,352 @@
+"""The one training loop: a task supplies data and loss, the loop does the rest.
+
+Every random choice is drawn from the seed, the epoch and the step, so a training that was
+interrupted needs no state of a random generator to go on, and ends with the same weights.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aiida_eipnn.science.arrays import IntArray
+from aiida_eipnn.science.nn.network import Network
+from aiida_eipnn.science.settings import build
+
+# The learning rate ends at this part of its start.
+FINAL_RATE = 0.01
+# Part of the steps in which the learning rate rises from zero.
+WARM_UP = 0.02
+# Seconds between two checkpoints.
+CHECKPOINT_SECONDS = 30.0
+
+
+class Diverged(Exception):  # noqa: N818 - an outcome, not a fault of the program
+    """The loss is not finite any more; a lower learning rate may help."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingParameters:
+    """Schedule and weights of a training.
+
+    Parameters
+    ----------
+    epochs
+        How often every configuration is seen.
+    min_epochs, max_steps
+        A large set is seen less often, so that there are about ``max_steps`` steps, but at least
+        ``min_epochs`` times.
+    batch_size
+        Configurations of a step.
+    learning_rate
+        Largest rate of the heads; it falls along a cosine to a hundredth.
+    trunk_rate_factor
+        Rate of the trunk relative to that; 0 freezes the trunk.
+    weight_decay
+        Decoupled weight decay (AdamW).
+    ema_decay
+        Decay of the running average of the weights, which is what is used in the end.
+    gradient_clip
+        Largest norm of the gradient.
+    energy_weight
+        Weight of the error of the energy per atom, in eV/atom, in the loss.
+    forces_weight
+        Weight of the error of a force component, in eV/Å.
+    stress_weight
+        Weight of the error of a component of the virial per atom, in eV/atom.
+    pseudo_weight
+        Weight of all pseudo-labels together relative to the energies of DFT.
+    head_noise
+        Relative noise on a head that is copied: members shall differ.
+    bootstrap
+        Whether each member draws a set of its own from the labels, with replacement.
+    """
+
+    epochs: int
+    min_epochs: int = 10
+    max_steps: int = 60_000
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    trunk_rate_factor: float = 1.0
+    weight_decay: float = 1e-5
+    ema_decay: float = 0.995
+    gradient_clip: float = 10.0
+    energy_weight: float = 10.0
+    forces_weight: float = 1.0
+    stress_weight: float = 0.0
+    pseudo_weight: float = 0.3
+    head_noise: float = 0.05
+    bootstrap: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "min_epochs", "max_steps", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
+        for name in ("learning_rate", "gradient_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in _NOT_NEGATIVE:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must not be below 0, and finite: {getattr(self, name)}")
+        if self.ema_decay >= 1:
+            raise ValueError(f"ema_decay must be below 1, not {self.ema_decay}")
+        if not isinstance(self.bootstrap, bool):
+            raise TypeError(f"bootstrap must be true or false, not {self.bootstrap!r}")
+
+    @classmethod
+    def from_dict(
+        cls, content: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    ) -> Self:
+        """Build from plain values, over the defaults of a stage.
+
+        Raises
+        ------
+        ValueError
+            If a key is unknown or a value cannot be used.
+        """
+        return build(cls, {**(defaults or {}), **content}, "training")
+
+    def n_epochs(self, n_items: int) -> int:
+        """Return how many epochs a set of ``n_items`` is trained for."""
+        affordable = self.max_steps // math.ceil(n_items / self.batch_size)
+        return min(self.epochs, max(self.min_epochs, affordable))
+
+
+_NOT_NEGATIVE = (
+    "trunk_rate_factor",
+    "weight_decay",
+    "ema_decay",
+    "energy_weight",
+    "forces_weight",
+    "stress_weight",
+    "pseudo_weight",
+    "head_noise",
+)
+
+
+class Step(NamedTuple):
+    """Where the training is: part of it that is done (0 to 1), and the step's own randomness."""
+
+    progress: float
+    rng: np.random.Generator
+
+
+class Loss(NamedTuple):
+    """Loss of a step, and sum and count of each quantity whose mean over the epoch is reported."""
+
+    value: Tensor
+    sums: dict[str, tuple[float, int]]
+
+
+class Task(Protocol):
+    """What a stage supplies to the loop."""
+
+    def __len__(self) -> int:
+        """Return the number of labelled configurations."""
+        ...
+
+    def loss(self, network: Network, rows: IntArray, step: Step) -> Loss:
+        """Return the loss of the given labelled configurations."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainingState:
+    """A training under way.
+
+    Parameters
+    ----------
+    network
+        Weights as the optimiser has them; their running average once ``finished``.
+    seed
+        Seed of the member.
+    rate_factor
+        Factor on the learning rate, below 1 in a second attempt.
+    optimiser
+        Made by :func:`start_training`.
+    average
+        Running average of every trained weight, by name.
+    epoch, step
+        The next step to take.
+    n_steps
+        Steps that were taken.
+    sums
+        Sum and count of each reported quantity in this epoch.
+    seconds
+        Time spent in this epoch.
+    history
+        What is reported of each epoch that is complete.
+    finished
+        Whether all epochs are.
+    """
+
+    network: Network
+    seed: int
+    rate_factor: float
+    optimiser: torch.optim.Optimizer
+    average: dict[str, Tensor]
+    epoch: int = 0
+    step: int = 0
+    n_steps: int = 0
+    sums: dict[str, tuple[float, int]] = field(default_factory=dict)
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+    finished: bool = False
+
+
+def start_training(
+    network: Network, parameters: TrainingParameters, seed: int, rate_factor: float = 1.0
+) -> TrainingState:
+    """Return the state before the first step."""
+    frozen = parameters.trunk_rate_factor == 0
+    network.trunk.requires_grad_(not frozen)
+    trunk = [] if frozen else list(network.trunk.parameters())
+    heads = [weight for name, weight in network.named_parameters() if not name.startswith("trunk.")]
+    groups = [
+        {"params": trunk, "factor": parameters.trunk_rate_factor},
+        {"params": heads, "factor": 1.0},
+    ]
+    optimiser = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=parameters.learning_rate,
+        weight_decay=parameters.weight_decay,
+        fused=True,
+    )
+    average = {name: weight.detach().clone() for name, weight in _trained(network).items()}
+    return TrainingState(
+        network=network,
+        seed=seed,
+        rate_factor=rate_factor,
+        optimiser=optimiser,
+        average=average,
+    )
+
+
+def fit(
+    state: TrainingState,
+    task: Task,
+    parameters: TrainingParameters,
+    *,
+    save: Callable[[TrainingState], None] = lambda _: None,
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train until all epochs are complete; return False where the time was up before.
+
+    Parameters
+    ----------
+    state
+        From :func:`start_training` or from a checkpoint. It is changed.
+    task
+        Data and loss.
+    parameters
+        Schedule and weights.
+    save
+        Writes a checkpoint: every now and then, and before the loop returns for lack of time.
+    out_of_time
+        Asked before every step.
+
+    Raises
+    ------
+    Diverged
+        If the loss is not finite.
+    """
+    n_epochs = parameters.n_epochs(len(task))
+    n_batches = math.ceil(len(task) / parameters.batch_size)
+    saved = time.monotonic()
+    while state.epoch < n_epochs:
+        order = _epoch_order(len(task), state, bootstrap=parameters.bootstrap)
+        while state.step < n_batches:
+            if out_of_time():
+                save(state)
+                return False
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save(state)
+                saved = time.monotonic()
+            first = state.step * parameters.batch_size
+            progress = (state.epoch * n_batches + state.step) / (n_epochs * n_batches)
+            _take_step(
+                state, task, parameters, order[first : first + parameters.batch_size], progress
+            )
+        _end_epoch(state)
+    _use_average(state)
+    state.finished = True
+    return True
+
+
+def learning_rate(progress: float) -> float:
+    """Return the factor on the learning rate when this part of the training is done."""
+    if progress < WARM_UP:
+        return (progress + 1e-3) / WARM_UP
+    done = (progress - WARM_UP) / (1 - WARM_UP)
+    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _take_step(
+    state: TrainingState,
+    task: Task,
+    parameters: TrainingParameters,
+    rows: IntArray,
+    progress: float,
+) -> None:
+    start = time.monotonic()
+    rng = np.random.default_rng([state.seed, state.epoch, state.step, 1])
+    loss = task.loss(state.network, rows, Step(progress, rng))
+    value = float(loss.value.detach())
+    if not math.isfinite(value):
+        raise Diverged(f"the loss became {value} in epoch {state.epoch + 1}")
+    state.optimiser.zero_grad()
+    loss.value.backward()  # type: ignore[no-untyped-call]
+    _descend(state, parameters, progress)
+    for name, (total, count) in {**loss.sums, "loss": (value * len(rows), len(rows))}.items():
+        before = state.sums.get(name, (0.0, 0))
+        state.sums[name] = (before[0] + total, before[1] + count)
+    state.step += 1
+    state.seconds += time.monotonic() - start
+
+
+def _descend(state: TrainingState, parameters: TrainingParameters, progress: float) -> None:
+    rate = parameters.learning_rate * state.rate_factor * learning_rate(progress)
+    for group in state.optimiser.param_groups:
+        group["lr"] = rate * group["factor"]
+    trained = _trained(state.network)
+    torch.nn.utils.clip_grad_norm_(trained.values(), parameters.gradient_clip)
+    state.optimiser.step()
+    state.n_steps += 1
+    # Early on the average must not remember the random start.
+    decay = min(parameters.ema_decay, state.n_steps / (state.n_steps + 10))
+    with torch.no_grad():
+        torch._foreach_lerp_(  # noqa: SLF001 - the fast form of a loop over lerp_
+            list(state.average.values()), list(trained.values()), 1 - decay
+        )
+
+
+def _end_epoch(state: TrainingState) -> None:
+    means = {name: total / count for name, (total, count) in state.sums.items() if count}
+    state.history.append({"epoch": state.epoch + 1, **means, "seconds": state.seconds})
+    state.epoch, state.step = state.epoch + 1, 0
+    state.sums, state.seconds = {}, 0.0
+
+
+def _epoch_order(n_items: int, state: TrainingState, *, bootstrap: bool) -> IntArray:
+    order = np.random.default_rng([state.seed, state.epoch, 0]).permutation(n_items)
+    if not bootstrap:
+        return order
+    # The same draw in every epoch: it is the member's own set.
+    drawn = np.random.default_rng([state.seed, 2]).integers(0, n_items, n_items)
+    return drawn[order]
+
+
+def _use_average(state: TrainingState) -> None:
+    with torch.no_grad():
+        for name, weight in _trained(state.network).items():
+            weight.copy_(state.average[name])
+
+
+def _trained(network: Network) -> dict[str, torch.nn.Parameter]:
+    return {name: weight for name, weight in network.named_parameters() if weight.requires_grad}

@@ -1,0 +1,214 @@
+"""The loop on two-atom silicon with the real pw.x, KIM and torch."""
+
+import copy
+
+import numpy as np
+import pytest
+from aiida.engine import run_get_node
+from aiida.manage.caching import enable_caching
+from aiida.orm import CalcJobNode, StructureData, WorkChainNode
+from ase.build import bulk
+
+from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.reports.lineage import trace, unexplained_inputs
+from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
+from aiida_eipnn.workflows.builder import Codes, Start
+
+# One loop serves all the tests that only look at it.
+FINISHED: dict[str, WorkChainNode] = {}
+
+
+@pytest.fixture
+def builder(kim, torch, pw_code, job_code, pseudo_family, small_loop):
+    def make(**changes):
+        overrides = copy.deepcopy(small_loop.overrides)
+        for key, value in changes.items():
+            overrides[key] = (
+                {**overrides.get(key, {}), **value} if isinstance(value, dict) else value
+            )
+        return ActiveLearningWorkChain.get_builder_from_protocol(
+            Codes(pw=pw_code, job=job_code),
+            Start(pool=ConfigurationsData.from_value(small_loop.pool), eips=small_loop.eips),
+            protocol="demo",
+            overrides=overrides,
+        )
+
+    return make
+
+
+@pytest.fixture
+def loop(builder):
+    if "loop" not in FINISHED:
+        _, FINISHED["loop"] = run_get_node(builder())
+    node = FINISHED["loop"]
+    assert node.is_finished_ok, node.exit_message
+    return node
+
+
+def calculations_of(loop, kind):
+    return [
+        node
+        for node in loop.called_descendants
+        if isinstance(node, CalcJobNode) and node.process_type == f"aiida.calculations:{kind}"
+    ]
+
+
+def test_the_loop_stops_with_a_reason_after_the_iterations_it_was_given(loop):
+    history = loop.outputs.history
+    assert history["stop"]["reason"] == "max_iterations"
+    assert len(history["iterations"]) == 2
+    assert sorted(loop.outputs.iterations) == ["i001", "i002"]
+
+
+def test_each_iteration_measures_the_committee_its_twin_and_the_best_eip(loop):
+    for record in loop.outputs.history["iterations"]:
+        for who in ("committee", "scratch", "best_eip"):
+            assert record[who]["n_configurations"] > 0
+            assert record[who]["forces_mae"] > 0
+            assert record[who]["energy_mae"] > 0
+
+
+def test_labels_grow_by_what_was_asked_for(loop):
+    first, second = (record["n_dft_labels"] for record in loop.outputs.history["iterations"])
+    assert second - first == 2
+    choice = loop.outputs.iterations.i001.choice
+    assert set(choice.ids()) == set(loop.outputs.iterations.i001.labels.value().ids)
+    assert np.isfinite(choice.value().scores).all()
+
+
+def test_a_dft_run_that_fails_is_recorded_and_the_loop_goes_on(loop):
+    failures = [
+        failure
+        for name in ("test_labels", "initial_labels")
+        for failure in loop.outputs[name].value().failures()
+    ]
+    assert failures
+    assert all("pw.x" in failure.reason for failure in failures)
+
+
+def test_a_model_that_is_not_installed_is_recorded_and_never_chosen(loop, small_loop):
+    missing = small_loop.eips[-1]
+    failures = loop.outputs.eip_labels.value().failures()
+    assert {missing} <= {failure.source for failure in failures}
+    assert loop.outputs.selection.value().counts[missing] == 0
+
+
+def test_an_eip_that_failed_on_a_configuration_is_not_chosen_there(loop):
+    selection, labels = loop.outputs.selection.value(), loop.outputs.eip_labels.value()
+    ok = labels.ok[labels.rows_of(selection.ids)]
+    for row, column in enumerate(selection.choice):
+        assert column == ok.shape[1] or ok[row, column]
+
+
+def test_no_training_ever_saw_a_test_configuration(loop):
+    held_out = set(loop.outputs.test_labels.value().ids)
+    trainings = calculations_of(loop, "eipnn.train")
+    assert len(trainings) == 7  # one pre-training; classifier, committee and twin, twice each
+    for training in trainings:
+        excluded = {name for node in training.inputs.exclude.values() for name in node.ids()}
+        assert held_out <= excluded
+        for labels in training.inputs.get("labels", {}).values():
+            assert not held_out & set(labels.value().ids)
+
+
+def test_everything_that_made_the_committee_has_a_creator_or_came_from_the_user(loop):
+    assert unexplained_inputs(loop.outputs.committee, loop) == []
+
+
+def test_the_lineage_of_the_committee_lists_every_pw_run_that_taught_it(loop):
+    lineage = trace(loop.outputs.committee)
+    taught = {
+        str(name)
+        for labels in (loop.outputs.initial_labels, loop.outputs.iterations.i001.labels)
+        for name in labels.value().labelled().ids
+    }
+    assert {point.id for point in lineage.points if point.labelled} == taught
+    runs = {node.uuid for node in calculations_of(loop, "quantumespresso.pw")}
+    assert {point.calculation for point in lineage.points if point.labelled} <= runs
+
+
+def test_the_same_seed_gives_the_same_choices_labels_and_networks(loop, builder):
+    # pw.x comes from the cache, everything of ours is computed again.
+    with enable_caching("aiida.calculations:quantumespresso.pw"):
+        outputs, again = run_get_node(builder())
+    assert again.is_finished_ok, again.exit_message
+    assert not any(
+        node.base.caching.is_created_from_cache for node in calculations_of(again, "eipnn.train")
+    )
+    first = loop.outputs
+    for mine, theirs in (
+        (outputs["iterations"]["i001"]["choice"], first.iterations.i001.choice),
+        (outputs["iterations"]["i001"]["labels"], first.iterations.i001.labels),
+        (outputs["eip_labels"], first.eip_labels),
+        (outputs["selection"], first.selection),
+    ):
+        for name in mine.get_arraynames():
+            if name != "origins":
+                np.testing.assert_array_equal(mine.get_array(name), theirs.get_array(name))
+    weights = [
+        node.base.repository.get_object_content("weights.safetensors", mode="rb")
+        for node in (outputs["committee"], first.committee)
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_a_second_run_is_free_with_caching(loop, builder):
+    with enable_caching():
+        _, again = run_get_node(builder())
+    assert again.is_finished_ok
+    jobs = [node for node in again.called_descendants if isinstance(node, CalcJobNode)]
+    fresh = [node for node in jobs if not node.base.caching.is_created_from_cache]
+    # What failed on this machine is tried again; all else is there already.
+    assert {node.process_type for node in fresh} <= {"aiida.calculations:quantumespresso.pw"}
+    assert all(not node.is_finished_ok for node in fresh)
+
+
+def test_pseudo_labels_are_an_option(builder):
+    outputs, node = run_get_node(
+        builder(use_pseudo_labels=True, train_scratch=False, stop={"max_iterations": 1})
+    )
+    assert node.is_finished_ok, node.exit_message
+    (finetuning,) = (
+        calculation
+        for calculation in calculations_of(node, "eipnn.train")
+        if calculation.inputs.training["stage"] == "finetune"
+    )
+    assert "selection" in finetuning.inputs
+    assert "scratch" not in outputs["iterations"]["i001"]
+
+
+def test_asking_for_more_than_the_pool_has_is_refused_at_once(builder):
+    with pytest.raises(ValueError, match="the pool has 26"):
+        run_get_node(builder(split={"test": 20, "initial": 20}))
+
+
+def test_an_empty_pool_is_refused_at_once(builder):
+    from aiida_eipnn.science.configurations import Configurations
+
+    made = builder()
+    made.pool = ConfigurationsData.from_value(Configurations.from_atoms([], []))
+    with pytest.raises(ValueError, match="the pool is empty"):
+        run_get_node(made)
+
+
+def test_a_protocol_without_eips_for_an_element_says_so(pw_code, job_code, pseudo_family):
+    with pytest.raises(ValueError, match="names EIPs for .*not for Ge"):
+        ActiveLearningWorkChain.get_builder_from_protocol(
+            Codes(pw=pw_code, job=job_code),
+            Start(structures=[StructureData(ase=bulk("Ge"))]),
+            protocol="demo",
+        )
+
+
+@pytest.mark.parametrize("protocol", ["demo", "fast", "balanced", "stringent"])
+def test_each_protocol_fills_every_input(pw_code, job_code, pseudo_family, protocol):
+    made = ActiveLearningWorkChain.get_builder_from_protocol(
+        Codes(pw=pw_code, job=job_code),
+        Start(structures=[StructureData(ase=bulk("Si"))]),
+        protocol=protocol,
+        overrides={"dft": {"pw_base": {"pseudo_family": pseudo_family}}},
+    )
+    assert len(made.label.job.eips.get_list()) >= 6
+    assert made.finetune["stage"] == "finetune"
+    assert made.dft.pw_base.pw.parameters["SYSTEM"]["occupations"] == "smearing"
+    assert len(made.train.job.seeds.get_list()) >= 4
