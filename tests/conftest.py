@@ -93,22 +93,33 @@ def tune(computer) -> None:
 
 
 @pytest.fixture
-def pseudo_family(tmp_path):
+def si_pseudo():
+    """The file of the cheap silicon."""
+    path = PSEUDOS / SI_PSEUDO
+    require("qe", path.exists(), "apt-get install quantum-espresso-data")
+    return path
+
+
+@pytest.fixture
+def pseudo_family(tmp_path, si_pseudo):
     """A family with the cheap silicon, by its label."""
     from aiida.common.exceptions import NotExistent
     from aiida.orm import load_group
     from aiida_pseudo.data.pseudo import UpfData
     from aiida_pseudo.groups.family import CutoffsPseudoPotentialFamily
 
-    require("qe", (PSEUDOS / SI_PSEUDO).exists(), "apt-get install quantum-espresso-data")
     try:
         return load_group(PSEUDO_FAMILY).label
     except NotExistent:
-        shutil.copy(PSEUDOS / SI_PSEUDO, tmp_path / "Si.upf")
+        folder = tmp_path / "pseudos"
+        folder.mkdir()
+        shutil.copy(si_pseudo, folder / "Si.upf")
         family = CutoffsPseudoPotentialFamily.create_from_folder(
-            tmp_path, PSEUDO_FAMILY, pseudo_type=UpfData
+            folder, PSEUDO_FAMILY, pseudo_type=UpfData
         )
-        family.set_cutoffs({"Si": {"cutoff_wfc": 20.0, "cutoff_rho": 80.0}}, "low", unit="Ry")
+        for stringency in ("low", "normal"):
+            cutoffs = {"Si": {"cutoff_wfc": 20.0, "cutoff_rho": 80.0}}
+            family.set_cutoffs(cutoffs, stringency, unit="Ry")
         return family.label
 
 

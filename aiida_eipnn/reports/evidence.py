@@ -1,12 +1,14 @@
 """The numbers behind the figures: test set, uncertainties and EIPs of a loop, as plain arrays."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from aiida.orm import Data
 
-from aiida_eipnn.reports.history import Iteration, iteration_outputs
+from aiida_eipnn.reports.history import History, Iteration, iteration_outputs
+from aiida_eipnn.reports.points import inputs_of
 from aiida_eipnn.science.arrays import FloatArray, StrArray
 from aiida_eipnn.science.configurations import ragged_rows, rows_of
 from aiida_eipnn.science.labels import Labels, join_labels
@@ -53,6 +55,13 @@ class Choices:
     names: StrArray
     config_types: StrArray
 
+    def table(self) -> dict[str, dict[str, int]]:
+        """Return how often each EIP is chosen, by type of configuration."""
+        return {
+            str(group): dict(Counter(self.names[self.config_types == group].tolist()))
+            for group in np.unique(self.config_types)
+        }
+
 
 def read_test_set(outputs: Mapping[str, Data], last: Iteration | None) -> TestSet | None:
     """Return the test set with the predictions of the last assessed iteration."""
@@ -98,31 +107,30 @@ def read_uncertainties(
     return found
 
 
-def read_eip_errors(outputs: Mapping[str, Data], pool: Data) -> tuple[SourceErrors, ...]:
+def read_eip_errors(
+    history: History, outputs: Mapping[str, Data], pool: Data
+) -> tuple[SourceErrors, ...]:
     """Return how far each EIP is from DFT on the test set, best first.
 
     Each EIP is first brought onto DFT with the training labels, as the loop does.
     """
-    eip_labels, test = outputs.get("eip_labels"), outputs.get("test_labels")
-    if eip_labels is None or test is None:
+    training = training_labels(history)
+    if training is None:
         return ()
-    configurations, training = pool.value(), training_labels(outputs)
+    configurations = pool.value()
     here = training.take(np.flatnonzero(np.isin(training.ids, configurations.ids)))
-    labels = eip_labels.value()
+    labels = outputs["eip_labels"].value()
     labels = labels.take(np.flatnonzero(np.isin(labels.ids, configurations.ids)))
     aligned = fit_alignment(configurations, here, labels).apply(configurations, labels)
-    table = source_errors(test.value().labelled(), aligned)
+    table = source_errors(outputs["test_labels"].value().labelled(), aligned)
     return tuple(sorted(table, key=lambda row: (row.n == 0, row.energy_mae)))
 
 
-def training_labels(outputs: Mapping[str, Data]) -> Labels:
-    """Return the DFT labels of the pool that the loop has made for training so far.
-
-    Raises
-    ------
-    ValueError
-        If there are none.
-    """
-    names = [name for name in sorted(outputs) if name.endswith("__labels")]
-    parts = [outputs[name] for name in ["initial_labels", *names] if name in outputs]
-    return join_labels([node.value() for node in parts]).labelled()
+def training_labels(history: History) -> Labels | None:
+    """Return the DFT labels of the last iteration that was assessed, ``None`` before the first."""
+    assessments = [call.pk for call in history.calls if call.name == "assess" and call.is_ok]
+    if not assessments:
+        return None
+    inputs = inputs_of(assessments[-1])
+    parts = [inputs[name].value() for name in sorted(inputs) if name.startswith("labels_")]
+    return join_labels(parts).labelled()

@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -20,7 +21,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
-from aiida_eipnn.science.arrays import FloatArray, StrArray
+from aiida_eipnn.science.arrays import FloatArray
 from aiida_eipnn.science.uncertainty import Calibration
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -33,7 +34,8 @@ HATCHES = ("", "////", "....")
 # More points than this make a page slow: they are drawn as an image inside the figure.
 MANY_POINTS = 4000
 
-STYLE = {
+# matplotlib names every key in its types; a plain dictionary is all that is needed here.
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "text.color": INK,
@@ -330,15 +332,23 @@ def strip(
     ``rng`` moves dots sideways, so that they do not hide one another.
     """
     for number, (name, values) in enumerate(groups.items()):
-        for sample, settings in (
-            (values, {"s": 7, "color": PALE, "linewidths": 0, "label": "pool"}),
-            (
-                chosen.get(name, np.zeros(0)),
-                {"s": 22, "color": RED, "edgecolors": "white", "linewidths": 0.6},
-            ),
-        ):
-            x = number + rng.uniform(-0.27, 0.27, len(sample))
-            axes.scatter(x, sample, rasterized=len(sample) > MANY_POINTS, **settings)
+        picked = chosen.get(name, np.zeros(0))
+        axes.scatter(
+            spread(number, len(values), rng),
+            values,
+            s=7,
+            color=PALE,
+            linewidths=0,
+            rasterized=len(values) > MANY_POINTS,
+        )
+        axes.scatter(
+            spread(number, len(picked), rng),
+            picked,
+            s=24,
+            color=RED,
+            edgecolors="white",
+            linewidths=0.6,
+        )
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_yscale("log")
     plain_log_ticks(axes)
@@ -371,14 +381,7 @@ def padded(values: FloatArray) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def count_by(names: StrArray, groups: StrArray) -> dict[str, dict[str, int]]:
-    """Return how often each name occurs in each group."""
-    return {
-        str(group): {
-            str(name): int(count)
-            for name, count in zip(
-                *np.unique(names[groups == group], return_counts=True), strict=True
-            )
-        }
-        for group in np.unique(groups)
-    }
+
+def spread(centre: float, n: int, rng: np.random.Generator) -> FloatArray:
+    """Return ``n`` places around ``centre``."""
+    return centre + rng.uniform(-0.27, 0.27, n)

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from aiida.common.exceptions import NotExistent
 from aiida.engine import ProcessBuilder
-from aiida.orm import AbstractCode, Dict, Float, Int, List, Str, StructureData
+from aiida.orm import AbstractCode, Dict, Float, Int, List, Str, StructureData, load_group
+from aiida_quantumespresso.workflows.protocols.utils import recursive_merge
 from aiida_quantumespresso.workflows.pw.base import PwBaseWorkChain
 from ase import Atoms
 
@@ -185,15 +187,15 @@ def fill_dft(
             code,
             StructureData(ase=all_elements(elements)),
             protocol=inputs["protocol"],
-            overrides=dict(inputs["pw_base"]),
+            overrides=_with_cutoffs(inputs, elements),
             options={**ONE_CORE, **options},
         )
-    except ValueError as error:
+    except (ValueError, NotExistent) as error:
         family = inputs["pw_base"]["pseudo_family"]
         raise ValueError(
-            f"{error} -- the loop needs a family of pseudopotentials with cutoffs for "
-            f"{', '.join(elements)}, and takes {family!r}: install it (`aiida-eipnn setup` does), "
-            "or name another one"
+            f"{error} -- the loop needs a family of pseudopotentials with the cutoffs "
+            f"{inputs['stringency']!r} for {', '.join(elements)}, and takes {family!r}: install it "
+            "(`aiida-eipnn setup` does), or name another one"
         ) from error
     given = pw_base._inputs(prune=True)
     del given["pw"]["structure"]
@@ -203,6 +205,16 @@ def fill_dft(
         "n_lanes": Int(inputs["n_lanes"]),
         "min_success_fraction": Float(inputs["min_success_fraction"]),
     }
+
+
+def _with_cutoffs(inputs: Mapping[str, Any], elements: Sequence[str]) -> dict[str, Any]:
+    """Return the overrides of PwBaseWorkChain, with the cutoffs of the stringency asked for."""
+    family = load_group(inputs["pw_base"]["pseudo_family"])
+    cutoff_wfc, cutoff_rho = family.get_recommended_cutoffs(
+        elements=tuple(elements), stringency=inputs["stringency"], unit="Ry"
+    )
+    cutoffs = {"pw": {"parameters": {"SYSTEM": {"ecutwfc": cutoff_wfc, "ecutrho": cutoff_rho}}}}
+    return recursive_merge(cutoffs, dict(inputs["pw_base"]))
 
 
 def all_elements(elements: Sequence[str]) -> Atoms:

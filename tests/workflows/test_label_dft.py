@@ -18,6 +18,7 @@ from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, slots_needed
 
 INPUTS = {
     "protocol": "fast",
+    "stringency": "low",
     "n_lanes": 2,
     "min_success_fraction": 0.5,
     "scaling": {"bands_factor": 1.25, "extra_bands": 4, "conv_thr_per_atom": 1e-7},
@@ -130,7 +131,7 @@ def test_an_element_without_pseudopotential_is_refused_before_anything_runs(dft_
 
 def test_a_family_that_lacks_an_element_is_named(pw_code, pseudo_family):
     inputs = {**INPUTS, "pw_base": {"pseudo_family": pseudo_family, **INPUTS["pw_base"]}}
-    with pytest.raises(ValueError, match="tests/LDA.*install it"):
+    with pytest.raises(ValueError, match=r"tests/LDA.*install it"):
         fill_dft(inputs, pw_code, ["Al"], {})
 
 
@@ -159,5 +160,5 @@ def test_labels_of_different_levels_are_not_mixed():
     labels = Labels.missing(Configurations.from_atoms([bulk("Si")]), ["dft"])
     low = LabelsData.from_value(labels, level={"ecutwfc": 20.0})
     high = LabelsData.from_value(labels, level={"ecutwfc": 60.0})
-    with pytest.raises(ValueError, match="different levels of theory.*ecutwfc"):
+    with pytest.raises(ValueError, match=r"different levels of theory.*ecutwfc"):
         same_level([low, high])

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from aiida_eipnn.science.arrays import IntArray
+from aiida_eipnn.science.configurations import ragged_rows
 from aiida_eipnn.science.nn.graph import Graph, Neighbours, batch_graph
 
 # Elements up to which each one has weights of its own; more are mixed into as many channels.
@@ -129,13 +130,18 @@ class DescribedSet:
         What to expand the density in.
     dtype
         Precision of all that is kept.
+    keep
+        Whether to compute everything now, for a set that is read again and again, and not too
+        large for that.
     """
 
-    def __init__(self, neighbours: Neighbours, basis: Basis, dtype: torch.dtype) -> None:
+    def __init__(
+        self, neighbours: Neighbours, basis: Basis, dtype: torch.dtype, *, keep: bool = True
+    ) -> None:
         self.neighbours = neighbours
         self.basis = basis
         self.dtype = dtype
-        self._kept = self._keep() if self._bytes() <= MAX_KEPT_BYTES else None
+        self._kept = self._keep() if keep and self._bytes() <= MAX_KEPT_BYTES else None
 
     def __len__(self) -> int:
         return len(self.neighbours)
@@ -145,11 +151,7 @@ class DescribedSet:
         graph = batch_graph(self.neighbours, rows)
         if self._kept is None:
             return describe(graph, self.basis, self.dtype)
-        atoms = torch.from_numpy(
-            np.concatenate(
-                [np.arange(*self.neighbours.offsets[[row, row + 1]]) for row in rows]
-            ).astype(np.int64)
-        )
+        atoms = torch.from_numpy(ragged_rows(self.neighbours.offsets, rows))
         pairs = self._kept.pairs[graph.pairs.flatten()]
         return Described(
             graph=graph,

@@ -1,0 +1,302 @@
+"""The train job: the members of a committee learn side by side, in one stage.
+
+Each member writes its checkpoint, the last one with its final weights; a process of its own trains
+it where ``n_workers`` is above 1. So a job that was killed loses seconds, and goes on anywhere.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import time
+from collections import Counter
+from dataclasses import asdict
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aiida_eipnn.jobs import spec
+from aiida_eipnn.jobs.inputs import read_configurations, read_labels
+from aiida_eipnn.jobs.spec import State, TrainJob
+from aiida_eipnn.science.arrays import load_arrays, save_arrays
+from aiida_eipnn.science.eip.selection import Selection, SelectionParameters
+from aiida_eipnn.science.nn.checkpoint import (
+    checkpoint_path,
+    load_checkpoint,
+    load_finished,
+    read_rate_factor,
+    save_checkpoint,
+)
+from aiida_eipnn.science.nn.committee import Committee
+from aiida_eipnn.science.nn.network import NetworkParameters
+from aiida_eipnn.science.nn.stages import STAGES, Stage, StageInputs, StageSettings, prepare
+from aiida_eipnn.science.nn.training import Diverged, TrainingParameters, fit, start_training
+
+LOGGER = logging.getLogger(__name__)
+
+# Factors on the learning rate: a member that diverges is tried once more.
+RATE_FACTORS = (1.0, 0.3)
+# Seconds between two looks at the processes of the members.
+_POLL = 0.05
+
+
+def run(job: TrainJob, folder: Path) -> State:
+    """Train the committee; write it, and metrics, below ``folder/output``.
+
+    Stage ``classify`` also writes the selection of EIPs for all configurations.
+
+    Raises
+    ------
+    ValueError
+        If an input is missing or does not fit, or if a member diverges twice.
+    """
+    started = time.monotonic()
+    deadline = None if job.max_seconds is None else started + job.max_seconds
+    torch.set_num_threads(1)
+    inputs, settings = read_inputs(job, folder), read_settings(job)
+    stage = prepare(str(job.stage), inputs, settings)
+    if not train_members(job, folder, stage, settings, deadline):
+        LOGGER.info("the time is up; the checkpoint is complete")
+        return State.INTERRUPTED
+    committee, records = collect(job, folder, stage, inputs)
+    output = folder / spec.OUTPUT
+    committee.save(output / spec.COMMITTEE)
+    metrics = {
+        "stage": str(job.stage),
+        "n_configurations": len(inputs.configurations),
+        "n_trained_on": len(stage),
+        "n_labels": stage.n_labels,
+        "n_steps": sum(record["n_steps"] for record in records),
+        "members": records,
+    }
+    if job.stage is spec.Stage.CLASSIFY:
+        assert inputs.eip_labels is not None  # noqa: S101 - the stage has checked it
+        selection = committee.select(inputs.configurations, inputs.eip_labels)
+        save_arrays(output / spec.SELECTION, selection.arrays())
+        metrics |= {"choices": selection.counts, "classes": count_classes(stage)}
+    metrics["seconds"] = time.monotonic() - started
+    (output / spec.METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
+    # What it was for is in the output now.
+    shutil.rmtree(folder / spec.CHECKPOINT)
+    return State.DONE
+
+
+def read_inputs(job: TrainJob, folder: Path) -> StageInputs:
+    """Read everything that the stage learns from."""
+    labels = read_labels(folder, spec.LABELS)
+    selection, committee = folder / spec.SELECTION, folder / spec.COMMITTEE
+    members = Committee.load(committee).members if committee.is_dir() else ()
+    uses_selection = selection.is_dir() and job.stage is spec.Stage.FINETUNE
+    return StageInputs(
+        configurations=read_configurations(folder),
+        labels=None if labels is None else labels.labelled(),
+        eip_labels=read_labels(folder, spec.EIP_LABELS),
+        selection=Selection.from_arrays(load_arrays(selection)) if uses_selection else None,
+        members=members,
+    )
+
+
+def read_settings(job: TrainJob) -> StageSettings:
+    """Check the settings of the job, over the defaults of its stage.
+
+    Raises
+    ------
+    ValueError
+        If a setting is unknown or cannot be used.
+    """
+    return StageSettings(
+        network=NetworkParameters.from_dict(job.network),
+        training=TrainingParameters.from_dict(job.training, STAGES[str(job.stage)].defaults),
+        selection=SelectionParameters.from_dict(job.selection),
+    )
+
+
+def train_members(
+    job: TrainJob, folder: Path, stage: Stage, settings: StageSettings, deadline: float | None
+) -> bool:
+    """Train all members as far as the time goes; return whether all are complete.
+
+    Raises
+    ------
+    ValueError
+        If a member diverges twice, or if its process dies.
+    """
+    if job.n_workers > 1 and len(job.seeds) > 1:
+        train_side_by_side(job, folder, deadline)
+    else:
+        for member in range(len(job.seeds)):
+            train_member(job, folder, stage, settings, member, deadline)
+    mark = fingerprint(job, folder)
+    paths = [checkpoint_path(folder / spec.CHECKPOINT, member) for member in range(len(job.seeds))]
+    networks = [stage.network(seed, member) for member, seed in enumerate(job.seeds)]
+    return all(
+        load_finished(path, network, mark) is not None
+        for path, network in zip(paths, networks, strict=True)
+    )
+
+
+def train_member(
+    job: TrainJob,
+    folder: Path,
+    stage: Stage,
+    settings: StageSettings,
+    member: int,
+    deadline: float | None,
+) -> None:
+    """Train one member from its checkpoint, if there is one, until it is complete or time is up.
+
+    Raises
+    ------
+    ValueError
+        If it diverges, and again at a lower learning rate.
+    """
+    parent = os.getppid()
+    path = checkpoint_path(folder / spec.CHECKPOINT, member)
+    mark = fingerprint(job, folder)
+    tried = read_rate_factor(path, mark)
+    for factor in RATE_FACTORS if tried is None else RATE_FACTORS[RATE_FACTORS.index(tried) :]:
+        seed = job.seeds[member]
+        state = start_training(stage.network(seed, member), settings.training, seed, factor)
+        if factor == tried:
+            load_checkpoint(path, state, mark)
+        if state.finished:
+            return
+        try:
+            done = fit(
+                state,
+                stage,
+                settings.training,
+                save=lambda state: save_checkpoint(path, state, mark),
+                out_of_time=lambda: _is_over(deadline, parent),
+            )
+        except Diverged as error:
+            reason = error
+            LOGGER.warning("member %d at %g of the learning rate: %s", member, factor, error)
+            continue
+        if done:
+            stage.finish(state.network)
+            save_checkpoint(path, state, mark)
+        return
+    raise ValueError(
+        f"member {member} (seed {job.seeds[member]}) diverged, also at {RATE_FACTORS[-1]} of the "
+        f"learning rate: {reason}; lower `learning_rate`, or look for labels that are far off"
+    )
+
+
+def train_side_by_side(job: TrainJob, folder: Path, deadline: float | None) -> None:
+    """Train each member in a process of its own, ``n_workers`` at a time.
+
+    Raises
+    ------
+    ValueError
+        If a member diverges twice, or if its process dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    (folder / spec.CHECKPOINT).mkdir(exist_ok=True)
+    waiting, running = list(range(len(job.seeds))), dict[int, BaseProcess]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < job.n_workers:
+                member = waiting.pop(0)
+                running[member] = context.Process(
+                    target=work, args=(job, folder, member, deadline), daemon=True
+                )
+                running[member].start()
+            time.sleep(_POLL)
+            for member in [key for key, process in running.items() if not process.is_alive()]:
+                _check_exit(folder, member, running.pop(member))
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.join()
+
+
+def work(job: TrainJob, folder: Path, member: int, deadline: float | None) -> None:
+    """Train one member: the whole life of a worker process."""
+    torch.set_num_threads(1)
+    try:
+        inputs, settings = read_inputs(job, folder), read_settings(job)
+        stage = prepare(str(job.stage), inputs, settings)
+        train_member(job, folder, stage, settings, member, deadline)
+    except ValueError as error:
+        _reason_path(folder, member).write_text(str(error))
+        raise SystemExit(1) from error
+
+
+def collect(
+    job: TrainJob, folder: Path, stage: Stage, inputs: StageInputs
+) -> tuple[Committee, list[dict[str, Any]]]:
+    """Return the committee of all complete members, and the record of each member's training."""
+    mark = fingerprint(job, folder)
+    members, records = [], []
+    for member, seed in enumerate(job.seeds):
+        network = stage.network(seed, member)
+        facts = load_finished(checkpoint_path(folder / spec.CHECKPOINT, member), network, mark)
+        assert facts is not None  # noqa: S101 - train_members has checked it
+        members.append(network)
+        records.append(
+            {
+                "seed": seed,
+                "n_steps": facts["n_steps"],
+                "rate_factor": facts["rate_factor"],
+                "seconds": sum(epoch["seconds"] for epoch in facts["history"]),
+                "epochs": facts["history"],
+            }
+        )
+    names = () if inputs.eip_labels is None else tuple(map(str, inputs.eip_labels.sources))
+    facts = {"n_labels": stage.n_labels, "training": asdict(read_settings(job).training)}
+    return (
+        Committee(
+            members=tuple(members), stage=str(job.stage), seeds=job.seeds, eips=names, facts=facts
+        ),
+        records,
+    )
+
+
+def fingerprint(job: TrainJob, folder: Path) -> str:
+    """Return what must be equal for a checkpoint to fit: settings, data, networks to start from."""
+    digest = hashlib.blake2b(digest_size=16)
+    relevant = (job.stage, job.seeds, job.network, job.training, job.selection)
+    digest.update(json.dumps(relevant, sort_keys=True).encode())
+    names = (spec.CONFIGURATIONS, spec.LABELS, spec.EIP_LABELS, spec.EXCLUDE, spec.SELECTION)
+    for name in (*names, spec.COMMITTEE):
+        for path in sorted((folder / name).rglob("*")):
+            if path.is_file():
+                digest.update(str(path.relative_to(folder)).encode())
+                digest.update(hashlib.blake2b(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def count_classes(stage: Stage) -> dict[str, int]:
+    """Return how often each class is the right one where DFT knows."""
+    counts = Counter(int(number) for number in getattr(stage, "classes", ()))
+    return {
+        name: counts[number] for number, name in enumerate(getattr(stage, "class_names", ()))
+    }
+
+
+def _is_over(deadline: float | None, parent: int) -> bool:
+    # A worker whose job was killed is adopted by another process: nobody waits for it any more.
+    return os.getppid() != parent or (deadline is not None and time.monotonic() >= deadline)
+
+
+def _check_exit(folder: Path, member: int, process: BaseProcess) -> None:
+    if process.exitcode == 0:
+        return
+    path = _reason_path(folder, member)
+    if path.exists():
+        reason = path.read_text()
+        path.unlink()
+        raise ValueError(reason)
+    raise ValueError(
+        f"the process of member {member} ended with code {process.exitcode}; -9 means that the "
+        "system killed it, mostly for lack of memory: lower `n_workers` or `batch_size`"
+    )
+
+
+def _reason_path(folder: Path, member: int) -> Path:
+    return folder / spec.CHECKPOINT / f"reason_{member:03d}.txt"

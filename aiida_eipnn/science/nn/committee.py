@@ -1,0 +1,321 @@
+"""A committee of networks: what they predict together, and how it is kept in files."""
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from ase.data import chemical_symbols
+from safetensors.torch import load_file, save_file
+
+from aiida_eipnn import __version__
+from aiida_eipnn.science.arrays import FloatArray, IntArray
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.eip.selection import Selection, select
+from aiida_eipnn.science.labels import Labels
+from aiida_eipnn.science.nn.descriptor import Described, DescribedSet
+from aiida_eipnn.science.nn.graph import find_neighbours
+from aiida_eipnn.science.nn.network import (
+    Network,
+    NetworkParameters,
+    derivatives,
+    with_gradient,
+)
+from aiida_eipnn.science.nn.stages import energy_head
+from aiida_eipnn.science.predictions import Predictions
+
+SCHEMA_VERSION = 1
+CONFIG = "config.json"
+WEIGHTS = "weights.safetensors"
+
+
+class _Batch(NamedTuple):
+    """Predictions of ``m`` members for a batch."""
+
+    energy: FloatArray
+    forces: FloatArray
+    stress: FloatArray
+    features: FloatArray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Committee:
+    """Networks that were trained alike, each from its own seed.
+
+    Parameters
+    ----------
+    members
+        The networks.
+    stage
+        What they were trained in: ``pretrain``, ``classify`` or ``finetune``.
+    seeds
+        The seed of each member.
+    eips
+        Names of the EIPs that they learnt from; empty where there were none.
+    facts
+        More to know about the training, as plain values.
+    """
+
+    members: tuple[Network, ...]
+    stage: str
+    seeds: tuple[int, ...]
+    eips: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.members or len(self.members) != len(self.seeds):
+            raise ValueError(
+                f"a committee needs at least one member, and a seed for each: got "
+                f"{len(self.members)} members and {len(self.seeds)} seeds"
+            )
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def elements(self) -> tuple[int, ...]:
+        """Atomic numbers that the networks know, ascending."""
+        return self.members[0].elements
+
+    @property
+    def parameters(self) -> NetworkParameters:
+        """Architecture of the networks."""
+        return self.members[0].settings
+
+    def save(self, folder: Path) -> None:
+        """Write ``config.json`` and ``weights.safetensors`` into ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"member_{number}.{name}": tensor.contiguous()
+            for number, member in enumerate(self.members)
+            for name, tensor in member.state_dict().items()
+        }
+        save_file(tensors, folder / WEIGHTS)
+        text = json.dumps(self._config(), indent=1, sort_keys=True) + "\n"
+        (folder / CONFIG).write_text(text)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If the folder is of a newer version, or if the weights do not fit the configuration.
+        FileNotFoundError
+            If a file is missing.
+        """
+        config = json.loads((folder / CONFIG).read_text())
+        if config["schema_version"] > SCHEMA_VERSION:
+            raise ValueError(
+                f"{folder} holds a committee of version {config['schema_version']}, this program "
+                f"reads up to {SCHEMA_VERSION}; update aiida-eipnn"
+            )
+        tensors = load_file(folder / WEIGHTS)
+        members = [_load_member(config, tensors, number) for number in range(len(config["seeds"]))]
+        return cls(
+            members=tuple(members),
+            stage=config["stage"],
+            seeds=tuple(config["seeds"]),
+            eips=tuple(config["eips"]),
+            facts=config["facts"],
+        )
+
+    def predict(self, configurations: Configurations, batch_size: int = 64) -> Predictions:
+        """Predict energies, forces, stresses, and the spread of the members.
+
+        Parameters
+        ----------
+        configurations
+            Any number of them.
+        batch_size
+            Configurations that are predicted at once.
+
+        Raises
+        ------
+        ValueError
+            If a configuration contains an element that the networks do not know, or if they were
+            not trained to predict energies.
+        """
+        energy_head(self.members[0])
+        described = self._describe(configurations)
+        parts = [
+            self._predict(described.batch(rows))
+            for rows in _row_batches(len(configurations), batch_size)
+        ]
+        return _summarise(configurations, _join(parts, len(self), self.parameters.width))
+
+    def select(
+        self, configurations: Configurations, eip_labels: Labels, batch_size: int = 64
+    ) -> Selection:
+        """Choose for each configuration the EIP to believe, or none.
+
+        Parameters
+        ----------
+        configurations
+            Any number of them.
+        eip_labels
+            Labels of the EIPs; an EIP is not chosen where it has none.
+        batch_size
+            Configurations that are classified at once.
+
+        Raises
+        ------
+        ValueError
+            If the networks were not trained in stage ``classify``, or with other EIPs.
+        """
+        if eip_labels.sources.tolist() != list(self.eips):
+            raise ValueError(
+                f"the classifier chooses among {list(self.eips)}, but the labels are of "
+                f"{eip_labels.sources.tolist()}"
+            )
+        described = self._describe(configurations)
+        parts = [
+            self._probabilities(described.batch(rows))
+            for rows in _row_batches(len(configurations), batch_size)
+        ]
+        empty = np.zeros((0, len(self.eips) + 1))
+        return select(np.concatenate([empty, *parts]), _rows_for(configurations, eip_labels))
+
+    def _describe(self, configurations: Configurations) -> DescribedSet:
+        neighbours = find_neighbours(configurations, self.elements, self.parameters.cutoff)
+        basis = self.parameters.basis(len(self.elements))
+        # Each batch is seen once: nothing to keep.
+        return DescribedSet(neighbours, basis, self.parameters.dtype, keep=False)
+
+    def _predict(self, described: Described) -> _Batch:
+        results = [_predict_one(member, described) for member in self.members]
+        with torch.no_grad():
+            first, graph = self.members[0], described.graph
+            pooled = first.pooled(first.trunk(described), graph)
+        return _Batch(
+            *(np.stack([result[part] for result in results]) for part in range(3)),
+            features=pooled[:, : self.parameters.width].numpy().astype(np.float64),
+        )
+
+    def _probabilities(self, described: Described) -> FloatArray:
+        with torch.no_grad():
+            each = [
+                member.logits(member.trunk(described), described.graph).softmax(dim=1)
+                for member in self.members
+            ]
+        mean: FloatArray = torch.stack(each).mean(dim=0).numpy().astype(np.float64)
+        return mean
+
+    def _config(self) -> dict[str, Any]:
+        heads = self.members[0].heads
+        classifier = self.members[0].classifier
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "stage": self.stage,
+            "seeds": list(self.seeds),
+            "elements": [chemical_symbols[number] for number in self.elements],
+            "network": asdict(self.parameters),
+            "heads": list(heads.names),
+            "classes": list(classifier.names) if classifier else [],
+            "eips": list(self.eips),
+            # For people: the numbers that are used are among the weights.
+            "reference_energies": [_references(member) for member in self.members],
+            "energy_scale": [float(member.heads.scale) for member in self.members],
+            "facts": self.facts,
+            "versions": _versions(),
+        }
+
+
+def _predict_one(member: Network, described: Described) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return energy, forces and stress of one member."""
+    batch = with_gradient(described)
+    row = member.heads.row(energy_head(member))
+    energy = member.energies(member.trunk(batch), batch.graph)[:, row]
+    slopes = derivatives(energy, batch, trainable=False)
+    total = energy.detach() + member.heads.references(batch.graph)[:, row]
+    stress = slopes.virial / batch.graph.volumes[:, None]
+    return total.numpy(), slopes.forces.numpy(), stress.numpy()
+
+
+def _summarise(configurations: Configurations, parts: _Batch) -> Predictions:
+    deviation = parts.forces - parts.forces.mean(axis=0)
+    return Predictions(
+        ids=configurations.ids,
+        offsets=configurations.offsets,
+        energy=parts.energy.mean(axis=0),
+        forces=parts.forces.mean(axis=0),
+        stress=parts.stress.mean(axis=0),
+        energy_std=parts.energy.std(axis=0) / configurations.n_atoms,
+        forces_std=np.sqrt((deviation**2).sum(axis=2).mean(axis=0)),
+        features=parts.features,
+    )
+
+
+def _join(parts: Sequence[_Batch], n_members: int, width: int) -> _Batch:
+    empty = _Batch(
+        np.zeros((n_members, 0)),
+        np.zeros((n_members, 0, 3)),
+        np.zeros((n_members, 0, 6)),
+        np.zeros((0, width)),
+    )
+    columns = list(zip(empty, *parts, strict=True))
+    return _Batch(
+        *(np.concatenate(column, axis=1) for column in columns[:3]),
+        features=np.concatenate(columns[3]),
+    )
+
+
+def _row_batches(n: int, batch_size: int) -> list[IntArray]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number from 1 on, not {batch_size}")
+    return [np.arange(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+
+
+def _rows_for(configurations: Configurations, labels: Labels) -> Labels:
+    """Return a row of labels for each configuration, missing where there was none."""
+    present = {str(name): row for row, name in enumerate(labels.ids)}
+    missing = Labels.missing(configurations, list(map(str, labels.sources)))
+    rows = [(row, present[str(name)]) for row, name in enumerate(configurations.ids) if name in present]
+    # Only energies matter to a selection, so forces and stress stay missing.
+    energy, status = missing.energy, missing.status
+    for row, source_row in rows:
+        energy[row] = labels.energy[source_row]
+        status[row] = np.where(labels.ok[source_row], 0, 1)
+    return missing
+
+
+def _load_member(config: dict[str, Any], tensors: dict[str, torch.Tensor], number: int) -> Network:
+    elements = [chemical_symbols.index(symbol) for symbol in config["elements"]]
+    network = Network(
+        NetworkParameters.from_dict(config["network"]),
+        elements,
+        config["heads"],
+        config["classes"],
+    )
+    prefix = f"member_{number}."
+    own = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+    try:
+        network.load_state_dict(own)
+    except RuntimeError as error:
+        raise ValueError(f"the weights do not fit {CONFIG}: {error}") from error
+    return network
+
+
+def _references(member: Network) -> dict[str, dict[str, float]]:
+    return {
+        name: {
+            chemical_symbols[number]: float(member.heads.reference[row, column])
+            for column, number in enumerate(member.elements)
+        }
+        for row, name in enumerate(member.heads.names)
+    }
+
+
+def _versions() -> dict[str, str]:
+    others = {name: metadata.version(name) for name in ("torch", "numpy", "vesin", "safetensors")}
+    return {"aiida-eipnn": __version__, "python": platform.python_version(), **others}

@@ -1,0 +1,133 @@
+"""Every launch script runs, in the order in which the README of workflows/ names them."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from aiida.orm import QueryBuilder, WorkChainNode
+
+from aiida_eipnn.data.committee import CommitteeData
+from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.science.io import write_labelled
+
+SCRIPTS = Path(__file__).parents[2] / "workflows"
+SW = "SW_StillingerWeber_1985_Si__MO_405512056662_005"
+EDIP = "EDIP_JustoBazantKaxiras_1998_Si__MO_958932894036_002"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a script with arguments and return what it printed."""
+
+    def call(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def files(tmp_path, rattled_silicon, pseudo_family):
+    """A pool as extended XYZ, and overrides that make each script a matter of seconds."""
+    overrides = {
+        "n_members": 2,
+        "dft": {
+            "scaling": {"conv_thr_per_atom": 1e-7},
+            "pw_base": {"kpoints_distance": 0.9, "pseudo_family": pseudo_family},
+        },
+        "network": {"n_radial": 4, "l_max": 2, "width": 8, "depth": 1},
+        "explore": {"recipes": [{"config_type": "rattled", "count": 6}]},
+        **{name: {"epochs": 3} for name in ("pretrain", "classify", "finetune", "scratch")},
+        "split": {"test": 2, "initial": 2},
+        "acquisition": {"n_select": 1},
+        "stop": {"max_iterations": 2},
+    }
+    (tmp_path / "overrides.yaml").write_text(yaml.safe_dump(overrides))
+    write_labelled(tmp_path / "pool.xyz", rattled_silicon(10))
+    return tmp_path
+
+
+def newest(kind):
+    query = QueryBuilder().append(kind, project="*").order_by({kind: {"id": "desc"}})
+    return query.first(flat=True)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py")))
+def test_each_script_says_what_it_is_for(run, script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(script, "--help")
+    assert stop.value.code == 0
+    assert "verdi run workflows/" in capsys.readouterr().out
+
+
+def test_the_steps_one_after_another(kim, torch, job_code, pw_code, files, run):
+    common = ["--overrides", files / "overrides.yaml"]
+    job = ["--job-code", job_code.full_label]
+    eips = ["--eip", SW, "--eip", EDIP]
+    printed = run("01_label_with_eips.py", "--pool", files / "pool.xyz", *eips, *job, *common)
+    assert "20 labels" in printed
+    eip_labels, pool = newest(LabelsData), newest(ConfigurationsData)
+
+    pw = ["--pw-code", pw_code.full_label]
+    printed = run("02_label_with_dft.py", "--pool", pool.pk, "--n", 3, *pw, *common)
+    assert "DFT labels" in printed
+    labels = newest(LabelsData)
+    assert labels.base.attributes.get("n_labels") == 3
+
+    run("03_pretrain_committee.py", "--pool", pool.pk, "--eip-labels", eip_labels.pk, *job, *common)
+    pretrained = newest(CommitteeData)
+    assert pretrained.base.attributes.get("stage") == "pretrain"
+
+    data = ["--pool", pool.pk, "--labels", labels.pk]
+    run("04_finetune_committee.py", *data, "--committee", pretrained.pk, *job, *common)
+    assert newest(CommitteeData).base.attributes.get("stage") == "finetune"
+
+
+def test_the_whole_loop_and_its_report(kim, torch, job_code, pw_code, files, run):
+    printed = run(
+        "active_learning.py",
+        *("--pool", files / "pool.xyz", "--eip", SW, "--eip", EDIP),
+        *("--overrides", files / "overrides.yaml", "--report", files / "first.html"),
+        *("--job-code", job_code.full_label, "--pw-code", pw_code.full_label),
+    )
+    assert "finished" in printed
+    assert (files / "first.html").stat().st_size > 10_000
+    loop = next(
+        node
+        for node in QueryBuilder()
+        .append(WorkChainNode, project="*")
+        .order_by({WorkChainNode: {"id": "desc"}})
+        .all(flat=True)
+        if node.process_label == "ActiveLearningWorkChain"
+    )
+    run("05_report.py", loop.pk, "--output", files / "second.html")
+    assert (files / "second.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--pw-code", "nobody@nowhere"], "no code 'nobody@nowhere'"),
+        (["--protocol", "heroic"], "heroic"),
+        (["--pool", "missing.xyz"], "missing.xyz"),
+        (["--overrides", "missing.yaml"], "cannot read the overrides"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_line(run, job_code, pw_code, pseudo_family, arguments, words):
+    codes = ["--job-code", job_code.full_label, "--pw-code", pw_code.full_label]
+    with pytest.raises(SystemExit, match=words):
+        run("active_learning.py", *codes, *arguments)
+
+
+def test_submit_without_a_daemon_says_how_to_start_one(run, job_code, pw_code, files):
+    codes = ["--job-code", job_code.full_label, "--pw-code", pw_code.full_label]
+    with pytest.raises(SystemExit, match=r"verdi daemon start"):
+        run(
+            "active_learning.py",
+            *codes,
+            *("--pool", files / "pool.xyz", "--overrides", files / "overrides.yaml", "--submit"),
+        )
