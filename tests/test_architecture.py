@@ -31,6 +31,7 @@ BLOCKED = (
     "matplotlib",
 )
 NEEDS_MORE = {"aiida_eipnn.science.eip.kim", "aiida_eipnn.science.plots"}
+NEEDS_TORCH = {"aiida_eipnn.jobs.train", "aiida_eipnn.jobs.evaluate"}
 
 
 def modules_of(room):
@@ -76,7 +77,7 @@ def test_science_and_jobs_import_on_a_bare_compute_node():
         name
         for room in ("science", "jobs")
         for name in modules_of(room)
-        if name not in NEEDS_MORE and not name.startswith("aiida_eipnn.science.nn")
+        if name not in NEEDS_MORE | NEEDS_TORCH and not name.startswith("aiida_eipnn.science.nn")
     ]
 
     imported = import_without(BLOCKED, modules)
@@ -84,10 +85,10 @@ def test_science_and_jobs_import_on_a_bare_compute_node():
     assert imported.returncode == 0, imported.stderr
 
 
-def test_the_network_imports_without_aiida(torch):
+def test_what_needs_torch_imports_without_aiida(torch):
     blocked = [name for name in BLOCKED if name != "torch"]
 
-    imported = import_without(blocked, modules_of("science/nn"))
+    imported = import_without(blocked, [*modules_of("science/nn"), *sorted(NEEDS_TORCH)])
 
     assert imported.returncode == 0, imported.stderr
 

@@ -12,8 +12,9 @@ from typing import Any
 from ase.data import atomic_numbers
 
 from aiida_eipnn.jobs import spec
+from aiida_eipnn.jobs.inputs import read_configurations
 from aiida_eipnn.science.arrays import load_arrays, save_arrays
-from aiida_eipnn.science.configurations import Configurations, join_configurations
+from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.engine import Progress, label_with_eips
 from aiida_eipnn.science.eip.potential import (
     PotentialDescription,
@@ -38,7 +39,7 @@ def run(job: spec.LabelJob, folder: Path) -> spec.State:
         out.
     """
     started = time.monotonic()
-    pool = read_pool(folder)
+    pool = read_configurations(folder)
     descriptions = describe_eips(job.eips)
     require_known_elements(pool, descriptions)
     seconds: dict[str, float] = {}
@@ -64,23 +65,6 @@ def run(job: spec.LabelJob, folder: Path) -> spec.State:
     if not labels.ok.any():
         raise ValueError(f"no EIP labelled any configuration: {'; '.join(_reasons(labels))}")
     return spec.State.DONE
-
-
-def read_pool(folder: Path) -> Configurations:
-    """Read all sets of configurations of a job.
-
-    Raises
-    ------
-    ValueError
-        If there is none, or if all are empty.
-    """
-    parts = sorted(path for path in (folder / spec.CONFIGURATIONS).glob("*") if path.is_dir())
-    if not parts:
-        raise ValueError(f"no configurations to label: {folder / spec.CONFIGURATIONS} is empty")
-    pool = join_configurations([Configurations.from_arrays(load_arrays(path)) for path in parts])
-    if not len(pool):
-        raise ValueError(f"no configurations to label: the {len(parts)} sets given are empty")
-    return pool
 
 
 def describe_eips(eips: Sequence[str]) -> dict[str, PotentialDescription]:

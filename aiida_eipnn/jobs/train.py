@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,7 +33,7 @@ from aiida_eipnn.science.nn.checkpoint import (
     save_checkpoint,
 )
 from aiida_eipnn.science.nn.committee import Committee
-from aiida_eipnn.science.nn.network import NetworkParameters
+from aiida_eipnn.science.nn.network import Network, NetworkParameters
 from aiida_eipnn.science.nn.stages import STAGES, Stage, StageInputs, StageSettings, prepare
 from aiida_eipnn.science.nn.training import Diverged, TrainingParameters, fit, start_training
 
@@ -59,10 +60,13 @@ def run(job: TrainJob, folder: Path) -> State:
     torch.set_num_threads(1)
     inputs, settings = read_inputs(job, folder), read_settings(job)
     stage = prepare(str(job.stage), inputs, settings)
-    if not train_members(job, folder, stage, settings, deadline):
+    train_members(job, folder, stage, settings, deadline)
+    finished = finished_members(job, folder, stage)
+    if finished is None:
         LOGGER.info("the time is up; the checkpoint is complete")
         return State.INTERRUPTED
-    committee, records = collect(job, folder, stage, inputs)
+    committee = committee_of(job, stage, inputs, [network for network, _ in finished])
+    records = [record for _, record in finished]
     output = folder / spec.OUTPUT
     committee.save(output / spec.COMMITTEE)
     metrics = {
@@ -74,7 +78,7 @@ def run(job: TrainJob, folder: Path) -> State:
         "members": records,
     }
     if job.stage is spec.Stage.CLASSIFY:
-        assert inputs.eip_labels is not None  # noqa: S101 - the stage has checked it
+        assert inputs.eip_labels is not None
         selection = committee.select(inputs.configurations, inputs.eip_labels)
         save_arrays(output / spec.SELECTION, selection.arrays())
         metrics |= {"choices": selection.counts, "classes": count_classes(stage)}
@@ -117,8 +121,8 @@ def read_settings(job: TrainJob) -> StageSettings:
 
 def train_members(
     job: TrainJob, folder: Path, stage: Stage, settings: StageSettings, deadline: float | None
-) -> bool:
-    """Train all members as far as the time goes; return whether all are complete.
+) -> None:
+    """Train all members as far as the time goes; their checkpoints say how far that was.
 
     Raises
     ------
@@ -127,16 +131,9 @@ def train_members(
     """
     if job.n_workers > 1 and len(job.seeds) > 1:
         train_side_by_side(job, folder, deadline)
-    else:
-        for member in range(len(job.seeds)):
-            train_member(job, folder, stage, settings, member, deadline)
-    mark = fingerprint(job, folder)
-    paths = [checkpoint_path(folder / spec.CHECKPOINT, member) for member in range(len(job.seeds))]
-    networks = [stage.network(seed, member) for member, seed in enumerate(job.seeds)]
-    return all(
-        load_finished(path, network, mark) is not None
-        for path, network in zip(paths, networks, strict=True)
-    )
+        return
+    for member in range(len(job.seeds)):
+        train_member(job, folder, stage, settings, member, lambda: _is_late(deadline))
 
 
 def train_member(
@@ -145,7 +142,7 @@ def train_member(
     stage: Stage,
     settings: StageSettings,
     member: int,
-    deadline: float | None,
+    out_of_time: Callable[[], bool],
 ) -> None:
     """Train one member from its checkpoint, if there is one, until it is complete or time is up.
 
@@ -154,7 +151,6 @@ def train_member(
     ValueError
         If it diverges, and again at a lower learning rate.
     """
-    parent = os.getppid()
     path = checkpoint_path(folder / spec.CHECKPOINT, member)
     mark = fingerprint(job, folder)
     tried = read_rate_factor(path, mark)
@@ -171,7 +167,7 @@ def train_member(
                 stage,
                 settings.training,
                 save=lambda state: save_checkpoint(path, state, mark),
-                out_of_time=lambda: _is_over(deadline, parent),
+                out_of_time=out_of_time,
             )
         except Diverged as error:
             reason = error
@@ -200,6 +196,8 @@ def train_side_by_side(job: TrainJob, folder: Path, deadline: float | None) -> N
     waiting, running = list(range(len(job.seeds))), dict[int, BaseProcess]()
     try:
         while waiting or running:
+            if running and _is_late(deadline):
+                waiting.clear()
             while waiting and len(running) < job.n_workers:
                 member = waiting.pop(0)
                 running[member] = context.Process(
@@ -217,43 +215,61 @@ def train_side_by_side(job: TrainJob, folder: Path, deadline: float | None) -> N
 
 def work(job: TrainJob, folder: Path, member: int, deadline: float | None) -> None:
     """Train one member: the whole life of a worker process."""
+    parent = os.getppid()
     torch.set_num_threads(1)
     try:
         inputs, settings = read_inputs(job, folder), read_settings(job)
         stage = prepare(str(job.stage), inputs, settings)
-        train_member(job, folder, stage, settings, member, deadline)
+        train_member(
+            job,
+            folder,
+            stage,
+            settings,
+            member,
+            # Where the job was killed, another process adopts its workers: nobody waits for them.
+            lambda: _is_late(deadline) or os.getppid() != parent,
+        )
     except ValueError as error:
         _reason_path(folder, member).write_text(str(error))
         raise SystemExit(1) from error
 
 
-def collect(
-    job: TrainJob, folder: Path, stage: Stage, inputs: StageInputs
-) -> tuple[Committee, list[dict[str, Any]]]:
-    """Return the committee of all complete members, and the record of each member's training."""
-    mark = fingerprint(job, folder)
-    members, records = [], []
+def finished_members(
+    job: TrainJob, folder: Path, stage: Stage
+) -> list[tuple[Network, dict[str, Any]]] | None:
+    """Return network and record of every member, ``None`` unless all are complete."""
+    mark, finished = fingerprint(job, folder), []
     for member, seed in enumerate(job.seeds):
-        network = stage.network(seed, member)
-        facts = load_finished(checkpoint_path(folder / spec.CHECKPOINT, member), network, mark)
-        assert facts is not None  # noqa: S101 - train_members has checked it
-        members.append(network)
-        records.append(
-            {
-                "seed": seed,
-                "n_steps": facts["n_steps"],
-                "rate_factor": facts["rate_factor"],
-                "seconds": sum(epoch["seconds"] for epoch in facts["history"]),
-                "epochs": facts["history"],
-            }
+        path, network = (
+            checkpoint_path(folder / spec.CHECKPOINT, member),
+            stage.network(seed, member),
         )
+        facts = load_finished(path, network, mark)
+        if facts is None:
+            return None
+        record = {
+            "seed": seed,
+            "n_steps": facts["n_steps"],
+            "rate_factor": facts["rate_factor"],
+            "seconds": sum(epoch["seconds"] for epoch in facts["history"]),
+            "epochs": facts["history"],
+        }
+        finished.append((network, record))
+    return finished
+
+
+def committee_of(
+    job: TrainJob, stage: Stage, inputs: StageInputs, networks: list[Network]
+) -> Committee:
+    """Return the committee of these networks."""
     names = () if inputs.eip_labels is None else tuple(map(str, inputs.eip_labels.sources))
-    facts = {"n_labels": stage.n_labels, "training": asdict(read_settings(job).training)}
-    return (
-        Committee(
-            members=tuple(members), stage=str(job.stage), seeds=job.seeds, eips=names, facts=facts
-        ),
-        records,
+    training = asdict(read_settings(job).training)
+    return Committee(
+        members=tuple(networks),
+        stage=str(job.stage),
+        seeds=job.seeds,
+        eips=names,
+        facts={"n_labels": stage.n_labels, "training": training},
     )
 
 
@@ -274,14 +290,11 @@ def fingerprint(job: TrainJob, folder: Path) -> str:
 def count_classes(stage: Stage) -> dict[str, int]:
     """Return how often each class is the right one where DFT knows."""
     counts = Counter(int(number) for number in getattr(stage, "classes", ()))
-    return {
-        name: counts[number] for number, name in enumerate(getattr(stage, "class_names", ()))
-    }
+    return {name: counts[number] for number, name in enumerate(getattr(stage, "class_names", ()))}
 
 
-def _is_over(deadline: float | None, parent: int) -> bool:
-    # A worker whose job was killed is adopted by another process: nobody waits for it any more.
-    return os.getppid() != parent or (deadline is not None and time.monotonic() >= deadline)
+def _is_late(deadline: float | None) -> bool:
+    return deadline is not None and time.monotonic() >= deadline
 
 
 def _check_exit(folder: Path, member: int, process: BaseProcess) -> None:

@@ -16,10 +16,12 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from aiida_eipnn.science.arrays import FloatArray
 from aiida_eipnn.science.uncertainty import Calibration
@@ -89,7 +91,12 @@ class Curve:
 
 
 def draw(
-    name: str, paint: Callable[[Sequence[Axes]], None], *, n_axes: int = 1, height: float = 2.7
+    name: str,
+    paint: Callable[[Sequence[Axes]], None],
+    *,
+    n_axes: int = 1,
+    width: float = 9.2,
+    height: float = 3.0,
 ) -> str:
     """Return a row of Axes, painted by ``paint``, as an SVG element for a page.
 
@@ -101,11 +108,11 @@ def draw(
         Called with the Axes.
     n_axes
         How many, side by side.
-    height
-        In inches; the width is that of the text of the page, or half of it for a single one.
+    width, height
+        In inches; 9.2 is the width of the text of the page.
     """
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(4.6 * n_axes, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         paint(list(figure.subplots(1, n_axes, squeeze=False)[0]))
         stream = io.StringIO()
@@ -141,12 +148,11 @@ def learning_curve(axes: Axes, curves: Sequence[Curve], label: str) -> Axes:
             markeredgewidth=0.8,
         )
     axes.set_yscale("log")
-    plain_log_ticks(axes)
+    plain_log_ticks(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("DFT labels in training")
     axes.set_ylabel(label)
-    axes.legend(loc="best")
-    return axes
+    return legend_above(axes)
 
 
 def parity(
@@ -191,7 +197,7 @@ def parity(
         linespacing=1.5,
     )
     axes.set(xlim=(low, high), ylim=(low, high))
-    axes.set_aspect("equal", adjustable="box")
+    axes.set_box_aspect(1)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel(f"DFT, {label}")
@@ -232,9 +238,12 @@ def uncertainty_against_error(
         )
         low, high = error[used].min(), error[used].max()
         # Room for the three lines of text above the points.
-        axes.set_ylim(low / 1.5, high * (high / low) ** 0.35)
-    axes.set_xlabel("uncertainty of the force on an atom, eV/Å")
-    axes.set_ylabel("error of that force, eV/Å")
+        axes.set_ylim(low / 1.5, 1.5 * high * (high / low) ** 0.45)
+    axes.set_box_aspect(1)
+    for axis in (axes.xaxis, axes.yaxis):
+        plain_log_ticks(axis)
+    axes.set_xlabel("force uncertainty, eV/Å")
+    axes.set_ylabel("force error, eV/Å")
     return axes
 
 
@@ -280,6 +289,22 @@ def stacked_bars(
     return axes
 
 
+def legend_above(axes: Axes, handles: Sequence[Artist] | None = None) -> Axes:
+    """Put the legend above the Axes, where it hides nothing."""
+    axes.legend(
+        handles=axes.get_legend_handles_labels()[0] if handles is None else handles,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=4,
+        borderaxespad=0.1,
+        borderpad=0.2,
+        handlelength=1.4,
+        handletextpad=0.5,
+        columnspacing=1.2,
+    )
+    return axes
+
+
 def legend_below(axes: Axes, *, n_columns: int) -> Axes:
     """Put the legend below the Axes, for names too long to be beside."""
     axes.figure.legend(
@@ -317,7 +342,9 @@ def column_bars(
     axes.set_ylabel(label)
     axes.grid(axis="x", visible=False)
     axes.tick_params(axis="x", length=0, labelcolor=INK)
-    return axes
+    # A single column as wide as the figure would look like an area.
+    axes.set_xlim(-0.6, max(len(names), 4) - 0.4)
+    return legend_above(axes)
 
 
 def strip(
@@ -351,7 +378,7 @@ def strip(
         )
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_yscale("log")
-    plain_log_ticks(axes)
+    plain_log_ticks(axes.yaxis)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_ylabel(label)
     axes.grid(axis="x", visible=False)
@@ -360,17 +387,16 @@ def strip(
         axes.scatter([], [], s=16, color=PALE, label="pool"),
         axes.scatter([], [], s=26, color=RED, label="chosen for DFT"),
     ]
-    axes.legend(handles=handles, loc="best")
-    return axes
+    return legend_above(axes, handles)
 
 
-def plain_log_ticks(axes: Axes) -> None:
-    """Label a logarithmic axis with plain numbers, at 1, 2 and 5 of each decade."""
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    formatter = ScalarFormatter()
-    formatter.set_scientific(False)
-    axes.yaxis.set_major_formatter(formatter)
-    axes.yaxis.set_minor_formatter(NullFormatter())
+def plain_log_ticks(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers: 1, 2 and 5 of each decade if there is room."""
+    low, high = axis.get_view_interval()
+    steps = (1.0, 2.0, 5.0) if high < 100 * low else (1.0,)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def padded(values: FloatArray) -> tuple[float, float]:
@@ -379,7 +405,6 @@ def padded(values: FloatArray) -> tuple[float, float]:
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
     margin = 0.06 * (high - low) or 0.5
     return low - margin, high + margin
-
 
 
 def spread(centre: float, n: int, rng: np.random.Generator) -> FloatArray:

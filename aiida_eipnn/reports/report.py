@@ -1,6 +1,6 @@
 """The report of a loop: one HTML file that needs nothing else, neither network nor this package."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from aiida.orm import Data, ProcessNode
 
 from aiida_eipnn import __version__
 from aiida_eipnn.reports import evidence
-from aiida_eipnn.reports.history import History, Iteration, iteration_name, read_history
+from aiida_eipnn.reports.history import History, Iteration, read_history
 from aiida_eipnn.reports.lineage import Lineage, trace
 from aiida_eipnn.reports.points import PointState, inputs_of, outputs_of
 from aiida_eipnn.science.eip.selection import NONE
@@ -21,6 +21,22 @@ from aiida_eipnn.science.reference import SourceErrors
 
 # Of the dots that are moved sideways in a figure, so that the same loop gives the same page.
 JITTER_SEED = 0
+
+# What a stage is called in a list of times.
+SHORT = {
+    "explore": "pool",
+    "label_with_eips": "EIP labels",
+    "dft": "DFT",
+    "pretrain": "pre-training",
+    "classify": "classification",
+    "finetune": "fine-tuning",
+    "scratch": "twin",
+    "evaluate": "evaluation",
+    "evaluate_scratch": "evaluation of the twin",
+}
+
+# Of pw.x, and of aiida-quantumespresso's distance of k-points.
+UNITS = {"ecutwfc": "Ry", "ecutrho": "Ry", "degauss": "Ry", "kpoints_distance": "1/Å"}
 
 SOFTWARE = (
     ("AiiDA", "Huber et al., Sci. Data 7, 300 (2020)", "10.1038/s41597-020-00638-4"),
@@ -36,7 +52,11 @@ SOFTWARE = (
         "Networks for Predicting Material Properties, NeurIPS (2022)",
         "10.48550/arXiv.2210.08047",
     ),
-    ("ASE", "Larsen et al., J. Phys.: Condens. Matter 29, 273002 (2017)", "10.1088/1361-648X/aa680e"),
+    (
+        "ASE",
+        "Larsen et al., J. Phys.: Condens. Matter 29, 273002 (2017)",
+        "10.1088/1361-648X/aa680e",
+    ),
 )
 
 
@@ -104,11 +124,12 @@ def render(node: ProcessNode) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"duration": duration, "milli": milli, "day": day}
+    environment.filters |= {"duration": duration, "milli": milli, "day": day, "level": level_text}
     return environment.get_template("template.html").render(
         history=history,
         lineage=lineage,
         title=title(history),
+        words=SHORT,
         summary=summary(history),
         status=status_word(history),
         cards=cards(history),
@@ -116,7 +137,7 @@ def render(node: ProcessNode) -> str:
         league=league(history, lineage, errors),
         last=history.assessed[-1] if history.assessed else None,
         batches=[batch_row(history, name) for name in history.batches],
-        stages=history.seconds_by_stage(),
+        stages=stage_times(history),
         software=SOFTWARE,
         version=__version__,
         seed=inputs["seed"].value,
@@ -140,20 +161,13 @@ def summary(history: History) -> list[str]:
         points = f" {done} of {counted(asked, 'DFT point')} are labelled." if asked else ""
         return [f"There are no errors to report yet.{points}", *_ending(history)]
     last = history.assessed[-1]
-    assert_known = last.committee
-    if assert_known is None:
-        return _ending(history)
-    return [
-        f"With {counted(last.n_training_labels or 0, 'DFT label')} the committee reaches "
-        f"{both(assert_known)} on {counted(assert_known.n_configurations, 'held-out configuration')}.",
-        *([f"The same network trained from scratch reaches {both(last.scratch)}."] if last.scratch else []),
-        *(
-            [f"The best single EIP, {short_name(last.best_eip_name)}, is off by {both(last.best_eip)}."]
-            if last.best_eip
-            else []
-        ),
-        *_ending(history),
-    ]
+    sentences = [_reached(last)]
+    if last.scratch:
+        sentences.append(f"The same network trained from scratch reaches {both(last.scratch)}.")
+    if last.best_eip:
+        name = short_name(last.best_eip_name)
+        sentences.append(f"The best single EIP, {name}, is off by {both(last.best_eip)}.")
+    return [*sentences, *_ending(history)]
 
 
 def status_word(history: History) -> str:
@@ -230,10 +244,12 @@ def gain_card(last: Iteration) -> Card | None:
     """Return what the EIPs bring: the error of the forces over that of the twin without them."""
     if last.scratch is None or last.committee is None or not last.committee.forces_mae > 0:
         return None
+    gain = last.scratch.forces_mae / last.committee.forces_mae
     return Card(
         title="What the EIPs bring",
-        value=f"{last.scratch.forces_mae / last.committee.forces_mae:.2g}×",
-        note="force error from scratch over that with EIPs",
+        value=f"{gain:.2g}×",
+        note="force error from scratch over that with EIPs"
+        + ("" if gain > 1 else ": they do not help here"),
     )
 
 
@@ -262,6 +278,12 @@ def league(
     ]
 
 
+def stage_times(history: History) -> str:
+    """Return how long each stage took, in words."""
+    seconds = history.seconds_by_stage()
+    return ", ".join(f"{SHORT.get(name, name)} {duration(time)}" for name, time in seconds.items())
+
+
 def batch_row(history: History, name: str) -> dict[str, Any]:
     """Return what one batch of DFT points came to."""
     points = [point for point in history.points if point.batch == name]
@@ -283,7 +305,7 @@ def batch_text(name: str) -> str:
 
 
 def draw_figures(history: History, outputs: Mapping[str, Data], pool: Data) -> dict[str, str]:
-    """Return the figures for which there are data, as SVG by name.
+    """Return each figure as SVG by name, empty where there are no data for it.
 
     Raises
     ------
@@ -291,14 +313,13 @@ def draw_figures(history: History, outputs: Mapping[str, Data], pool: Data) -> d
         If matplotlib is not installed.
     """
     last = history.assessed[-1] if history.assessed else None
-    found = {
+    return {
         "learning": learning_figure(history),
         "parity": parity_figure(evidence.read_test_set(outputs, last), last),
         "choices": choices_figure(evidence.read_choices(outputs, pool, last), history.eips),
         "asked": asked_figure(history, evidence.read_uncertainties(outputs, history.iterations)),
         "cost": cost_figure(history),
     }
-    return {name: svg for name, svg in found.items() if svg}
 
 
 def learning_figure(history: History) -> str:
@@ -360,7 +381,7 @@ def parity_figure(test: evidence.TestSet | None, last: Iteration | None) -> str:
             axes[2], test.forces_std, test.forces_error, last.calibration
         )
 
-    return str(figures.draw("parity", paint, n_axes=3, height=4.2))
+    return str(figures.draw("parity", paint, n_axes=3, height=3.2))
 
 
 def choices_figure(choices: evidence.Choices | None, eips: Sequence[str]) -> str:
@@ -380,7 +401,7 @@ def choices_figure(choices: evidence.Choices | None, eips: Sequence[str]) -> str
         figures.legend_below(axes[0], n_columns=3)
 
     height = 1.0 + 0.32 * len(table) + 0.2 * -(-len(classes) // 3)
-    return str(figures.draw("choices", paint, n_axes=1, width=9.2, height=height))
+    return str(figures.draw("choices", paint, width=9.2, height=height))
 
 
 def asked_figure(history: History, uncertainties: Mapping[str, Any]) -> str:
@@ -396,7 +417,6 @@ def asked_figure(history: History, uncertainties: Mapping[str, Any]) -> str:
 
     def paint(axes: Sequence[Any]) -> None:
         figures.column_bars(axes[0], counts, classes, "DFT points asked for")
-        axes[0].legend(loc="outside right upper" if False else "best", ncols=2)
         rng = np.random.default_rng(JITTER_SEED)
         figures.strip(axes[1], pool, chosen, "force uncertainty, eV/Å", rng)
 
@@ -417,14 +437,19 @@ def cost_figure(history: History) -> str:
 
     def paint(axes: Sequence[Any]) -> None:
         figures.column_bars(axes[0], table, classes, "pw.x wall time, min")
-        axes[0].legend(loc="best", ncols=2)
 
-    return str(figures.draw("cost", paint, n_axes=1, height=3.0))
+    return str(figures.draw("cost", paint, width=4.6, height=3.0))
 
 
 def short_batch(name: str) -> str:
     """Return the name of a batch, short enough for an axis."""
     return str(int(name[1:])) if name[1:].isdigit() else name
+
+
+def level_text(level: Mapping[str, Any]) -> str:
+    """Return a level of theory for people, with units."""
+    shown = {key: value for key, value in level.items() if key not in {"pseudos", "fingerprint"}}
+    return ", ".join(f"{key} {value} {UNITS.get(key, '')}".rstrip() for key, value in shown.items())
 
 
 def load_figures() -> Any:
@@ -446,7 +471,8 @@ def load_figures() -> Any:
 
 def both(errors: Errors) -> str:
     """Return energy and force error in words."""
-    return f"{milli(errors.energy_mae)} meV/atom and {milli(errors.forces_mae)} meV/Å"
+    # A number and its unit stay on one line.
+    return f"{milli(errors.energy_mae)}\u00a0meV/atom and {milli(errors.forces_mae)}\u00a0meV/Å"
 
 
 def counted(n: int, noun: str) -> str:
@@ -484,19 +510,24 @@ def short_name(name: str) -> str:
     return name.split("__")[0].replace("_", " ")
 
 
+def _reached(last: Iteration) -> str:
+    if last.committee is None:
+        return ""
+    return (
+        f"With {counted(last.n_training_labels or 0, 'DFT label')} the committee reaches "
+        f"{both(last.committee)} on "
+        f"{counted(last.committee.n_configurations, 'held-out configuration')}."
+    )
+
+
 def _ending(history: History) -> list[str]:
     if history.stop_text and history.is_ok:
-        return [f"It stopped because {because(history.stop_text)}."]
+        return [f"It stopped because {history.stop_text.rstrip('.')}."]
     if history.is_ok:
         return ["It is finished."]
     if history.is_over:
         return [f"The loop did not finish: {history.stage}"]
     return [f"The loop is running: {history.stage}."]
-
-
-def because(text: str) -> str:
-    """Return the reason to stop as the end of a sentence."""
-    return text.rstrip(".")
 
 
 def _labels_text(eip: Any) -> str:

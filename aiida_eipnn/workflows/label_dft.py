@@ -34,6 +34,9 @@ SLOTS_PER_LANE = 3
 SLOTS_OF_PARENTS = 4
 
 
+SCALING = ("bands_factor", "extra_bands", "conv_thr_per_atom")
+
+
 def slots_needed(n_lanes: int) -> int:
     """Return how many slots of the daemon a loop with ``n_lanes`` lanes occupies at most."""
     return SLOTS_PER_LANE * n_lanes + SLOTS_OF_PARENTS
@@ -54,6 +57,7 @@ def _add_inputs(spec: ProcessSpec) -> None:
         "scaling",
         valid_type=Dict,
         serializer=to_aiida_type,
+        validator=_validate_scaling,
         help="What grows with a configuration: bands_factor, extra_bands, conv_thr_per_atom (Ry).",
     )
     spec.output("labels", valid_type=LabelsData, help="The labels, missing ones with the reason.")
@@ -265,6 +269,17 @@ def _validate_lanes(value: Int | None, _: Any) -> str | None:
 def _validate_fraction(value: Float | None, _: Any) -> str | None:
     if value is not None and not 0 <= value.value <= 1:
         return f"min_success_fraction is a fraction between 0 and 1, got {value.value}"
+    return None
+
+
+def _validate_scaling(value: Dict | None, _: Any) -> str | None:
+    given = value.get_dict() if value is not None else {}
+    if sorted(given) != sorted(SCALING):
+        return f"scaling needs {sorted(SCALING)}, got {sorted(given)}"
+    for name, number in given.items():
+        # YAML reads 1e-6, without a point, as text.
+        if isinstance(number, bool) or not isinstance(number, int | float) or number < 0:
+            return f"scaling.{name} must be a number from 0 on, got {number!r}"
     return None
 
 

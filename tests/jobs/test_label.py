@@ -124,6 +124,8 @@ def test_a_job_that_runs_out_of_time_goes_on_from_its_checkpoint(tmp_path, monke
     labels = read_labels(tmp_path)
     assert labels.ok.all()
     np.testing.assert_array_equal(labels.energy[half.ok], half.energy[half.ok])
+    # One label may be lost when the first run is stopped, no more.
+    assert (tmp_path / "calls").stat().st_size <= 16
 
 
 def test_a_job_that_is_killed_leaves_labels_to_go_on_from_and_no_process(tmp_path):
@@ -159,7 +161,7 @@ def test_a_checkpoint_that_was_not_finished_is_no_checkpoint(tmp_path):
 
 
 def test_a_job_without_configurations_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no configurations to label"):
+    with pytest.raises(ValueError, match="the pool is empty"):
         label.run(LabelJob(eips=(LJ,)), tmp_path)
 
     write_pool(tmp_path, pool=Configurations.from_atoms([]))

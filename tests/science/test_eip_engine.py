@@ -203,6 +203,9 @@ def test_previous_labels_are_kept_and_not_made_again():
     after = label_with_eips(pool.take([2, 1, 0]), [LJ, misbehaving("aborts")], previous=before)
 
     np.testing.assert_array_equal(after.energy[1:, ::-1], before.energy[[1, 0]])
+    np.testing.assert_array_equal(after.forces_of(2, 1), before.forces_of(0, 0))
+    np.testing.assert_array_equal(after.forces_of(1, 0), before.forces_of(1, 1))
+    np.testing.assert_array_equal(after.stress[1:, ::-1], before.stress[[1, 0]])
     assert after.energy[0, 0] == LennardJones().label(pool.atoms(2)).energy
 
 

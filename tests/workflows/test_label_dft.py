@@ -144,6 +144,13 @@ def test_occupations_must_be_explicit(dft_inputs, rattled_silicon):
         run_get_node(DftLabelWorkChain, **inputs)
 
 
+def test_a_threshold_that_yaml_read_as_text_is_refused(dft_inputs, rattled_silicon):
+    inputs = dft_inputs(rattled_silicon(1))
+    inputs["scaling"] = Dict({**INPUTS["scaling"], "conv_thr_per_atom": "1e-6"})
+    with pytest.raises(ValueError, match="conv_thr_per_atom must be a number"):
+        run_get_node(DftLabelWorkChain, **inputs)
+
+
 def test_lanes_get_equal_cost_and_never_too_many_configurations():
     cost = np.array([8.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     lanes = deal(cost, 2, 50)

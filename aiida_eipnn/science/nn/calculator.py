@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
@@ -11,7 +11,7 @@ from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.nn.committee import Committee
 
 
-class CommitteeCalculator(Calculator):  # type: ignore[misc]
+class CommitteeCalculator(Calculator):
     """Mean prediction of a committee, with the spread of its members.
 
     Besides energy (eV), forces (eV/Å) and stress (eV/Å³, where all directions are periodic),
@@ -31,7 +31,7 @@ class CommitteeCalculator(Calculator):  # type: ignore[misc]
     >>> atoms.calc.uncertainty
     """
 
-    implemented_properties: ClassVar[list[str]] = [
+    implemented_properties: list[str] = [  # noqa: RUF012 - as ASE declares it
         "energy",
         "free_energy",
         "forces",
@@ -41,7 +41,7 @@ class CommitteeCalculator(Calculator):  # type: ignore[misc]
     ]
 
     def __init__(self, committee: Committee, **settings: Any) -> None:
-        super().__init__(**settings)
+        super().__init__(**settings)  # type: ignore[no-untyped-call]
         self.committee = committee
 
     @classmethod
@@ -69,9 +69,10 @@ class CommitteeCalculator(Calculator):  # type: ignore[misc]
         system_changes: Sequence[str] = tuple(all_changes),
     ) -> None:
         """Fill ``results``; everything comes at once, whatever ``properties`` asks for."""
-        super().calculate(atoms, properties, system_changes)
-        predicted = self.committee.predict(Configurations.from_atoms([self.atoms]))
-        self.results = {
+        super().calculate(atoms, properties, system_changes)  # type: ignore[no-untyped-call]
+        configuration = Configurations.from_atoms([self.atoms])  # type: ignore[list-item]
+        predicted = self.committee.predict(configuration)
+        self.results: dict[str, Any] = {
             "energy": float(predicted.energy[0]),
             "free_energy": float(predicted.energy[0]),
             "forces": predicted.forces,
@@ -79,5 +80,5 @@ class CommitteeCalculator(Calculator):  # type: ignore[misc]
             "forces_std": predicted.forces_std,
         }
         # Without it ASE says that the stress is not implemented, which is what it is there.
-        if self.atoms.pbc.all():
+        if configuration.pbc.all():
             self.results["stress"] = predicted.stress[0]

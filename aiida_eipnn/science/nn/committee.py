@@ -17,7 +17,7 @@ from aiida_eipnn import __version__
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.selection import Selection, select
-from aiida_eipnn.science.labels import Labels
+from aiida_eipnn.science.labels import Labels, join_labels
 from aiida_eipnn.science.nn.descriptor import Described, DescribedSet
 from aiida_eipnn.science.nn.graph import find_neighbours
 from aiida_eipnn.science.nn.network import (
@@ -193,10 +193,9 @@ class Committee:
         with torch.no_grad():
             first, graph = self.members[0], described.graph
             pooled = first.pooled(first.trunk(described), graph)
-        return _Batch(
-            *(np.stack([result[part] for result in results]) for part in range(3)),
-            features=pooled[:, : self.parameters.width].numpy().astype(np.float64),
-        )
+        energy, forces, stress = (np.stack(values) for values in zip(*results, strict=True))
+        features = pooled[:, : self.parameters.width].numpy().astype(np.float64)
+        return _Batch(energy, forces, stress, features)
 
     def _probabilities(self, described: Described) -> FloatArray:
         with torch.no_grad():
@@ -227,7 +226,9 @@ class Committee:
         }
 
 
-def _predict_one(member: Network, described: Described) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _predict_one(
+    member: Network, described: Described
+) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Return energy, forces and stress of one member."""
     batch = with_gradient(described)
     row = member.heads.row(energy_head(member))
@@ -259,11 +260,9 @@ def _join(parts: Sequence[_Batch], n_members: int, width: int) -> _Batch:
         np.zeros((n_members, 0, 6)),
         np.zeros((0, width)),
     )
-    columns = list(zip(empty, *parts, strict=True))
-    return _Batch(
-        *(np.concatenate(column, axis=1) for column in columns[:3]),
-        features=np.concatenate(columns[3]),
-    )
+    *by_member, features = zip(empty, *parts, strict=True)
+    energy, forces, stress = (np.concatenate(values, axis=1) for values in by_member)
+    return _Batch(energy, forces, stress, np.concatenate(features))
 
 
 def _row_batches(n: int, batch_size: int) -> list[IntArray]:
@@ -274,15 +273,13 @@ def _row_batches(n: int, batch_size: int) -> list[IntArray]:
 
 def _rows_for(configurations: Configurations, labels: Labels) -> Labels:
     """Return a row of labels for each configuration, missing where there was none."""
-    present = {str(name): row for row, name in enumerate(labels.ids)}
-    missing = Labels.missing(configurations, list(map(str, labels.sources)))
-    rows = [(row, present[str(name)]) for row, name in enumerate(configurations.ids) if name in present]
-    # Only energies matter to a selection, so forces and stress stay missing.
-    energy, status = missing.energy, missing.status
-    for row, source_row in rows:
-        energy[row] = labels.energy[source_row]
-        status[row] = np.where(labels.ok[source_row], 0, 1)
-    return missing
+    empty = Labels.missing(configurations, list(map(str, labels.sources)))
+    present = np.isin(configurations.ids, labels.ids)
+    if not present.any():
+        return empty
+    rows = labels.rows_of(configurations.ids[present])
+    together = join_labels([labels.take(rows), empty.take(np.flatnonzero(~present))])
+    return together.take(together.rows_of(configurations.ids))
 
 
 def _load_member(config: dict[str, Any], tensors: dict[str, torch.Tensor], number: int) -> Network:

@@ -207,7 +207,7 @@ def describe(graph: Graph, basis: Basis, dtype: torch.dtype) -> Described:
 
 def descriptors_of(described: Described) -> Tensor:
     """Return the descriptors as a differentiable function of ``graph.vectors``."""
-    result: Tensor = _Descriptors.apply(described.graph.vectors, described)
+    result: Tensor = _Descriptors.apply(described.graph.vectors, described)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -302,13 +302,14 @@ class _Descriptors(torch.autograd.Function):
     """Descriptors as a function of the vectors between neighbours."""
 
     @staticmethod
-    def forward(ctx: Any, vectors: Tensor, described: Described) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, vectors: Tensor, described: Described) -> Tensor:
         ctx.described = described
         return described.descriptors.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _VectorGradient.apply(gradients[0], ctx.described), None
+        gradient: Tensor = _VectorGradient.apply(gradients[0], ctx.described)  # type: ignore[no-untyped-call]
+        return gradient, None
 
 
 class _VectorGradient(torch.autograd.Function):
@@ -331,20 +332,21 @@ class _VectorGradient(torch.autograd.Function):
 def _vector_gradient(gradient: Tensor, described: Described) -> Tensor:
     """Return the gradient by ``vectors``, given that by the descriptors."""
     basis = described.basis
-    radial, slope, harmonics, slopes, unit = described.pairs.split(basis.widths, dim=-1)
+    radial, slope, harmonics, slopes, unit = torch.split(described.pairs, basis.widths, dim=-1)
     by_density = _density_gradient(gradient, described.density, basis)
     by_harmonics = radial @ by_density
     along = ((slope @ by_density) * harmonics).sum(dim=-1, keepdim=True)
-    across = (by_harmonics[..., None, :] * slopes.unflatten(-1, (3, -1))).sum(dim=-1)
-    return (along * unit + across).to(described.graph.vectors.dtype)
+    across = (by_harmonics[..., None, :] * _by_direction(slopes)).sum(dim=-1)
+    gradient_by_vectors: Tensor = along * unit + across
+    return gradient_by_vectors.to(described.graph.vectors.dtype)
 
 
 def _descriptor_tangent(tangent: Tensor, described: Described) -> Tensor:
     """Return how the descriptors change when the vectors change by ``tangent``."""
     basis, tangent = described.basis, tangent.to(described.pairs.dtype)
-    radial, slope, harmonics, slopes, unit = described.pairs.split(basis.widths, dim=-1)
+    radial, slope, harmonics, slopes, unit = torch.split(described.pairs, basis.widths, dim=-1)
     stretch = slope * (unit * tangent).sum(dim=-1, keepdim=True)
-    turn = (slopes.unflatten(-1, (3, -1)) * tangent[..., None]).sum(dim=-2)
+    turn = (_by_direction(slopes) * tangent[..., None]).sum(dim=-2)
     moved = stretch.transpose(1, 2) @ harmonics + radial.transpose(1, 2) @ turn
     pairs = _power_spectrum(moved, described.density, basis)
     return torch.cat([moved[..., 0], pairs], dim=-1)
@@ -369,14 +371,19 @@ def _density_gradient(gradient: Tensor, density: Tensor, basis: Basis) -> Tensor
     both[c, d] = both[d, c] = torch.arange(len(c))
     # p_cc is quadratic in A_c, so it counts twice.
     twice = 1 + torch.eye(n, dtype=gradient.dtype)
-    linear, pairs = gradient[:, :n], gradient[:, n:].unflatten(1, (basis.l_max + 1, -1))
-    matrices = pairs[:, :, both.flatten()].unflatten(2, (n, n)) * twice
+    linear, pairs = gradient[:, :n], gradient[:, n:].reshape(len(gradient), basis.l_max + 1, -1)
+    matrices = pairs[:, :, both.flatten()].reshape(len(gradient), basis.l_max + 1, n, n) * twice
     parts = [
         matrices[:, degree] @ density[..., degree**2 : (degree + 1) ** 2]
         for degree in range(basis.l_max + 1)
     ]
     parts[0] = parts[0] + linear[..., None]
     return torch.cat(parts, dim=-1)
+
+
+def _by_direction(slopes: Tensor) -> Tensor:
+    """Return slopes of shape ``(N, K, 3, n_harmonics)``."""
+    return slopes.reshape(*slopes.shape[:2], 3, -1)
 
 
 def _envelope(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Neighbours of atoms: built once for a set of configurations, cut into batches for the networks."""
+"""Neighbours of atoms: found once for a set of configurations, cut into batches for networks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

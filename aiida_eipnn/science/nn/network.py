@@ -150,7 +150,7 @@ class PowerSpectrumTrunk(nn.Module):
         """Draw new weights."""
         _draw(self.embedding, 0.5, generator)
         for layer in self.layers:
-            assert isinstance(layer, nn.Linear)  # noqa: S101 - for the type checker
+            assert isinstance(layer, nn.Linear)
             _draw(layer.weight, layer.in_features**-0.5, generator)
             nn.init.zeros_(layer.bias)
 

@@ -246,7 +246,7 @@ class Classification:
         fit_pooling(network, self.statistics.described)
         return network
 
-    def loss(self, network: Network, rows: IntArray, step: Step) -> Loss:  # noqa: ARG002
+    def loss(self, network: Network, rows: IntArray, step: Step) -> Loss:
         """Return the cross-entropy."""
         batch = self.described.batch(rows)
         logits = network.logits(network.trunk(batch), batch.graph)
@@ -337,7 +337,7 @@ class Finetuning:
 
     def _pseudo_loss(self, network: Network, step: Step) -> Tensor:
         pseudo = self.pseudo
-        assert pseudo is not None  # noqa: S101 - for the type checker
+        assert pseudo is not None
         n_drawn = min(self.settings.training.batch_size, len(pseudo.energy))
         rows = step.rng.choice(len(pseudo.energy), n_drawn, replace=False)
         batch = pseudo.described.batch(rows)
@@ -477,8 +477,9 @@ def choose_heads(known: BoolArray, rng: np.random.Generator) -> IntArray:
     """Draw one head with a label for each configuration; the last one is the consensus."""
     chance = rng.random(known.shape)
     # The largest number among the EIPs with a label draws one of them evenly.
-    drawn = np.where(known[:, :-1], chance[:, :-1], -1.0).argmax(axis=1)
-    return np.where(chance[:, -1] < CONSENSUS_SHARE, known.shape[1] - 1, drawn).astype(np.int64)
+    drawn: IntArray = np.where(known[:, :-1], chance[:, :-1], -1.0).argmax(axis=1)
+    drawn[chance[:, -1] < CONSENSUS_SHARE] = known.shape[1] - 1
+    return drawn
 
 
 def pseudo_labels(
@@ -587,7 +588,7 @@ def shake(network: Network, noise: float, seed: int) -> None:
     weight = network.heads.weight
     drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight.dtype)
     with torch.no_grad():
-        weight += noise * weight.square().mean().sqrt() * drawn
+        weight.add_(noise * weight.square().mean().sqrt() * drawn)
 
 
 def energy_scale(per_atom: FloatArray) -> float:
@@ -601,7 +602,8 @@ def fit_referenced(configurations: Configurations, energy: FloatArray) -> FloatA
     """Return energies per atom less fitted references, in eV/atom. Shape ``(n,)``."""
     fitted = fit_reference_energies(configurations, energy)
     counts = count_elements(configurations, np.array(list(fitted)))
-    return (energy - counts @ np.array(list(fitted.values()))) / configurations.n_atoms
+    residual: FloatArray = energy - counts @ np.array(list(fitted.values()))
+    return residual / configurations.n_atoms
 
 
 def virial_error(virial: Tensor, stress: FloatArray, batch: Described) -> Tensor:

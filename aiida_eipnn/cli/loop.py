@@ -1,0 +1,306 @@
+"""Commands about a loop: status, lineage, report, export."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from aiida.orm import Node
+
+    from aiida_eipnn.reports.history import History
+    from aiida_eipnn.reports.lineage import Lineage
+
+# Often enough to feel live, rarely enough not to disturb the database.
+FOLLOW_SECONDS = 3.0
+
+README = """\
+A committee of neural-network potentials for {elements}, trained by the loop {uuid}.
+
+{summary}
+
+  config.json, weights.safetensors   the committee
+  dataset.extxyz                     the pool with all DFT and EIP labels: <source>_energy (eV),
+                                     <source>_forces (eV/Å), <source>_stress (eV/Å³)
+
+    from ase.build import bulk
+    from aiida_eipnn.science.nn.calculator import CommitteeCalculator
+    atoms = bulk("{symbol}")
+    atoms.calc = CommitteeCalculator.from_folder("{folder}")
+    print(atoms.get_potential_energy(), atoms.calc.results["forces_std"])
+"""
+
+identifier = click.argument("identifier", metavar="PK")
+profile_option = click.option("-p", "--profile", help="AiiDA profile, in place of the default one.")
+
+
+@click.command("status", help="Say how far an active-learning loop came.")
+@identifier
+@click.option("-f", "--follow", is_flag=True, help="Show it until the loop has ended.")
+@profile_option
+def cmd_status(identifier: str, follow: bool, profile: str | None) -> None:
+    """Say how far a loop came, once or until it ends."""
+    node = load(identifier, profile)
+    history = read(node)
+    lines = status_lines(history)
+    click.echo("\n".join(lines))
+    if not history.is_over and (hint := daemon_hint(history)):
+        raise click.ClickException(hint)
+    while follow and not history.is_over:
+        time.sleep(FOLLOW_SECONDS)
+        history = read(node)
+        lines = show_again(lines, status_lines(history))
+
+
+@click.command("lineage", help="Say what a committee was made of, down to each DFT calculation.")
+@identifier
+@click.option("--json", "as_json", is_flag=True, help="Write everything as JSON.")
+@profile_option
+def cmd_lineage(identifier: str, as_json: bool, profile: str | None) -> None:
+    """Say where a committee, or the last one of a loop, comes from."""
+    node = load(identifier, profile)
+    from aiida_eipnn.reports.lineage import trace
+
+    lineage = trace(node)
+    if as_json:
+        click.echo(json.dumps(lineage.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        click.echo("\n".join(lineage_lines(lineage)))
+
+
+@click.command("report", help="Write the report of a loop as one HTML page.")
+@identifier
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="Where to write it.",
+)
+@profile_option
+def cmd_report(identifier: str, output: Path, profile: str | None) -> None:
+    """Write the report of a loop: finished, broken or still running."""
+    node = load(identifier, profile)
+    from aiida_eipnn.reports.report import write_report
+
+    click.echo(f"the report is in {write_report(node, output)}")
+
+
+@click.command("export", help="Write the committee and the labels of a loop to a folder.")
+@identifier
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    help="The folder, made if it is not there.",
+)
+@profile_option
+def cmd_export(identifier: str, output: Path, profile: str | None) -> None:
+    """Write the last committee of a loop, its labels, and how to use them."""
+    node = load(identifier, profile)
+    history = read(node)
+    from aiida_eipnn.reports.lineage import committee_of
+    from aiida_eipnn.reports.report import summary
+
+    committee_of(node).save(output)
+    write_dataset(node, output / "dataset.extxyz")
+    text = README.format(
+        elements="-".join(history.elements),
+        uuid=history.uuid,
+        summary=" ".join(summary(history)),
+        symbol=history.elements[0],
+        folder=output,
+    )
+    (output / "README.txt").write_text(text, encoding="utf-8")
+    click.echo(f"committee, dataset and README.txt are in {output}")
+
+
+def load(identifier: str, profile: str | None) -> "Node":
+    """Return the node with this PK or UUID, after loading the profile.
+
+    Raises
+    ------
+    ValueError
+        If there is no such profile or no such node.
+    """
+    from aiida.common.exceptions import ConfigurationError, MultipleObjectsError, NotExistent
+    from aiida.manage.configuration import load_profile
+    from aiida.orm import load_node
+
+    try:
+        load_profile(profile)
+    except ConfigurationError as error:
+        raise ValueError(f"no profile to work with: {error}; {profiles_text()}") from error
+    try:
+        return load_node(identifier)
+    except (NotExistent, MultipleObjectsError, ValueError) as error:
+        raise ValueError(
+            f"there is no node {identifier!r} in this profile ({error}); "
+            "`verdi process list -a -L ActiveLearningWorkChain` shows the loops"
+        ) from error
+
+
+def profiles_text() -> str:
+    """Return which profiles there are, or how to make one."""
+    from aiida.common.exceptions import ConfigurationError
+    from aiida.manage.configuration import get_config
+
+    try:
+        names = get_config().profile_names
+    except ConfigurationError:
+        names = []
+    return f"there are {', '.join(names)}" if names else "`aiida-eipnn setup` makes one"
+
+
+def read(node: "Node") -> "History":
+    """Return the history of a loop as it is now."""
+    from aiida_eipnn.reports.history import read_history
+
+    return read_history(node)
+
+
+def status_lines(history: "History") -> list[str]:
+    """Return what to say about a loop, line by line."""
+    from aiida_eipnn.reports.report import duration
+
+    lines = [
+        f"loop {history.pk}: {history.stage}",
+        f"  elapsed      {duration(history.seconds)}",
+        f"  iteration    {len(history.iterations)} of at most {history.max_iterations}",
+        *(f"  {text}" for text in point_lines(history)),
+        *(f"  {text}" for text in error_lines(history)),
+    ]
+    if history.stop_text:
+        lines.append(f"  stopped      {history.stop_text}")
+    return lines
+
+
+def point_lines(history: "History") -> list[str]:
+    """Return the DFT points by state, of all and of the batch at work."""
+    from aiida_eipnn.reports.points import PointState
+
+    if not history.points:
+        return ["DFT points   none yet"]
+    lines = [f"DFT points   {counts(history, None)}"]
+    batch = history.points[-1].batch
+    if history.count(PointState.RUNNING, batch) or history.count(PointState.WAITING, batch):
+        lines.append(f"  {batch:<11}{counts(history, batch)}")
+    return lines
+
+
+def counts(history: "History", batch: str | None) -> str:
+    """Return how many DFT points are in each state."""
+    from aiida_eipnn.reports.points import PointState
+
+    order = (PointState.DONE, PointState.FAILED, PointState.RUNNING, PointState.WAITING)
+    found = {state: history.count(state, batch) for state in order}
+    return ", ".join(f"{n} {state}" for state, n in found.items() if n)
+
+
+def error_lines(history: "History") -> list[str]:
+    """Return the errors of the last iteration that has any."""
+    from aiida_eipnn.reports.report import both
+
+    if not history.assessed:
+        return []
+    last = history.assessed[-1]
+    rows = (
+        ("test error", last.committee),
+        ("  scratch", last.scratch),
+        ("  best EIP", last.best_eip),
+    )
+    return [f"{name:<13}{both(errors)}" for name, errors in rows if errors is not None]
+
+
+def show_again(before: list[str], lines: list[str]) -> list[str]:
+    """Replace what is on the terminal; elsewhere add only what is new but the clock."""
+    if click.get_text_stream("stdout").isatty():
+        click.echo(f"\x1b[{len(before)}F\x1b[0J" + "\n".join(lines))
+    else:
+        new = [line for line in lines if line not in before and "elapsed" not in line]
+        if new:
+            click.echo("\n".join(new))
+    return lines
+
+
+def daemon_hint(history: "History") -> str | None:
+    """Return how to start the daemon, if a loop waits for it."""
+    from aiida.common.exceptions import AiidaException
+    from aiida.engine.daemon.client import get_daemon_client
+
+    # Of a loop that has begun nobody can tell from here whether a script or a daemon runs it.
+    if history.state != "created":
+        return None
+    try:
+        if get_daemon_client().is_daemon_running:
+            return None
+    except AiidaException:
+        return "this profile has no daemon, and nothing runs the loop: start it from a script"
+    return "the loop waits for the daemon, which is not running: `verdi daemon start`"
+
+
+def lineage_lines(lineage: "Lineage") -> list[str]:
+    """Return the lineage for people."""
+    where = f", {lineage.iteration} of loop {lineage.loop_pk}" if lineage.loop_pk else ""
+    lines = [f"committee {lineage.committee_pk} ({lineage.committee_uuid}){where}", "", "trainings"]
+    lines += [
+        f"  {item.stage:<10} calculation {item.pk}  {item.uuid}  seeds {seeds_text(item.seeds)}"
+        for item in lineage.stages
+    ]
+    lines += ["", "EIPs"]
+    lines += [
+        f"  {eip.name}" + (f"\n    {eip.citation} {eip.doi}".rstrip() if eip.citation else "")
+        for eip in lineage.eips
+    ]
+    lines += ["", f"DFT points in training ({len(lineage.points)})", *point_table(lineage.points)]
+    if lineage.test_points:
+        n = len(lineage.test_points)
+        lines += ["", f"DFT points held out ({n})", *point_table(lineage.test_points)]
+    level = {key: value for key, value in lineage.level.items() if key != "pseudos"}
+    lines += ["", "level of theory  " + ", ".join(f"{k} {v}" for k, v in level.items())]
+    lines += [
+        f"pseudopotential  {item.element}: {item.filename} md5 {item.md5}"
+        for item in lineage.pseudos
+    ]
+    lines += [f"code             {item.label} {item.version}".rstrip() for item in lineage.codes]
+    lines += ["versions         " + ", ".join(f"{k} {v}" for k, v in lineage.versions.items())]
+    return lines
+
+
+def point_table(points: Any) -> list[str]:
+    """Return DFT points as rows of a table."""
+    rows = ["  configuration  asked by  type         uncertainty  state    energy (eV)     pw.x"]
+    for point in points:
+        uncertainty = "" if point.uncertainty is None else f"{point.uncertainty:.3f}"
+        energy = "" if point.energy is None else f"{point.energy:.4f}"
+        rows.append(
+            f"  {point.id[:12]:<13}  {point.batch:<8}  {point.config_type:<11}  {uncertainty:<11}  "
+            f"{point.state:<7}  {energy:<14}  {point.pw_pk or point.pw_uuid or ''}"
+            + (f"  {point.reason}" if point.reason else "")
+        )
+    return rows
+
+
+def seeds_text(seeds: Any) -> str:
+    """Return the seeds of the members."""
+    return ", ".join(str(seed) for seed in seeds)
+
+
+def write_dataset(node: "Node", path: Path) -> None:
+    """Write the pool of a loop with every label that there is."""
+    from aiida_eipnn.reports.points import inputs_of, outputs_of
+    from aiida_eipnn.science.io import write_labelled
+    from aiida_eipnn.science.labels import join_labels
+
+    outputs = outputs_of(node.pk)
+    pool = outputs["pool"] if "pool" in outputs else inputs_of(node.pk)["pool"]
+    dft = [
+        outputs[name].value()
+        for name in sorted(outputs)
+        if name in {"test_labels", "initial_labels"} or name.endswith("__labels")
+    ]
+    write_labelled(path, pool.value(), [join_labels(dft), outputs["eip_labels"].value()])
