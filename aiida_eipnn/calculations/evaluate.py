@@ -19,6 +19,7 @@ class EvaluateCalculation(JobCalculation):
         super().define(spec)
         spec.inputs["metadata"]["options"]["parser_name"].default = "eipnn.evaluate"
         ports.add_configurations(spec)
+        ports.add_exclude(spec)
         spec.input("committee", valid_type=CommitteeData, help="The committee to ask.")
         ports.add_dict(spec, "parameters", "batch_size: configurations predicted at once.")
         spec.output("predictions", valid_type=PredictionsData, help="What the committee says.")

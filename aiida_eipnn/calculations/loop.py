@@ -1,6 +1,5 @@
 """Calcfunctions that steer the loop: split, check, acquire, assess."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +9,7 @@ from aiida.orm import Dict, Int
 from aiida_eipnn.calculations.dft import same_level
 from aiida_eipnn.data.choice import Choice, ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.data.finite import finite
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.data.predictions import PredictionsData
 from aiida_eipnn.science import acquisition
@@ -151,15 +151,6 @@ def assess(
             }
         )
     )
-
-
-def finite(value: Any) -> Any:
-    """Return ``value`` with ``None`` for what is no number: a database row cannot hold NaN."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _candidates(predicted: Predictions, taken: dict[str, Any]) -> Any:

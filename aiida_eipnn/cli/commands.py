@@ -11,9 +11,15 @@ from aiida_eipnn import __version__
 COMMANDS = {
     "setup": ("aiida_eipnn.cli.setup:cmd_setup", "Make a profile with codes and pseudopotentials."),
     "status": ("aiida_eipnn.cli.loop:cmd_status", "Say how far an active-learning loop came."),
-    "lineage": ("aiida_eipnn.cli.loop:cmd_lineage", "Say which calculation made a row of labels."),
-    "report": ("aiida_eipnn.cli.loop:cmd_report", "Write the report of a loop as one page."),
-    "export": ("aiida_eipnn.cli.loop:cmd_export", "Write data or a committee of a loop to files."),
+    "lineage": (
+        "aiida_eipnn.cli.loop:cmd_lineage",
+        "Say what a committee was made of, down to each DFT calculation.",
+    ),
+    "report": ("aiida_eipnn.cli.loop:cmd_report", "Write the report of a loop as one HTML page."),
+    "export": (
+        "aiida_eipnn.cli.loop:cmd_export",
+        "Write the committee and the labels of a loop to a folder.",
+    ),
 }
 
 

@@ -1,7 +1,7 @@
 """The train job: the members of a committee learn side by side, in one stage.
 
-Each member writes its checkpoint, the last one with its final weights; a process of its own trains
-it where ``n_workers`` is above 1. So a job that was killed loses seconds, and goes on anywhere.
+Each member writes its checkpoint, the last one with its final weights, and that is all that comes
+back from a worker process. So a job that was killed loses seconds, and goes on anywhere.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -41,7 +41,7 @@ LOGGER = logging.getLogger(__name__)
 
 # Factors on the learning rate: a member that diverges is tried once more.
 RATE_FACTORS = (1.0, 0.3)
-# Seconds between two looks at the processes of the members.
+# Seconds between two looks at the worker processes.
 _POLL = 0.05
 
 
@@ -92,15 +92,16 @@ def run(job: TrainJob, folder: Path) -> State:
 def read_inputs(job: TrainJob, folder: Path) -> StageInputs:
     """Read everything that the stage learns from."""
     labels = read_labels(folder, spec.LABELS)
-    selection, committee = folder / spec.SELECTION, folder / spec.COMMITTEE
-    members = Committee.load(committee).members if committee.is_dir() else ()
+    selection, start = folder / spec.SELECTION, folder / spec.COMMITTEE
+    committee = Committee.load(start) if start.is_dir() else None
     uses_selection = selection.is_dir() and job.stage is spec.Stage.FINETUNE
     return StageInputs(
         configurations=read_configurations(folder),
         labels=None if labels is None else labels.labelled(),
         eip_labels=read_labels(folder, spec.EIP_LABELS),
         selection=Selection.from_arrays(load_arrays(selection)) if uses_selection else None,
-        members=members,
+        members=committee.members if committee else (),
+        eips=committee.eips if committee else (),
     )
 
 
@@ -129,7 +130,8 @@ def train_members(
     ValueError
         If a member diverges twice, or if its process dies.
     """
-    if job.n_workers > 1 and len(job.seeds) > 1:
+    # A classifier is trained in less time than a process takes to start.
+    if min(job.n_workers, len(job.seeds)) > 1 and job.stage is not spec.Stage.CLASSIFY:
         train_side_by_side(job, folder, deadline)
         return
     for member in range(len(job.seeds)):
@@ -184,53 +186,54 @@ def train_member(
 
 
 def train_side_by_side(job: TrainJob, folder: Path, deadline: float | None) -> None:
-    """Train each member in a process of its own, ``n_workers`` at a time.
+    """Train every ``n_workers``-th member in one process.
 
     Raises
     ------
     ValueError
-        If a member diverges twice, or if its process dies.
+        If a member diverges twice, or if a process dies.
     """
     context = multiprocessing.get_context("spawn")
     (folder / spec.CHECKPOINT).mkdir(exist_ok=True)
-    waiting, running = list(range(len(job.seeds))), dict[int, BaseProcess]()
+    members = range(len(job.seeds))
+    shares = [members[first :: job.n_workers] for first in range(min(job.n_workers, len(members)))]
+    processes = [
+        context.Process(target=work, args=(job, folder, share, deadline), daemon=True)
+        for share in shares
+    ]
     try:
-        while waiting or running:
-            if running and _is_late(deadline):
-                waiting.clear()
-            while waiting and len(running) < job.n_workers:
-                member = waiting.pop(0)
-                running[member] = context.Process(
-                    target=work, args=(job, folder, member, deadline), daemon=True
-                )
-                running[member].start()
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes):
+            # One that failed ends the others: the job has failed.
+            if any(process.exitcode for process in processes):
+                break
             time.sleep(_POLL)
-            for member in [key for key, process in running.items() if not process.is_alive()]:
-                _check_exit(folder, member, running.pop(member))
+        for process, share in zip(processes, shares, strict=True):
+            _check_exit(folder, share, process)
     finally:
-        for process in running.values():
-            process.terminate()
-            process.join()
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
 
 
-def work(job: TrainJob, folder: Path, member: int, deadline: float | None) -> None:
-    """Train one member: the whole life of a worker process."""
+def work(job: TrainJob, folder: Path, members: Sequence[int], deadline: float | None) -> None:
+    """Train some members one after the other: the whole life of a worker process."""
     parent = os.getppid()
     torch.set_num_threads(1)
+
+    def out_of_time() -> bool:
+        # Where the job was killed, another process adopts its workers: nobody waits for them.
+        return _is_late(deadline) or os.getppid() != parent
+
     try:
         inputs, settings = read_inputs(job, folder), read_settings(job)
         stage = prepare(str(job.stage), inputs, settings)
-        train_member(
-            job,
-            folder,
-            stage,
-            settings,
-            member,
-            # Where the job was killed, another process adopts its workers: nobody waits for them.
-            lambda: _is_late(deadline) or os.getppid() != parent,
-        )
+        for member in members:
+            train_member(job, folder, stage, settings, member, out_of_time)
     except ValueError as error:
-        _reason_path(folder, member).write_text(str(error))
+        _reason_path(folder, members).write_text(str(error))
         raise SystemExit(1) from error
 
 
@@ -262,13 +265,14 @@ def committee_of(
     job: TrainJob, stage: Stage, inputs: StageInputs, networks: list[Network]
 ) -> Committee:
     """Return the committee of these networks."""
-    names = () if inputs.eip_labels is None else tuple(map(str, inputs.eip_labels.sources))
+    labels = inputs.eip_labels
+    eips = inputs.eips if labels is None else tuple(map(str, labels.sources))
     training = asdict(read_settings(job).training)
     return Committee(
         members=tuple(networks),
         stage=str(job.stage),
         seeds=job.seeds,
-        eips=names,
+        eips=eips,
         facts={"n_labels": stage.n_labels, "training": training},
     )
 
@@ -297,19 +301,19 @@ def _is_late(deadline: float | None) -> bool:
     return deadline is not None and time.monotonic() >= deadline
 
 
-def _check_exit(folder: Path, member: int, process: BaseProcess) -> None:
-    if process.exitcode == 0:
+def _check_exit(folder: Path, members: Sequence[int], process: BaseProcess) -> None:
+    if not process.exitcode:
         return
-    path = _reason_path(folder, member)
+    path = _reason_path(folder, members)
     if path.exists():
         reason = path.read_text()
         path.unlink()
         raise ValueError(reason)
     raise ValueError(
-        f"the process of member {member} ended with code {process.exitcode}; -9 means that the "
-        "system killed it, mostly for lack of memory: lower `n_workers` or `batch_size`"
+        f"the process of members {list(members)} ended with code {process.exitcode}; -9 means that "
+        "the system killed it, mostly for lack of memory: lower `n_workers` or `batch_size`"
     )
 
 
-def _reason_path(folder: Path, member: int) -> Path:
-    return folder / spec.CHECKPOINT / f"reason_{member:03d}.txt"
+def _reason_path(folder: Path, members: Sequence[int]) -> Path:
+    return folder / spec.CHECKPOINT / f"reason_{members[0]:03d}.txt"

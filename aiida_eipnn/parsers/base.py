@@ -8,6 +8,7 @@ from aiida.engine import ExitCode
 from aiida.orm import Dict, FolderData
 from aiida.parsers import Parser
 
+from aiida_eipnn.data.finite import finite
 from aiida_eipnn.jobs import spec as files
 from aiida_eipnn.jobs.spec import State
 
@@ -39,7 +40,7 @@ class JobParser(Parser):
 
     def _parse_done(self, output: Path) -> ExitCode | None:
         try:
-            self.out("metrics", Dict(json.loads((output / files.METRICS).read_text())))
+            self.out("metrics", Dict(finite(json.loads((output / files.METRICS).read_text()))))
             return self.parse_output(output)
         except (OSError, ValueError, KeyError) as error:
             return self.exit_codes.ERROR_OUTPUT.format(reason=str(error))

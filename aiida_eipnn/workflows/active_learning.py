@@ -105,7 +105,9 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             ),
         )
         spec.expose_inputs(
-            EvaluateCalculation, namespace="evaluate", exclude=("configurations", "committee")
+            EvaluateCalculation,
+            namespace="evaluate",
+            exclude=("configurations", "exclude", "committee"),
         )
         spec.input_namespace(
             "known",
@@ -496,6 +498,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
     def _submit_evaluate(self, committee: CommitteeData, label: str) -> ProcessNode:
         inputs = AttributeDict(self.exposed_inputs(EvaluateCalculation, namespace="evaluate"))
         inputs.configurations = {"pool": self.ctx.pool}
+        inputs.exclude = {REFUSED: self.ctx.choices[REFUSED]}
         inputs.committee = committee
         return self.submit(EvaluateCalculation, **_named(inputs, label))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click import Context
 from click.testing import CliRunner
 
 from aiida_eipnn.cli import main
@@ -251,10 +252,12 @@ def test_setup_makes_the_family_that_the_protocols_name():
     assert family.default == named["pseudo_family"] == FAMILY
 
 
-def test_list_of_commands_says_what_the_commands_say():
-    summary = (cmd_setup.help or "").splitlines()[0]
+@pytest.mark.parametrize("name", COMMANDS)
+def test_list_of_commands_says_what_the_command_says(name):
+    command = main.get_command(Context(main), name)
 
-    assert summary == COMMANDS["setup"][1]
+    assert command.name == name
+    assert command.help.splitlines()[0] == COMMANDS[name][1]
 
 
 def test_errors_for_the_user_show_no_traceback_unless_asked(tmp_path):

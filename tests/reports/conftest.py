@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -19,6 +19,13 @@ EIPS = (
 )
 TYPES = ("rattled", "strained", "vacancy")
 SECONDS = 30.0
+BROKEN = "The loop broke while evaluating the committee: process 1, it was killed."
+ENDINGS = {
+    "finished": {"exit_status": 0},
+    "broken": {"exit_status": 407, "exit_message": BROKEN},
+    "waiting": {"process_state": "waiting"},
+    "created": {"process_state": "created"},
+}
 FAILED_REASON = "pw.x exit 410: The electronic minimization did not converge."
 
 
@@ -32,11 +39,8 @@ def silicon(n: int, rng: np.random.Generator) -> Configurations:
     return Configurations.from_atoms(frames, [TYPES[row % 3] for row in range(n)])
 
 
-@dataclass
 class Graph:
     """Makes process nodes with their links."""
-
-    user: dict = field(default_factory=dict)
 
     def process(self, kind, name, *, caller=None, label="CALL", inputs=None, **attributes):
         from aiida.common.links import LinkType
@@ -45,7 +49,13 @@ class Graph:
         node = kind()
         is_work = isinstance(node, WorkflowNode)
         node.base.attributes.set_many(
-            {"process_label": name, "process_state": "finished", "exit_status": 0, **attributes}
+            {
+                "process_label": name,
+                "process_state": "finished",
+                # A process that still runs has no exit status.
+                **({} if "process_state" in attributes else {"exit_status": 0}),
+                **attributes,
+            }
         )
         for key, value in (inputs or {}).items():
             value.store()
@@ -85,29 +95,39 @@ class SyntheticLoop:
 
 
 class Maker:
-    """Makes a loop step by step; ``stop_after`` names the step after which it is left as it is."""
+    """Makes a loop step by step, with the links and labels of the real work chains."""
 
-    def __init__(self, *, n_iterations: int, n_asked: int, failed: bool, state: str, seed: int = 0):
+    def __init__(self, *, n_iterations: int, state: str):
         from aiida.orm import CalcFunctionNode, CalcJobNode, WorkChainNode
 
         self.work, self.job, self.function = WorkChainNode, CalcJobNode, CalcFunctionNode
-        self.rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(0)
         self.graph = Graph()
-        self.n_iterations, self.n_asked, self.failed, self.state = (
-            n_iterations,
-            n_asked,
-            failed,
-            state,
-        )
+        self.n_iterations, self.n_asked, self.state = n_iterations, 3, state
         self.labels, self.choices, self.points = {}, {}, {}
+        self.pool = self.committee = self.pretrained = None
 
     def make(self) -> SyntheticLoop:
         self.start()
+        if self.state != "created":
+            self.run()
+        return SyntheticLoop(
+            node=self.loop,
+            pool=self.pool,
+            committee=self.committee,
+            pretrained=self.pretrained,
+            labels=self.labels,
+            points=self.points,
+        )
+
+    def run(self):
+        self.explore()
         self.label_with_eips()
         self.split()
         self.dft("test")
-        self.dft("initial", failing=self.failed)
-        self.pretrained = self.train("pretrain", {"eip_labels__pool": self.eip_labels})["committee"]
+        self.dft("initial", failing=True)
+        inputs = {"eip_labels__pool": self.eip_labels}
+        self.pretrained = self.train("pretrain", inputs)["committee"]
         self.graph.give_back(self.loop, pretrained=self.pretrained)
         history = None
         for number in range(1, self.n_iterations + 1):
@@ -120,14 +140,6 @@ class Maker:
                 predictions=self.predictions,
                 history=history,
             )
-        return SyntheticLoop(
-            node=self.loop,
-            pool=self.pool,
-            committee=self.committee,
-            pretrained=self.pretrained,
-            labels=self.labels,
-            points=self.points,
-        )
 
     def start(self):
         from aiida.orm import Dict, Float, InstalledCode, Int, List, load_computer
@@ -152,29 +164,18 @@ class Maker:
             "pretrain": Dict({"stage": "pretrain"}),
             "classify": Dict({"stage": "classify"}),
             "finetune": Dict({"stage": "finetune", "epochs": 5}),
-            "stop": Dict({"max_iterations": self.n_iterations}),
+            "stop": Dict({"max_iterations": max(self.n_iterations, 1)}),
             "split": Dict({"test": 4, "initial": 6}),
             "seed": Int(7),
         }
         self.code = job
-        ending = {} if self.state == "finished" else {"exit_status": None}
-        if self.state == "broken":
-            ending = {
-                "process_state": "finished",
-                "exit_status": 407,
-                "exit_message": "The loop broke.",
-            }
-        elif self.state != "finished":
-            ending["process_state"] = self.state
         self.loop = self.graph.process(
-            self.work,
-            "ActiveLearningWorkChain",
-            inputs=self.given,
-            **{key: value for key, value in ending.items() if value is not None},
+            self.work, "ActiveLearningWorkChain", inputs=self.given, **ENDINGS[self.state]
         )
-        if ending.get("exit_status", 0) is None:
-            # A process that runs has no exit status yet.
-            self.loop.base.attributes.delete("exit_status")
+
+    def explore(self):
+        from aiida_eipnn.data.configurations import ConfigurationsData
+
         explore = self.graph.process(
             self.job,
             "ExploreCalculation",
@@ -548,7 +549,7 @@ CACHE = {}
 
 @pytest.fixture
 def make_loop(aiida_profile, aiida_localhost):
-    """Return a function that makes a loop: ``finished``, ``waiting`` for DFT, ``broken``, ``created``.
+    """Return a function that makes a loop whose state is a key of ``ENDINGS``.
 
     Hundreds of nodes take seconds to store, so equal loops are made once, and again only where
     another test emptied the database.
@@ -562,9 +563,7 @@ def make_loop(aiida_profile, aiida_localhost):
         try:
             load_node(CACHE[key].node.uuid)
         except (KeyError, NotExistent):
-            CACHE[key] = Maker(
-                n_iterations=n_iterations, n_asked=3, failed=True, state=state
-            ).make()
+            CACHE[key] = Maker(n_iterations=n_iterations, state=state).make()
         return CACHE[key]
 
     return make

@@ -14,6 +14,7 @@ is then a fixed linear map, of which autograd gets both directions (:class:`_Des
 training on forces differentiates nothing but the network behind.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -354,31 +355,44 @@ def _descriptor_tangent(tangent: Tensor, described: Described) -> Tensor:
 
 def _power_spectrum(a: Tensor, b: Tensor, basis: Basis) -> Tensor:
     r"""Return :math:`\sum_m a_{clm} b_{c'lm} + b_{clm} a_{c'lm}` for :math:`c \le c'`."""
-    c, d = torch.triu_indices(basis.n_channels, basis.n_channels)
+    upper = _upper(basis.n_channels)
     parts = []
     for degree in range(basis.l_max + 1):
         part = slice(degree**2, (degree + 1) ** 2)
         product = a[..., part] @ b[..., part].transpose(1, 2)
-        parts.append((product + product.transpose(1, 2)).flatten(1)[:, c * basis.n_channels + d])
+        parts.append((product + product.transpose(1, 2)).flatten(1)[:, upper])
     return torch.cat(parts, dim=-1)
 
 
 def _density_gradient(gradient: Tensor, density: Tensor, basis: Basis) -> Tensor:
     """Return the gradient by the density, given that by the descriptors."""
     n = basis.n_channels
-    c, d = torch.triu_indices(n, n)
-    both = torch.zeros(n, n, dtype=torch.int64)
-    both[c, d] = both[d, c] = torch.arange(len(c))
+    linear, pairs = gradient[:, :n], gradient[:, n:].reshape(len(gradient), basis.l_max + 1, -1)
     # p_cc is quadratic in A_c, so it counts twice.
     twice = 1 + torch.eye(n, dtype=gradient.dtype)
-    linear, pairs = gradient[:, :n], gradient[:, n:].reshape(len(gradient), basis.l_max + 1, -1)
-    matrices = pairs[:, :, both.flatten()].reshape(len(gradient), basis.l_max + 1, n, n) * twice
+    matrices = pairs[:, :, _place_of_pair(n)].reshape(len(gradient), basis.l_max + 1, n, n) * twice
     parts = [
         matrices[:, degree] @ density[..., degree**2 : (degree + 1) ** 2]
         for degree in range(basis.l_max + 1)
     ]
     parts[0] = parts[0] + linear[..., None]
     return torch.cat(parts, dim=-1)
+
+
+@functools.cache
+def _upper(n: int) -> Tensor:
+    """Return where the upper triangle is in a flat ``n`` by ``n`` matrix."""
+    c, d = torch.triu_indices(n, n)
+    return c * n + d
+
+
+@functools.cache
+def _place_of_pair(n: int) -> Tensor:
+    """Return where each entry of a flat symmetric matrix is in its upper triangle."""
+    c, d = torch.triu_indices(n, n)
+    place = torch.zeros(n, n, dtype=torch.int64)
+    place[c, d] = place[d, c] = torch.arange(len(c))
+    return place.flatten()
 
 
 def _by_direction(slopes: Tensor) -> Tensor:

@@ -64,6 +64,8 @@ class StageInputs:
         The EIP chosen for each configuration; makes pseudo-labels in fine-tuning.
     members
         Networks to start from, member ``i`` from ``members[i % len(members)]``.
+    eips
+        Names of the EIPs that these learnt from.
     """
 
     configurations: Configurations
@@ -71,6 +73,7 @@ class StageInputs:
     eip_labels: Labels | None = None
     selection: Selection | None = None
     members: tuple[Network, ...] = ()
+    eips: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -301,7 +301,8 @@ def _take_step(
     if not math.isfinite(value):
         raise Diverged(f"the loss became {value} in epoch {state.epoch + 1}")
     state.optimiser.zero_grad()
-    loss.value.backward()  # type: ignore[no-untyped-call]
+    # Without naming them, torch would differentiate by the positions too.
+    loss.value.backward(inputs=list(_trained(state.network).values()))  # type: ignore[no-untyped-call]
     _descend(state, parameters, progress)
     for name, (total, count) in {**loss.sums, "loss": (value * len(rows), len(rows))}.items():
         before = state.sums.get(name, (0.0, 0))

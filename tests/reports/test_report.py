@@ -1,0 +1,176 @@
+"""The report as one page."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from aiida.orm import Dict
+
+from aiida_eipnn.reports import figures
+from aiida_eipnn.reports.history import read_history
+from aiida_eipnn.reports.report import cards, duration, milli, summary, write_report
+from aiida_eipnn.science.uncertainty import calibrate
+
+# Elements that HTML and SVG close by themselves.
+VOID = {"meta", "br", "path", "use", "link"}
+
+
+class Page(HTMLParser):
+    """Collects what a page shows and what it would fetch, and checks that its elements close."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.fetched, self.ids, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        if "id" in given:
+            self.ids.append(given["id"])
+        for key in ("src", "href", "xlink:href"):
+            if key in given and tag != "a":
+                self.fetched.append(given[key])
+
+    def handle_startendtag(self, tag, attrs):
+        if tag not in VOID:
+            self.handle_starttag(tag, attrs)
+            self.open.pop()
+        else:
+            self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def shown(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.text))
+
+
+def page_of(node, path) -> Page:
+    page = Page(write_report(node, path / "report.html").read_text(encoding="utf-8"))
+    assert page.open == []
+    return page
+
+
+def test_the_report_of_a_finished_loop_shows_result_eips_failures_and_origin(make_loop, tmp_path):
+    loop = make_loop()
+    page = page_of(loop.node, tmp_path)
+    shown = page.shown()
+    assert "A potential for Si from 8 DFT labels" in shown
+    assert "It stopped because iteration 2 of 2 is done." in shown
+    assert "Stillinger and Weber, Phys. Rev. B 31" in shown
+    assert "did not converge" in shown
+    assert loop.committee.uuid in shown
+    assert "ecutwfc 20.0 Ry" in shown
+    assert "torch 2.13.0" in shown
+
+
+def test_the_report_fetches_nothing_and_ids_of_its_figures_are_unique(make_loop, tmp_path):
+    page = page_of(make_loop().node, tmp_path)
+    outside = [
+        item for item in page.fetched if not item.startswith(("#", "data:image/png;base64,"))
+    ]
+    assert outside == []
+    assert len(page.ids) == len(set(page.ids)) > 50
+
+
+def test_the_figures_of_the_same_loop_are_equal_byte_for_byte(make_loop, tmp_path):
+    loop = make_loop()
+    pages = [write_report(loop.node, tmp_path / name).read_text() for name in ("a", "b")]
+    first, second = (re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL) for page in pages)
+    assert first == second
+    assert len(first) == 5
+
+
+@pytest.mark.parametrize(
+    ("state", "n_iterations", "says"),
+    [
+        ("created", 0, "The loop is running: waiting to start."),
+        ("broken", 0, "The loop did not finish: failed (407): The loop broke"),
+        ("waiting", 1, "The loop is running: labelling the points of iteration 1 with DFT."),
+    ],
+)
+def test_a_loop_that_is_not_done_is_reported_as_far_as_it_came(
+    make_loop, tmp_path, state, n_iterations, says
+):
+    loop = make_loop(state, n_iterations=n_iterations)
+    assert says in page_of(loop.node, tmp_path).shown()
+
+
+def test_the_summary_gives_the_numbers_of_the_last_assessment(make_loop):
+    history = read_history(make_loop().node)
+    last = history.assessed[-1]
+    first, twin, eip, _ = summary(history)
+    assert first.startswith("With 8 DFT labels the committee reaches")
+    assert f"{milli(last.committee.forces_mae)}\u00a0meV/Å on 4 held-out" in first
+    assert milli(last.scratch.energy_mae) in twin
+    assert "SW StillingerWeber 1985 Si" in eip
+
+
+def test_the_cards_count_points_of_training_test_and_failure(make_loop):
+    found = {card.title: card for card in cards(read_history(make_loop().node))}
+    assert (found["DFT points"].value, found["DFT points"].unit) == ("12", "of 13")
+    assert found["DFT points"].note == "4 of them held out for the test, 1 failed"
+    assert found["DFT time"].value == "6 min 0 s"
+    assert found["EIP labels"].value == "48"
+
+
+def test_what_is_no_loop_gets_no_report(make_loop, tmp_path):
+    make_loop("created")
+    with pytest.raises(ValueError, match="not a loop"):
+        write_report(Dict({}).store(), tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_numbers_are_written_for_people():
+    assert [milli(value) for value in (0.001234, 0.1234, 1.5, np.nan)] == [
+        "1.23",
+        "123",
+        "1500",
+        "–",
+    ]
+    assert [duration(value) for value in (5, 65, 3700, 90000)] == [
+        "5 s",
+        "1 min 5 s",
+        "1 h 1 min",
+        "1 d 1 h",
+    ]
+
+
+def axes():
+    from matplotlib.figure import Figure
+
+    return Figure().subplots()
+
+
+def test_parity_has_equal_limits_and_the_errors_in_the_corner():
+    reference = np.array([0.0, 1.0, 2.0])
+    drawn = figures.parity(
+        axes(), reference, reference + 0.01, label="energy", unit="meV", scale=1000.0
+    )
+    assert drawn.get_xlim() == drawn.get_ylim()
+    assert drawn.texts[0].get_text() == "MAE 10 meV\nRMSE 10 meV"
+
+
+def test_uncertainty_without_calibration_draws_no_line():
+    values = np.array([0.1, 0.2, 0.0])
+    assert figures.uncertainty_against_error(axes(), values, values, None).get_lines() == []
+    found = calibrate(np.array([0.1, 0.2, 0.4]), np.array([0.1, 0.3, 0.2]))
+    drawn = figures.uncertainty_against_error(
+        axes(), np.array([0.1, 0.2, 0.4]), np.array([0.1, 0.3, 0.2]), found
+    )
+    assert "rank correlation 0.50" in drawn.texts[0].get_text()
+
+
+def test_more_classes_than_colours_differ_by_hatch():
+    classes = [f"eip {number}" for number in range(9)]
+    drawn = figures.stacked_bars(axes(), {"rattled": dict.fromkeys(classes, 1)}, classes)
+    looks = {(bar.get_facecolor(), bar.get_hatch()) for bar in drawn.patches}
+    assert len(looks) == 9
