@@ -103,7 +103,7 @@ class Maker:
         self.work, self.job, self.function = WorkChainNode, CalcJobNode, CalcFunctionNode
         self.rng = np.random.default_rng(0)
         self.graph = Graph()
-        self.n_iterations, self.n_asked, self.state = n_iterations, 3, state
+        self.n_iterations, self.n_asked, self.state = n_iterations, 2, state
         self.labels, self.choices, self.points = {}, {}, {}
         self.pool = self.committee = self.pretrained = None
 
@@ -164,8 +164,8 @@ class Maker:
             "pretrain": Dict({"stage": "pretrain"}),
             "classify": Dict({"stage": "classify"}),
             "finetune": Dict({"stage": "finetune", "epochs": 5}),
-            "stop": Dict({"max_iterations": max(self.n_iterations, 1)}),
-            "split": Dict({"test": 4, "initial": 6}),
+            "stop": Dict({"max_iterations": self.n_iterations + (self.state != "finished")}),
+            "split": Dict({"test": 3, "initial": 4}),
             "seed": Int(7),
         }
         self.code = job
@@ -262,7 +262,7 @@ class Maker:
             caller=self.loop,
             inputs={"pool": self.pool, "sizes": self.given["split"], "seed": self.given["seed"]},
         )
-        for name, rows in (("test", range(4)), ("initial", range(4, 10))):
+        for name, rows in (("test", range(3)), ("initial", range(3, 7))):
             self.choices[name] = self.choice(rows, np.full(len(rows), np.nan), "random")
             self.graph.create(node, **{name: self.choices[name]})
 
@@ -524,7 +524,7 @@ class Maker:
         if number < self.n_iterations or self.state == "waiting":
             self.acquire(number)
             last = number == self.n_iterations
-            self.dft(f"i{number:03d}", unfinished=2 if last else 0)
+            self.dft(f"i{number:03d}", unfinished=1 if last else 0)
         return history
 
     def acquire(self, number):

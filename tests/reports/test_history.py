@@ -13,12 +13,12 @@ def test_a_finished_loop_gives_its_errors_iteration_by_iteration(make_loop):
     assert history.is_ok
     assert history.stage == "finished"
     assert [item.number for item in history.iterations] == [1, 2]
-    assert [item.n_training_labels for item in history.assessed] == [5, 8]
+    assert [item.n_training_labels for item in history.assessed] == [3, 5]
     first, last = history.iterations
     assert last.committee.forces_mae < first.committee.forces_mae
     assert last.committee.forces_mae < last.scratch.forces_mae
     assert last.best_eip_name.startswith("SW_")
-    assert last.calibration.n == 8  # atoms of the four test configurations
+    assert last.calibration.n == 6  # atoms of the three test configurations
     assert sum(last.choices.values()) == history.n_pool == 24
 
 
@@ -31,8 +31,8 @@ def test_the_reason_to_stop_is_that_of_the_loop(make_loop):
 def test_an_iteration_says_what_it_asked_for_and_how_uncertain_that_was(make_loop):
     loop = make_loop()
     first, last = read_history(loop.node).iterations
-    assert first.asked.n == 3
-    assert sum(first.asked.config_types.values()) == 3
+    assert first.asked.n == 2
+    assert sum(first.asked.config_types.values()) == 2
     assert first.asked.strategy == "diverse"
     assert np.all(np.array(first.asked.uncertainties) > 0)
     assert last.asked is None
@@ -41,8 +41,8 @@ def test_an_iteration_says_what_it_asked_for_and_how_uncertain_that_was(make_loo
 def test_points_are_counted_by_batch_and_a_failed_one_has_its_reason(make_loop):
     history = read_history(make_loop().node)
     assert history.batches == ("test", "initial", "i001")
-    assert history.count(PointState.DONE) == 12
-    assert history.count(PointState.DONE, "initial") == 5
+    assert history.count(PointState.DONE) == 8
+    assert history.count(PointState.DONE, "initial") == 3
     (failure,) = history.failures
     assert "did not converge" in failure.reason
     assert failure.energy is None
@@ -73,7 +73,7 @@ def test_a_running_loop_says_its_stage_and_how_many_points_wait(make_loop):
     history = read_history(make_loop("waiting", n_iterations=1).node)
     assert not history.is_over
     assert history.stage == "labelling the points of iteration 1 with DFT"
-    assert history.count(PointState.WAITING, "i001") == 2
+    assert history.count(PointState.WAITING, "i001") == 1
     assert history.count(PointState.RUNNING, "i001") == 1
     assert len(history.assessed) == 1
     assert history.stop_text is None
@@ -84,7 +84,7 @@ def test_a_broken_loop_keeps_what_was_made_before(make_loop):
     assert history.is_over
     assert not history.is_ok
     assert history.stage.startswith("failed (407): The loop broke while evaluating")
-    assert history.count(PointState.DONE) == 9
+    assert history.count(PointState.DONE) == 6
     assert history.assessed == ()
 
 

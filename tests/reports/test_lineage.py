@@ -16,10 +16,10 @@ def test_the_lineage_of_a_committee_names_every_dft_point_and_who_asked_for_it(m
     lineage = trace(loop.committee)
     assert lineage.iteration == "i002"
     assert lineage.loop_pk == loop.node.pk
-    assert [point.batch for point in lineage.points] == ["initial"] * 6 + ["i001"] * 3
-    assert [point.id for point in lineage.points[6:]] == loop.points["i001"]
-    assert all(point.uncertainty > 0 for point in lineage.points[6:])
-    assert all(point.uncertainty is None for point in lineage.points[:6])
+    assert [point.batch for point in lineage.points] == ["initial"] * 4 + ["i001"] * 2
+    assert [point.id for point in lineage.points[4:]] == loop.points["i001"]
+    assert all(point.uncertainty > 0 for point in lineage.points[4:])
+    assert all(point.uncertainty is None for point in lineage.points[:4])
     assert [point.id for point in lineage.test_points] == loop.points["test"]
 
 
@@ -29,12 +29,12 @@ def test_each_labelled_point_leads_to_its_calculation(make_loop):
     loop = make_loop()
     lineage = trace(loop.committee)
     labels = loop.labels["initial"].value()
-    for point in lineage.points[:5]:
+    for point in lineage.points[:3]:
         row = labels.rows_of([point.id])[0]
         assert point.pw_uuid == labels.origins[row]
         assert point.energy == pytest.approx(labels.energy[row, 0])
         assert load_node(point.base_uuid).process_label == "PwBaseWorkChain"
-    assert lineage.points[5].state is PointState.FAILED
+    assert lineage.points[3].state is PointState.FAILED
 
 
 def test_a_loop_stands_for_its_last_committee(make_loop):

@@ -73,9 +73,9 @@ class ActiveLearningWorkChain(WorkChain):
     def define(cls, spec):
         super().define(spec)
         spec.input("stop", valid_type=Dict)
-        spec.outline(cls.step)
+        spec.outline(cls.say)
 
-    def step(self):
+    def say(self):
         self.report("pre-training on EIP labels")
         self.logger.warning("look here")
 

@@ -63,7 +63,7 @@ def test_the_report_of_a_finished_loop_shows_result_eips_failures_and_origin(mak
     loop = make_loop()
     page = page_of(loop.node, tmp_path)
     shown = page.shown()
-    assert "A potential for Si from 8 DFT labels" in shown
+    assert "A potential for Si from 5 DFT labels" in shown
     assert "It stopped because iteration 2 of 2 is done." in shown
     assert "Stillinger and Weber, Phys. Rev. B 31" in shown
     assert "did not converge" in shown
@@ -108,17 +108,17 @@ def test_the_summary_gives_the_numbers_of_the_last_assessment(make_loop):
     history = read_history(make_loop().node)
     last = history.assessed[-1]
     first, twin, eip, _ = summary(history)
-    assert first.startswith("With 8 DFT labels the committee reaches")
-    assert f"{milli(last.committee.forces_mae)}\u00a0meV/Å on 4 held-out" in first
+    assert first.startswith("With 5 DFT labels the committee reaches")
+    assert f"{milli(last.committee.forces_mae)}\u00a0meV/Å on 3 held-out" in first
     assert milli(last.scratch.energy_mae) in twin
     assert "SW StillingerWeber 1985 Si" in eip
 
 
 def test_the_cards_count_points_of_training_test_and_failure(make_loop):
     found = {card.title: card for card in cards(read_history(make_loop().node))}
-    assert (found["DFT points"].value, found["DFT points"].unit) == ("12", "of 13")
-    assert found["DFT points"].note == "4 of them held out for the test, 1 failed"
-    assert found["DFT time"].value == "6 min 0 s"
+    assert (found["DFT points"].value, found["DFT points"].unit) == ("8", "of 9")
+    assert found["DFT points"].note == "3 of them held out for the test, 1 failed"
+    assert found["DFT time"].value == "4 min 0 s"
     assert found["EIP labels"].value == "48"
 
 

@@ -243,9 +243,8 @@ def test_single_precision_agrees_with_double():
     single = predict(random_committee(precision="float32"), silicon_carbide())
 
     np.testing.assert_allclose(single.energy, double.energy, rtol=1e-6)
-    np.testing.assert_allclose(
-        single.forces, double.forces, atol=1e-4 * np.abs(double.forces).max()
-    )
+    largest = np.abs(double.forces).max()
+    np.testing.assert_allclose(single.forces, double.forces, atol=1e-4 * largest)
 
 
 @pytest.mark.parametrize("name", ["trunk.layers.0.weight", "trunk.layers.1.bias", "heads.weight"])
@@ -281,9 +280,8 @@ def test_a_set_too_large_to_keep_is_described_batch_by_batch(monkeypatch):
     monkeypatch.setattr(descriptor, "MAX_KEPT_BYTES", 0)
     fresh = describe_configurations(frames, NetworkParameters(), SILICON_CARBIDE)
 
-    for first, second in zip(
-        kept.batch(np.array([2, 0]))[2:], fresh.batch(np.array([2, 0]))[2:], strict=True
-    ):
+    rows = np.array([2, 0])
+    for first, second in zip(kept.batch(rows)[2:], fresh.batch(rows)[2:], strict=True):
         torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
 
 

@@ -322,7 +322,7 @@ def _descend(state: TrainingState, parameters: TrainingParameters, progress: flo
     # Early on the average must not remember the random start.
     decay = min(parameters.ema_decay, state.n_steps / (state.n_steps + 10))
     with torch.no_grad():
-        torch._foreach_lerp_(list(state.average.values()), list(trained.values()), 1 - decay)
+        torch._foreach_lerp_([state.average[name] for name in trained], list(trained.values()), 1 - decay)
 
 
 def _end_epoch(state: TrainingState) -> None:
