@@ -69,6 +69,8 @@ def job_code(aiida_code_installed, aiida_localhost):
 @pytest.fixture
 def pw_code(aiida_code_installed, aiida_localhost):
     """The code that runs pw.x."""
+    from aiida_eipnn.cli import environment
+
     executable = shutil.which("pw.x")
     require("qe", executable, "apt-get install quantum-espresso")
     tune(aiida_localhost)
@@ -76,13 +78,7 @@ def pw_code(aiida_code_installed, aiida_localhost):
         label="pw",
         default_calc_job_plugin="quantumespresso.pw",
         filepath_executable=executable,
-        prepend_text="\n".join(
-            [
-                "export OMP_NUM_THREADS=1",
-                "export OMPI_ALLOW_RUN_AS_ROOT=1",
-                "export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
-            ]
-        ),
+        prepend_text=environment.pw_prepend(),
     )
 
 

@@ -29,7 +29,7 @@ class LabelCalculation(JobCalculation):
         spec.exit_code(
             410,
             "ERROR_NO_LABELS",
-            message="Not one EIP labelled a single configuration; the labels output has the reasons.",
+            message="Not one EIP labelled a configuration; the labels output has the reasons.",
         )
 
     def job(self, max_seconds: float | None) -> LabelJob:

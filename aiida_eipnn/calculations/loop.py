@@ -57,7 +57,7 @@ def split_pool(pool: ConfigurationsData, sizes: Dict, gate: Dict, seed: Int) -> 
 def check_given_labels(
     configurations: ConfigurationsData, labels: LabelsData, eip_labels: LabelsData
 ) -> dict[str, Any] | ExitCode:
-    """Hold given labels against the EIPs: wrong units and signs are an error, outliers are left out.
+    """Hold given labels against the EIPs: wrong units or signs are an error, outliers are dropped.
 
     See :func:`aiida_eipnn.science.gate.check_labels`.
     """

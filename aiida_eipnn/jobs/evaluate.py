@@ -1,7 +1,6 @@
 """The evaluate job: a committee predicts every configuration."""
 
 import json
-import math
 import time
 from pathlib import Path
 
@@ -21,8 +20,8 @@ def run(job: spec.EvaluateJob, folder: Path) -> spec.State:
     Raises
     ------
     ValueError
-        If there are no configurations, if one contains an element that the committee does not
-        know, or if a prediction is not finite.
+        If there are no configurations, or if one contains an element that the committee does not
+        know, or two atoms in the same place.
     """
     started = time.monotonic()
     torch.set_num_threads(1)
@@ -32,10 +31,6 @@ def run(job: spec.EvaluateJob, folder: Path) -> spec.State:
     output = folder / spec.OUTPUT
     save_arrays(output / spec.PREDICTIONS, predictions.arrays())
     uncertainty = predictions.uncertainty
-    if not math.isfinite(float(uncertainty.sum() + predictions.energy.sum())):
-        raise ValueError(
-            "a prediction is not finite; look for atoms on top of each other in the configurations"
-        )
     metrics = {
         "n_configurations": len(configurations),
         "n_atoms": len(configurations.numbers),

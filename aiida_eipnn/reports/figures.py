@@ -291,16 +291,17 @@ def stacked_bars(
 
 def legend_above(axes: Axes, handles: Sequence[Artist] | None = None) -> Axes:
     """Put the legend above the Axes, where it hides nothing."""
+    shown = axes.get_legend_handles_labels()[0] if handles is None else list(handles)
     axes.legend(
-        handles=axes.get_legend_handles_labels()[0] if handles is None else handles,
+        handles=shown,
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        ncols=4,
+        ncols=len(shown) if len(shown) <= 6 else 4,
         borderaxespad=0.1,
         borderpad=0.2,
-        handlelength=1.4,
+        handlelength=1.2,
         handletextpad=0.5,
-        columnspacing=1.2,
+        columnspacing=1.0,
     )
     return axes
 
@@ -326,6 +327,9 @@ def column_bars(
     bottom = np.zeros(len(names))
     for number, kind in enumerate(classes):
         height = np.array([float(table[name].get(kind, 0.0)) for name in names])
+        if not height.any():
+            # Skipped, but its colour stays its own: other figures use the same classes.
+            continue
         axes.bar(
             names,
             height,

@@ -1,6 +1,8 @@
 """Where a committee comes from: every DFT point, EIP, seed, code and version behind it."""
 
 import json
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -30,6 +32,8 @@ from aiida_eipnn.reports.points import (
 )
 
 PW_BASE = "PwBaseWorkChain"
+# Of LaTeX, as combining characters.
+ACCENTS = {"~": "\u0303", "'": "\u0301", "`": "\u0300", "^": "\u0302", '"': "\u0308"}
 EIP_METADATA = ("kim_id", "title", "citation", "doi", "year", "machine_learned")
 
 
@@ -403,6 +407,8 @@ def _versions(training: CalcJobNode) -> dict[str, str]:
 def _eip(name: str, metrics: Mapping[str, Any]) -> Eip:
     metadata = metrics.get("metadata", {})
     facts = {key: metadata[key] for key in EIP_METADATA if metadata.get(key) is not None}
+    if "citation" in facts:
+        facts["citation"] = without_latex(facts["citation"])
     return Eip(
         name=name,
         n_labels=metrics.get("n_ok"),
@@ -410,6 +416,16 @@ def _eip(name: str, metrics: Mapping[str, Any]) -> Eip:
         seconds=metrics.get("seconds"),
         **facts,
     )
+
+
+def without_latex(text: str) -> str:
+    """Return a line of BibTeX, as OpenKIM has it, as plain text."""
+
+    def accented(found: re.Match[str]) -> str:
+        return unicodedata.normalize("NFC", found[2] + ACCENTS[found[1]])
+
+    text = re.sub(r"\\([~'`^\"])\{?(\w)\}?", accented, text).replace("--", "–")
+    return text.replace("{", "").replace("}", "")
 
 
 def _pseudos(label_pks: Iterable[int | None]) -> tuple[Pseudo, ...]:

@@ -186,8 +186,7 @@ def cards(history: History) -> list[Card]:
             error_card("Force error", last, "forces_mae", "meV/Å"),
             error_card("Energy error", last, "energy_mae", "meV/atom"),
         ]
-        if gain := gain_card(last):
-            found.append(gain)
+        found += [card for card in (gain_card(last), trust_card(last)) if card]
     done, failed = history.count(PointState.DONE), history.count(PointState.FAILED)
     wall = sum(point.wall_seconds for point in history.points)
     cached = sum(point.cached for point in history.points)
@@ -253,6 +252,17 @@ def gain_card(last: Iteration) -> Card | None:
     )
 
 
+def trust_card(last: Iteration) -> Card | None:
+    """Return how well the uncertainty ranks the errors."""
+    if last.calibration is None or not np.isfinite(last.calibration.spearman):
+        return None
+    return Card(
+        title="Does it know its errors?",
+        value=f"{last.calibration.spearman:.2f}",
+        note="rank correlation of uncertainty and force error; 1 is perfect",
+    )
+
+
 def league(
     history: History, lineage: Lineage | None, errors: Sequence[SourceErrors]
 ) -> list[EipRow]:
@@ -295,6 +305,7 @@ def batch_row(history: History, name: str) -> dict[str, Any]:
         "wall": sum(point.wall_seconds for point in points),
         "cpu": sum(point.cpu_seconds for point in points),
         "runs": sum(point.n_runs for point in points),
+        "cached": sum(point.cached for point in points),
     }
 
 
@@ -313,12 +324,16 @@ def draw_figures(history: History, outputs: Mapping[str, Data], pool: Data) -> d
         If matplotlib is not installed.
     """
     last = history.assessed[-1] if history.assessed else None
+    # The same types in the same order, so that a type has one colour on the whole page.
+    types = sorted({point.config_type for point in history.points})
     return {
         "learning": learning_figure(history),
         "parity": parity_figure(evidence.read_test_set(outputs, last), last),
         "choices": choices_figure(evidence.read_choices(outputs, pool, last), history.eips),
-        "asked": asked_figure(history, evidence.read_uncertainties(outputs, history.iterations)),
-        "cost": cost_figure(history),
+        "asked": asked_figure(
+            history, evidence.read_uncertainties(outputs, history.iterations), types
+        ),
+        "cost": cost_figure(history, types),
     }
 
 
@@ -404,14 +419,13 @@ def choices_figure(choices: evidence.Choices | None, eips: Sequence[str]) -> str
     return str(figures.draw("choices", paint, width=9.2, height=height))
 
 
-def asked_figure(history: History, uncertainties: Mapping[str, Any]) -> str:
+def asked_figure(history: History, uncertainties: Mapping[str, Any], classes: Sequence[str]) -> str:
     """Draw what the iterations asked for: counts by type, and uncertainty within the pool."""
     asked = {item.name: item.asked for item in history.iterations if item.asked is not None}
     if not asked or not uncertainties:
         return ""
     figures = load_figures()
     counts = {short_batch(name): dict(item.config_types) for name, item in asked.items()}
-    classes = sorted({kind for item in counts.values() for kind in item})
     pool = {short_batch(name): values for name, values in uncertainties.items()}
     chosen = {short_batch(name): np.array(item.uncertainties) for name, item in asked.items()}
 
@@ -423,7 +437,7 @@ def asked_figure(history: History, uncertainties: Mapping[str, Any]) -> str:
     return str(figures.draw("asked", paint, n_axes=2, height=3.0))
 
 
-def cost_figure(history: History) -> str:
+def cost_figure(history: History, classes: Sequence[str]) -> str:
     """Draw the DFT time of each batch, by type of configuration."""
     points = [point for point in history.points if point.wall_seconds > 0]
     if not points:
@@ -433,7 +447,6 @@ def cost_figure(history: History) -> str:
     for point in points:
         row = table[short_batch(point.batch)]
         row[point.config_type] = row.get(point.config_type, 0.0) + point.wall_seconds / 60
-    classes = sorted({point.config_type for point in points})
 
     def paint(axes: Sequence[Any]) -> None:
         figures.column_bars(axes[0], table, classes, "pw.x wall time, min")

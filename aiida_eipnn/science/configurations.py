@@ -210,7 +210,7 @@ def rows_of(ids: StrArray, wanted: Iterable[str]) -> IntArray:
 
 def pick_fields(cls: type, arrays: Arrays) -> dict[str, NDArray[Any]]:
     """Return the arrays that are fields of the dataclass ``cls``; name those that are missing."""
-    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    names = [field.name for field in fields(cls)]
     missing = [name for name in names if name not in arrays]
     if missing:
         raise ValueError(f"{cls.__name__} needs the arrays {missing}; got {sorted(arrays)}")

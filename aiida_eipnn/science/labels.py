@@ -104,7 +104,7 @@ class Labels:
     @property
     def ok(self) -> BoolArray:
         """Where there is a label. Shape ``(n, m)``."""
-        return self.status == 0
+        return np.asarray(self.status == 0)
 
     @classmethod
     def missing(
@@ -134,7 +134,7 @@ class Labels:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def forces_of(self, row: int, source: int = 0) -> FloatArray:
-        """Forces of one configuration, in eV/Å. Shape ``(n_atoms, 3)``."""
+        """Return the forces of one configuration, in eV/Å. Shape ``(n_atoms, 3)``."""
         return self.forces[source, self.offsets[row] : self.offsets[row + 1]]
 
     def take(self, rows: Iterable[int]) -> Self:

@@ -11,7 +11,7 @@ from aiida_eipnn.science.configurations import pick_fields
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Predictions:
-    """Predictions of a committee for ``n`` configurations with ``N`` atoms in all.
+    r"""Predictions of a committee for ``n`` configurations with ``N`` atoms in all.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class Predictions:
         Spread of the members' energies per atom, in eV/atom. Shape ``(n,)``.
     forces_std
         Spread of the members' forces on each atom,
-        :math:`\\sqrt{\\langle \\lVert F_i - \\langle F_i \\rangle \\rVert^2 \\rangle}`, in eV/Å.
+        :math:`\sqrt{\langle \lVert F_i - \langle F_i \rangle \rVert^2 \rangle}`, in eV/Å.
         Shape ``(N,)``.
     features
         Mean over atoms of the first member's trunk features. Shape ``(n, n_features)``.

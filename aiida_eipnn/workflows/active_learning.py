@@ -1,4 +1,4 @@
-"""The loop: EIPs label a pool, DFT labels a few points of it, networks learn from both and ask for more."""
+"""The loop: EIPs label a pool, DFT a few, networks learn from both and ask for more."""
 
 from collections.abc import Mapping
 from pathlib import Path

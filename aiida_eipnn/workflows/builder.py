@@ -115,7 +115,7 @@ def explore_builder(
 ) -> ProcessBuilder:
     """Return a builder that makes the pool of a protocol."""
     builder = ExploreCalculation.get_builder()
-    builder._update(_explore(inputs, code, structures, eips, {}))  # noqa: SLF001
+    builder._update(_explore(inputs, code, structures, eips, {}))
     return builder
 
 
@@ -152,7 +152,7 @@ def dft_builder(
             raise ValueError(f"cannot pick {n_chosen} of {len(ids)} configurations")
         ids = np.random.default_rng(seed).permutation(ids)[:n_chosen]
     builder = DftLabelWorkChain.get_builder()
-    builder._update(  # noqa: SLF001
+    builder._update(
         {
             "configurations": pool,
             "choice": ChoiceData.from_value(Choice.from_ids(ids), strategy="given"),

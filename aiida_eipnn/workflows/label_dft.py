@@ -99,7 +99,7 @@ class DftLaneWorkChain(WorkChain):
         return ToContext(children=append_(self.submit(PwBaseWorkChain, **inputs)))
 
     def scaled_parameters(self, structure: StructureData, pw: AttributeDict) -> Dict:
-        """Return the parameters for this composition, one node for all configurations that have it."""
+        """Return the parameters of this composition, one node for all that have it."""
         formula = structure.get_formula()
         if formula not in self.ctx.parameters:
             self.ctx.parameters[formula] = scale_parameters(
@@ -132,7 +132,7 @@ class DftLaneWorkChain(WorkChain):
 
 
 def pw_inputs(inputs: AttributeDict, structure: StructureData) -> AttributeDict:
-    """Return the inputs of one run: the common ones, with the structure and its pseudopotentials."""
+    """Return the inputs of one run: the common ones, the structure, its pseudopotentials."""
     kinds = structure.get_kind_names()
     pseudos = {kind: inputs.pw.pseudos[kind] for kind in kinds if kind in inputs.pw.pseudos}
     inputs.pw = AttributeDict({**inputs.pw, "structure": structure, "pseudos": pseudos})

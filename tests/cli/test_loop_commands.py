@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +17,15 @@ from aiida_eipnn.cli.commands import main
 from aiida_eipnn.reports.history import read_history
 from aiida_eipnn.science.io import read_labelled
 
-# The synthetic loop belongs to the tests of the reports.
-spec = importlib.util.spec_from_file_location(
-    "synthetic_loop", Path(__file__).parent.parent / "reports" / "conftest.py"
-)
-synthetic = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(synthetic)
+# The synthetic loop belongs to the tests of the reports; under the name that pytest gives it there
+# the loops that are made serve both.
+SYNTHETIC = "tests.reports.conftest"
+if SYNTHETIC not in sys.modules:
+    path = Path(__file__).parent.parent / "reports" / "conftest.py"
+    spec = importlib.util.spec_from_file_location(SYNTHETIC, path)
+    sys.modules[SYNTHETIC] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[SYNTHETIC])
+synthetic = sys.modules[SYNTHETIC]
 make_loop = synthetic.make_loop
 
 
@@ -159,9 +164,6 @@ def test_a_profile_that_is_not_there_is_one_line_with_those_that_are(make_loop, 
 
 
 def test_no_aiida_at_all_leads_to_the_setup(tmp_path):
-    import subprocess
-    import sys
-
     result = subprocess.run(
         [
             sys.executable,
@@ -184,9 +186,6 @@ def test_no_aiida_at_all_leads_to_the_setup(tmp_path):
 
 @pytest.mark.parametrize("command", ["status", "lineage", "report", "export"])
 def test_each_command_explains_itself_in_one_sentence_without_aiida(command):
-    import subprocess
-    import sys
-
     code = (
         "import sys\nsys.modules['aiida'] = None\n"
         f"from aiida_eipnn.cli import main\nmain(['{command}', '--help'])"

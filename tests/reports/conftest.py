@@ -19,10 +19,10 @@ EIPS = (
 )
 TYPES = ("rattled", "strained", "vacancy")
 SECONDS = 30.0
-BROKEN = "The loop broke while evaluating the committee: process 1, it was killed."
+BROKEN = "The loop broke while labelling with DFT: process 1, it was killed."
 ENDINGS = {
     "finished": {"exit_status": 0},
-    "broken": {"exit_status": 407, "exit_message": BROKEN},
+    "broken": {"exit_status": 403, "exit_message": BROKEN},
     "waiting": {"process_state": "waiting"},
     "created": {"process_state": "created"},
 }
@@ -125,6 +125,8 @@ class Maker:
         self.label_with_eips()
         self.split()
         self.dft("test")
+        if self.state == "broken":
+            return
         self.dft("initial", failing=True)
         inputs = {"eip_labels__pool": self.eip_labels}
         self.pretrained = self.train("pretrain", inputs)["committee"]

@@ -7,7 +7,7 @@ from aiida.common.links import LinkType
 from aiida.orm import CalcJobNode, Dict
 
 from aiida_eipnn.data.committee import CommitteeData
-from aiida_eipnn.reports.lineage import trace, unexplained_inputs
+from aiida_eipnn.reports.lineage import trace, unexplained_inputs, without_latex
 from aiida_eipnn.reports.points import PointState
 
 
@@ -111,3 +111,11 @@ def test_an_input_that_nobody_made_or_gave_is_found(make_loop):
     committee.base.links.add_incoming(training, LinkType.CREATE, "committee")
     committee.store()
     assert [node.pk for node in unexplained_inputs(committee, loop.node)] == [stray.pk]
+
+
+def test_citations_lose_the_marks_of_bibtex():
+    text = r"Justo, Jo\~{a}o F. and M\"uller, A modified {S}tillinger potential 2539--2550"
+    assert (
+        without_latex(text)
+        == "Justo, João F. and Müller, A modified Stillinger potential 2539–2550"
+    )

@@ -94,7 +94,7 @@ def find_neighbours(
     Raises
     ------
     ValueError
-        If an element is not among ``elements``.
+        If an element is not among ``elements``, or if two atoms are in the same place.
     """
     species = species_of(configurations, elements)
     finder = NeighborList(cutoff=cutoff, full_list=True)
@@ -170,6 +170,10 @@ def _find(
         periodic=atoms.pbc,
         quantities="ijSD",
     )
+    if not vector.any(axis=1).all():
+        raise ValueError(
+            f"configuration {configurations.ids[row]} has two atoms in the same place; drop it"
+        )
     # The order that vesin finds pairs in is its own affair, but sums must not depend on it.
     order = np.lexsort((*shift.T, second, first))
     counts = np.bincount(first.astype(np.int64), minlength=len(atoms))

@@ -321,8 +321,10 @@ def _descend(state: TrainingState, parameters: TrainingParameters, progress: flo
     state.n_steps += 1
     # Early on the average must not remember the random start.
     decay = min(parameters.ema_decay, state.n_steps / (state.n_steps + 10))
+    # By name: a checkpoint gives the averages back in another order.
+    averages = [state.average[name] for name in trained]
     with torch.no_grad():
-        torch._foreach_lerp_([state.average[name] for name in trained], list(trained.values()), 1 - decay)
+        torch._foreach_lerp_(averages, list(trained.values()), 1 - decay)
 
 
 def _end_epoch(state: TrainingState) -> None:

@@ -1,0 +1,92 @@
+"""The evaluate job on a folder, without AiiDA."""
+
+import json
+
+import numpy as np
+import pytest
+from ase.build import bulk
+
+from aiida_eipnn.jobs import spec
+from aiida_eipnn.jobs.run import run_job
+from aiida_eipnn.jobs.spec import EvaluateJob, State
+from aiida_eipnn.science.arrays import load_arrays, save_arrays
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.predictions import Predictions
+
+pytest.importorskip("torch")
+
+from aiida_eipnn.science.nn.committee import Committee
+from aiida_eipnn.science.nn.network import Network, NetworkParameters
+
+pytestmark = pytest.mark.usefixtures("torch")
+
+
+@pytest.fixture
+def committee():
+    members = []
+    for seed in (0, 1):
+        member = Network(NetworkParameters(n_radial=4, l_max=1, width=8), (14,), ("dft",))
+        member.initialise(seed)
+        members.append(member)
+    return Committee(members=tuple(members), stage="finetune", seeds=(0, 1))
+
+
+def pool_of(symbol="Si", n=5):
+    rng = np.random.default_rng(0)
+    frames = []
+    for _ in range(n):
+        atoms = bulk(symbol, "diamond", a=5.43)
+        atoms.positions += rng.normal(0, 0.1, (2, 3))
+        frames.append(atoms)
+    return Configurations.from_atoms(frames, "rattled")
+
+
+def write(folder, committee, *sets):
+    for number, configurations in enumerate(sets):
+        save_arrays(folder / spec.CONFIGURATIONS / f"set{number}", configurations.arrays())
+    committee.save(folder / spec.COMMITTEE)
+    spec.write_job(folder / spec.JOB, EvaluateJob(batch_size=2))
+    return folder
+
+
+def test_the_predictions_are_those_of_the_committee(tmp_path, committee):
+    pool = pool_of()
+    write(tmp_path, committee, pool.take([0, 1]), pool.take([1, 2, 3, 4]))
+
+    assert run_job(tmp_path) is State.DONE
+
+    found = Predictions.from_arrays(load_arrays(tmp_path / spec.OUTPUT / spec.PREDICTIONS))
+    expected = committee.predict(pool)
+    assert found.ids.tolist() == pool.ids.tolist()
+    np.testing.assert_allclose(found.energy, expected.energy, rtol=1e-12)
+    np.testing.assert_allclose(found.forces, expected.forces, atol=1e-10)
+    metrics = json.loads((tmp_path / spec.OUTPUT / spec.METRICS).read_text())
+    assert metrics["n_configurations"] == 5
+    assert metrics["uncertainty"]["max"] == pytest.approx(expected.uncertainty.max())
+
+
+def test_an_unknown_element_fails_with_a_reason(tmp_path, committee):
+    write(tmp_path, committee, pool_of("Ge"))
+
+    assert run_job(tmp_path) is State.FAILED
+
+    assert "does not know" in json.loads((tmp_path / spec.STATUS).read_text())["reason"]
+
+
+def test_without_configurations_it_fails_with_a_reason(tmp_path, committee):
+    write(tmp_path, committee)
+
+    assert run_job(tmp_path) is State.FAILED
+
+    assert "the pool is empty" in json.loads((tmp_path / spec.STATUS).read_text())["reason"]
+
+
+def test_two_atoms_in_one_place_fail_with_a_reason(tmp_path, committee):
+    frames = pool_of(n=2)
+    frames.positions[1] = frames.positions[0]
+    write(tmp_path, committee, frames)
+
+    assert run_job(tmp_path) is State.FAILED
+    assert (
+        "two atoms in the same place" in json.loads((tmp_path / spec.STATUS).read_text())["reason"]
+    )

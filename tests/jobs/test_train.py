@@ -1,0 +1,361 @@
+"""The train job on a folder, without AiiDA."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ase.build import bulk
+
+from aiida_eipnn.jobs import spec
+from aiida_eipnn.jobs.run import run_job
+from aiida_eipnn.jobs.spec import Stage, State, TrainJob
+from aiida_eipnn.science.arrays import load_arrays, save_arrays
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.eip.analytic import LennardJones
+from aiida_eipnn.science.eip.selection import NONE, Selection
+from aiida_eipnn.science.labels import Labels
+
+pytest.importorskip("torch")
+
+from safetensors.numpy import load_file
+
+from aiida_eipnn.jobs import train
+from aiida_eipnn.science.nn.committee import Committee
+
+pytestmark = pytest.mark.usefixtures("torch")
+
+EIPS = {
+    "soft": LennardJones(epsilon=0.4, sigma=2.1),
+    "hard": LennardJones(epsilon=0.6, sigma=2.15),
+}
+DFT = {"dft": LennardJones(epsilon=0.5, sigma=2.12)}
+NETWORK = {"n_radial": 4, "l_max": 1, "width": 8}
+WEIGHTS = Path(spec.OUTPUT, spec.COMMITTEE, "weights.safetensors")
+
+RUN = """
+import sys
+from pathlib import Path
+from aiida_eipnn.jobs.run import run_job
+from aiida_eipnn.science.nn import training
+
+training.CHECKPOINT_SECONDS = 0.1
+
+if __name__ == "__main__":
+    run_job(Path(sys.argv[1]))
+"""
+
+
+def pool_of(n, seed=0):
+    rng = np.random.default_rng(seed)
+    frames = []
+    for _ in range(n):
+        atoms = bulk("Si")
+        atoms.set_cell(atoms.cell * rng.uniform(0.95, 1.05), scale_atoms=True)
+        atoms.positions += rng.normal(0, 0.1, (2, 3))
+        frames.append(atoms)
+    return Configurations.from_atoms(frames, "rattled")
+
+
+def labels_of(configurations, potentials, shift=0.0):
+    frames = [configurations.atoms(row) for row in range(len(configurations))]
+    results = [[potential.label(atoms) for atoms in frames] for potential in potentials.values()]
+    missing = Labels.missing(configurations, list(potentials))
+    energy = np.array([[label.energy for label in row] for row in results]).T
+    return replace(
+        missing,
+        energy=energy + shift * configurations.n_atoms[:, None],
+        forces=np.array([np.concatenate([label.forces for label in row]) for row in results]),
+        stress=np.array([[label.stress for label in row] for row in results]).transpose(1, 0, 2),
+        status=np.zeros_like(missing.status),
+    )
+
+
+def job_for(stage, *, seeds=(1, 2), network=NETWORK, n_workers=1, **training):
+    return TrainJob(
+        stage=stage,
+        seeds=seeds,
+        network=network,
+        training={"epochs": 3, **training},
+        n_workers=n_workers,
+    )
+
+
+def write(folder, job, *, configurations, labels=None, eip_labels=None, committee=None):
+    for name, parts in ((spec.CONFIGURATIONS, configurations), (spec.LABELS, labels)):
+        for key, part in (parts or {}).items():
+            save_arrays(folder / name / key, part.arrays())
+    if eip_labels is not None:
+        save_arrays(folder / spec.EIP_LABELS / "pool", eip_labels.arrays())
+    if committee is not None:
+        shutil.copytree(committee / spec.OUTPUT / spec.COMMITTEE, folder / spec.COMMITTEE)
+    spec.write_job(folder / spec.JOB, job)
+    return folder
+
+
+def metrics_of(folder):
+    return json.loads((folder / spec.OUTPUT / spec.METRICS).read_text())
+
+
+def reason_of(folder):
+    status = json.loads((folder / spec.STATUS).read_text())
+    assert status["state"] == State.FAILED
+    return status["reason"]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return pool_of(12)
+
+
+@pytest.fixture
+def pretraining(tmp_path, pool):
+    """A folder in which a committee can be pre-trained."""
+
+    def make(name="pretrain", **settings):
+        return write(
+            tmp_path / name,
+            job_for(Stage.PRETRAIN, **settings),
+            configurations={"pool": pool},
+            eip_labels=labels_of(pool, EIPS),
+        )
+
+    return make
+
+
+def test_the_three_stages_build_on_each_other(tmp_path, pool, pretraining):
+    first, more = pool.take(range(4)), pool.take(range(4, 7))
+    dft = {"initial": labels_of(first, DFT, -100.0), "i001": labels_of(more, DFT, -100.0)}
+    eip_labels = labels_of(pool, EIPS)
+    pretrain = pretraining()
+
+    assert run_job(pretrain) is State.DONE
+    classify = write(
+        tmp_path / "classify",
+        job_for(Stage.CLASSIFY),
+        configurations={"pool": pool},
+        labels=dft,
+        eip_labels=eip_labels,
+        committee=pretrain,
+    )
+    assert run_job(classify) is State.DONE
+    finetune = write(
+        tmp_path / "finetune",
+        job_for(Stage.FINETUNE),
+        configurations={"pool": pool},
+        labels=dft,
+        eip_labels=eip_labels,
+        committee=pretrain,
+    )
+    shutil.copytree(classify / spec.OUTPUT / spec.SELECTION, finetune / spec.SELECTION)
+    assert run_job(finetune) is State.DONE
+
+    committees = [
+        Committee.load(folder / spec.OUTPUT / spec.COMMITTEE)
+        for folder in (pretrain, classify, finetune)
+    ]
+    assert [committee.stage for committee in committees] == ["pretrain", "classify", "finetune"]
+    assert {committee.eips for committee in committees} == {("soft", "hard")}
+    assert {committee.seeds for committee in committees} == {(1, 2)}
+    assert committees[2].members[0].heads.names == ("dft",)
+    per_atom = committees[2].predict(pool).energy / 2
+    assert (np.abs(per_atom + 100) < 3).all()
+
+    selection = Selection.from_arrays(load_arrays(classify / spec.OUTPUT / spec.SELECTION))
+    assert selection.ids.tolist() == pool.ids.tolist()
+    assert selection.sources.tolist() == ["soft", "hard", NONE]
+
+    metrics = metrics_of(finetune)
+    assert metrics["n_labels"] == metrics["n_trained_on"] == 7
+    # Two members, three epochs, seven labels in batches of four.
+    assert metrics["n_steps"] == 2 * 3 * 2
+    member = metrics["members"][1]
+    assert member["seed"] == 2
+    assert [epoch["epoch"] for epoch in member["epochs"]] == [1, 2, 3]
+    assert set(member["epochs"][0]) == {"epoch", "loss", "energy_mae", "forces_mae", "seconds"}
+    assert sum(metrics_of(classify)["classes"].values()) == 7
+    assert sum(metrics_of(classify)["choices"].values()) == 12
+    assert not (finetune / spec.CHECKPOINT).exists()
+
+
+def test_what_is_held_out_is_not_learnt(tmp_path, pool):
+    folder = write(
+        tmp_path,
+        job_for(Stage.FINETUNE),
+        configurations={"pool": pool},
+        labels={"all": labels_of(pool, DFT)},
+    )
+    save_arrays(folder / spec.EXCLUDE / "test", {"ids": pool.ids[:5]})
+
+    assert run_job(folder) is State.DONE
+
+    assert metrics_of(folder)["n_labels"] == metrics_of(folder)["n_configurations"] == 7
+
+
+def test_configurations_that_dft_could_not_label_are_left_out(tmp_path, pool):
+    labels = labels_of(pool, DFT)
+    labels.status[3] = 1
+    labels.energy[3] = np.nan
+    folder = write(
+        tmp_path,
+        job_for(Stage.FINETUNE),
+        configurations={"pool": pool},
+        labels={"all": labels},
+    )
+
+    assert run_job(folder) is State.DONE
+
+    assert metrics_of(folder)["n_labels"] == 11
+
+
+def test_an_interrupted_job_goes_on_elsewhere_and_ends_the_same(pretraining, monkeypatch):
+    whole = pretraining("whole", batch_size=5)
+    assert run_job(whole) is State.DONE
+
+    # Time is up at every third question: in the middle of an epoch, and between members.
+    count = iter(range(1000))
+    monkeypatch.setattr(train, "_is_late", lambda _: next(count) % 3 == 2)
+    states, previous = [], None
+    while State.DONE not in states:
+        folder = pretraining(f"piece{len(states)}", batch_size=5)
+        if previous:
+            shutil.copytree(previous / spec.CHECKPOINT, folder / spec.CHECKPOINT)
+        states.append(run_job(folder))
+        previous = folder
+
+    assert states[:-1] == [State.INTERRUPTED] * (len(states) - 1)
+    assert len(states) > 3
+    assert (folder / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+
+
+def test_a_job_without_time_is_interrupted_with_a_checkpoint(pretraining):
+    folder = pretraining()
+    job = replace(spec.read_job(folder / spec.JOB), max_seconds=0.0)
+    spec.write_job(folder / spec.JOB, job)
+
+    assert run_job(folder) is State.INTERRUPTED
+
+    assert len(list((folder / spec.CHECKPOINT).glob("member_*.safetensors"))) == 2
+    assert not (folder / spec.OUTPUT).exists()
+
+
+def test_a_killed_job_leaves_no_worker_and_goes_on_with_the_same_result(tmp_path, pretraining):
+    settings = {"epochs": 150, "n_workers": 2}
+    whole, killed = pretraining("whole", **settings), pretraining("killed", **settings)
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    process = subprocess.Popen([sys.executable, script, killed])
+    checkpoints = [killed / spec.CHECKPOINT / f"member_00{n}.safetensors" for n in (0, 1)]
+    wait_for(lambda: all(path.exists() for path in checkpoints))
+    workers = children_of(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    assert len(workers) >= 2
+    wait_for(lambda: not any(is_alive(pid) for pid in workers))
+    assert json.loads((killed / spec.STATUS).read_text())["state"] == State.RUNNING
+    subprocess.run([sys.executable, script, killed], check=True)
+    # One after the other in this process, what side by side in two did there.
+    job = replace(spec.read_job(whole / spec.JOB), n_workers=1)
+    spec.write_job(whole / spec.JOB, job)
+    assert run_job(whole) is State.DONE
+
+    expected, found = load_file(whole / WEIGHTS), load_file(killed / WEIGHTS)
+    assert expected.keys() == found.keys()
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(found[name], weight, err_msg=name)
+
+
+def test_a_checkpoint_of_another_job_is_refused(pretraining):
+    first, second = pretraining("first"), pretraining("second", learning_rate=1e-4)
+    job = replace(spec.read_job(first / spec.JOB), max_seconds=0.0)
+    spec.write_job(first / spec.JOB, job)
+    run_job(first)
+    shutil.copytree(first / spec.CHECKPOINT, second / spec.CHECKPOINT)
+
+    assert run_job(second) is State.FAILED
+
+    assert "other settings or data; start without it" in reason_of(second)
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_a_member_that_diverges_twice_is_named(pretraining, n_workers):
+    folder = pretraining(learning_rate=1e200, n_workers=n_workers)
+
+    assert run_job(folder) is State.FAILED
+
+    assert "(seed 1) diverged, also at 0.3 of the learning rate" in reason_of(folder)
+    assert "lower `learning_rate`" in reason_of(folder)
+
+
+def test_a_member_that_diverges_once_is_tried_at_a_lower_rate(pretraining, monkeypatch):
+    monkeypatch.setattr(train, "RATE_FACTORS", (1e203, 1.0))
+    folder = pretraining()
+
+    assert run_job(folder) is State.DONE
+
+    assert [member["rate_factor"] for member in metrics_of(folder)["members"]] == [1.0, 1.0]
+
+
+def test_labels_of_unknown_configurations_are_refused(tmp_path, pool):
+    folder = write(
+        tmp_path,
+        job_for(Stage.FINETUNE),
+        configurations={"pool": pool.take(range(6))},
+        labels={"all": labels_of(pool, DFT)},
+    )
+
+    assert run_job(folder) is State.FAILED
+
+    assert "6 of 12 DFT labels are of configurations that are not in the sets" in reason_of(folder)
+
+
+@pytest.mark.parametrize("stage", [Stage.FINETUNE, Stage.CLASSIFY])
+def test_a_stage_without_dft_labels_is_refused(tmp_path, pool, stage):
+    folder = write(
+        tmp_path,
+        job_for(stage),
+        configurations={"pool": pool},
+        eip_labels=labels_of(pool, EIPS),
+        labels={"failed": Labels.missing(pool, ["dft"])},
+    )
+
+    assert run_job(folder) is State.FAILED
+
+    assert "needs DFT labels, and there is not one" in reason_of(folder)
+
+
+def test_an_unknown_setting_is_refused(pretraining):
+    folder = pretraining(epoch=3)
+
+    assert run_job(folder) is State.FAILED
+
+    assert "training: no setting ['epoch'], only" in reason_of(folder)
+
+
+def wait_for(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def children_of(pid):
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()]
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # What is dead but not yet buried by its parent still has a number.
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
