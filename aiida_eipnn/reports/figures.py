@@ -36,6 +36,9 @@ HATCHES = ("", "////", "....")
 # More points than this make a page slow: they are drawn as an image inside the figure.
 MANY_POINTS = 4000
 
+# More ticks than this run into one another.
+MOST_TICKS = 8
+
 # matplotlib names every key in its types; a plain dictionary is all that is needed here.
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -149,7 +152,11 @@ def learning_curve(axes: Axes, curves: Sequence[Curve], label: str) -> Axes:
         )
     axes.set_yscale("log")
     plain_log_ticks(axes.yaxis)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    counts = sorted({x for curve in curves for x in curve.x})
+    if len(counts) <= MOST_TICKS:
+        axes.set_xticks(counts)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS, integer=True))
     axes.set_xlabel("DFT labels in training")
     axes.set_ylabel(label)
     return legend_above(axes)

@@ -248,7 +248,7 @@ def gain_card(last: Iteration) -> Card | None:
         title="What the EIPs bring",
         value=f"{gain:.2g}×",
         note="force error from scratch over that with EIPs"
-        + ("" if gain > 1 else ": they do not help here"),
+        + ("" if gain > 1 else ": here the twin is better"),
     )
 
 

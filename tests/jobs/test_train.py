@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -215,6 +216,14 @@ def test_configurations_that_dft_could_not_label_are_left_out(tmp_path, pool):
     assert metrics_of(folder)["n_labels"] == 11
 
 
+def test_side_by_side_gives_what_one_after_the_other_gives(pretraining):
+    one, two = pretraining("one"), pretraining("two", n_workers=2)
+
+    assert run_job(one) is run_job(two) is State.DONE
+
+    assert (one / WEIGHTS).read_bytes() == (two / WEIGHTS).read_bytes()
+
+
 def test_an_interrupted_job_goes_on_elsewhere_and_ends_the_same(pretraining, monkeypatch):
     whole = pretraining("whole", batch_size=5)
     assert run_job(whole) is State.DONE
@@ -247,8 +256,8 @@ def test_a_job_without_time_is_interrupted_with_a_checkpoint(pretraining):
 
 
 def test_a_killed_job_leaves_no_worker_and_goes_on_with_the_same_result(tmp_path, pretraining):
-    settings = {"epochs": 150, "n_workers": 2}
-    whole, killed = pretraining("whole", **settings), pretraining("killed", **settings)
+    whole = pretraining("whole", epochs=150)
+    killed = pretraining("killed", epochs=150, n_workers=2)
     script = tmp_path / "run.py"
     script.write_text(RUN)
     process = subprocess.Popen([sys.executable, script, killed])
@@ -261,11 +270,9 @@ def test_a_killed_job_leaves_no_worker_and_goes_on_with_the_same_result(tmp_path
     assert len(workers) >= 2
     wait_for(lambda: not any(is_alive(pid) for pid in workers))
     assert json.loads((killed / spec.STATUS).read_text())["state"] == State.RUNNING
-    subprocess.run([sys.executable, script, killed], check=True)
-    # One after the other in this process, what side by side in two did there.
-    job = replace(spec.read_job(whole / spec.JOB), n_workers=1)
-    spec.write_job(whole / spec.JOB, job)
-    assert run_job(whole) is State.DONE
+    # One after the other in this process, what was begun side by side in others.
+    spec.write_job(killed / spec.JOB, spec.read_job(whole / spec.JOB))
+    assert run_job(killed) is run_job(whole) is State.DONE
 
     expected, found = load_file(whole / WEIGHTS), load_file(killed / WEIGHTS)
     assert expected.keys() == found.keys()
@@ -285,13 +292,13 @@ def test_a_checkpoint_of_another_job_is_refused(pretraining):
     assert "other settings or data; start without it" in reason_of(second)
 
 
-@pytest.mark.parametrize("n_workers", [1, 2])
-def test_a_member_that_diverges_twice_is_named(pretraining, n_workers):
-    folder = pretraining(learning_rate=1e200, n_workers=n_workers)
+def test_a_member_that_diverges_twice_is_named(pretraining):
+    folder = pretraining(learning_rate=1e200, n_workers=2)
 
     assert run_job(folder) is State.FAILED
 
-    assert "(seed 1) diverged, also at 0.3 of the learning rate" in reason_of(folder)
+    # Which of two that work side by side says it first is a matter of luck.
+    assert re.search(r"\(seed [12]\) diverged, also at 0\.3 of the learning", reason_of(folder))
     assert "lower `learning_rate`" in reason_of(folder)
 
 

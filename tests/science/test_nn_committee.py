@@ -262,6 +262,10 @@ def test_the_calculator_has_no_uncertainty_before_a_calculation(calculator):
 
 
 def test_molecular_dynamics_conserves_the_energy(calculator):
+    # Random networks are rough: a smoother landscape for a time step of half a femtosecond.
+    for member in calculator.committee.members:
+        with torch.no_grad():
+            member.heads.weight *= 0.05
     atoms = carbide().repeat((2, 2, 1))
     atoms.calc = calculator
     thermal = np.sqrt(units.kB * 600 * atoms.get_masses())[:, None]

@@ -383,7 +383,8 @@ def _density_gradient(gradient: Tensor, density: Tensor, basis: Basis) -> Tensor
 def _upper(n: int) -> Tensor:
     """Return where the upper triangle is in a flat ``n`` by ``n`` matrix."""
     c, d = torch.triu_indices(n, n)
-    return c * n + d
+    place: Tensor = c * n + d
+    return place
 
 
 @functools.cache
