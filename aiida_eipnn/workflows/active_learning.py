@@ -233,7 +233,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         self.ctx.iteration = 0
         self.ctx.labels = {}
         self.ctx.choices = {}
-        self.ctx.known = self.inputs.get("known", {})
+        self.ctx.known = AttributeDict(self.inputs.get("known", {}))
         if "pool" in self.inputs:
             self.ctx.pool = self.inputs.pool
 

@@ -1,0 +1,118 @@
+"""The calcfunctions that steer the loop."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from aiida.orm import Dict, Int
+from ase.build import bulk
+
+from aiida_eipnn.calculations import loop
+from aiida_eipnn.data.choice import Choice, ChoiceData
+from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.data.finite import finite
+from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.data.predictions import PredictionsData
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.eip.engine import label_with_eips
+from aiida_eipnn.science.predictions import Predictions
+
+SW = "SW_StillingerWeber_1985_Si__MO_405512056662_005"
+EIPS = (
+    "EDIP_JustoBazantKaxiras_1998_Si__MO_958932894036_002",
+    "Tersoff_LAMMPS_Tersoff_1988T3_Si__MO_186459956893_003",
+    "MEAM_LAMMPS_LenoskySadighAlonso_2000_Si__MO_533426548156_000",
+)
+
+
+@pytest.fixture
+def known(kim, rattled_silicon):
+    """Sound labels, and what EIPs that had no part in them say."""
+    configurations = rattled_silicon(30, amplitude=0.1)
+    labels = label_with_eips(configurations, (SW,), n_workers=1, timeout=60, deadline=None)
+    eip_labels = label_with_eips(configurations, EIPS, n_workers=1, timeout=60, deadline=None)
+    labels = replace(labels, sources=np.array(["dft"]))
+    return ConfigurationsData.from_value(configurations), labels, LabelsData.from_value(eip_labels)
+
+
+def check(known, **changes):
+    configurations, labels, eip_labels = known
+    changed = LabelsData.from_value(replace(labels, **changes), level={})
+    return loop.check_given_labels.run_get_node(configurations, changed, eip_labels)
+
+
+def test_sound_labels_pass_the_gate(known):
+    outputs, node = check(known)
+    assert node.is_finished_ok, node.exit_message
+    assert outputs["labels"].base.attributes.get("n_labels") == 30
+
+
+def test_labels_in_hartree_are_refused_with_the_diagnosis(known):
+    labels = known[1]
+    _, node = check(known, energy=labels.energy / 27.2114, forces=labels.forces / 27.2114)
+    assert node.exit_status == 310
+    # EIPs differ by more than the factor between two atomic units: the fault is certain, its name not.
+    assert "give eV/Å" in node.exit_message
+
+
+def test_forces_of_the_wrong_sign_are_refused_with_the_diagnosis(known):
+    _, node = check(known, forces=-known[1].forces)
+    assert node.exit_status == 310
+    assert "sign" in node.exit_message
+
+
+def test_the_gate_refuses_overlapping_atoms_and_says_why(rattled_silicon):
+    good = rattled_silicon(6)
+    bad = bulk("Si")
+    bad.positions[1] = bad.positions[0] + [0.5, 0, 0]
+    frames = [good.atoms(row) for row in range(6)] + [bad]
+    pool = ConfigurationsData.from_value(Configurations.from_atoms(frames, "x"))
+    chosen = loop.split_pool(
+        pool, Dict({"test": 3, "initial": 3}), Dict({"min_contact": 0.6}), Int(1)
+    )
+    (refused,) = chosen["refused"].ids()
+    assert "overlap" in chosen["refused"].base.attributes.get("reasons")[refused]
+    assert refused not in {*chosen["test"].ids(), *chosen["initial"].ids()}
+
+
+@pytest.fixture
+def predictions(rattled_silicon):
+    configurations = rattled_silicon(10)
+    spread = np.linspace(0.1, 1.0, 10)
+    return PredictionsData.from_value(
+        Predictions(
+            ids=configurations.ids,
+            offsets=configurations.offsets,
+            energy=np.zeros(10),
+            forces=np.zeros((20, 3)),
+            stress=np.zeros((10, 6)),
+            energy_std=np.zeros(10),
+            forces_std=np.repeat(spread, 2),
+            features=np.random.default_rng(0).normal(size=(10, 3)),
+        )
+    )
+
+
+def test_what_was_taken_before_is_no_candidate(predictions):
+    ids = predictions.value().ids
+    taken = ChoiceData.from_value(Choice.from_ids(ids[5:]))
+    choice = loop.acquire(
+        predictions, Dict({"n_select": 2, "strategy": "uncertainty"}), Int(0), taken_test=taken
+    )
+    assert choice.ids().tolist() == [ids[4], ids[3]]
+    assert choice.value().scores.tolist() == pytest.approx([0.5, 0.4])
+
+
+def test_each_iteration_draws_anew_from_the_one_seed(predictions):
+    ids = predictions.value().ids
+    settings = Dict({"n_select": 4, "strategy": "random"})
+    taken = ChoiceData.from_value(Choice.from_ids(ids[:0]))
+    first = loop.acquire(predictions, settings, Int(0), taken_test=taken)
+    again = loop.acquire(predictions, settings, Int(0), taken_test=taken)
+    later = loop.acquire(predictions, settings, Int(0), taken_test=taken, taken_i001=taken)
+    assert first.ids().tolist() == again.ids().tolist()
+    assert first.ids().tolist() != later.ids().tolist()
+
+
+def test_no_number_never_reaches_the_database():
+    assert finite({"a": [1.0, float("nan")], "b": float("inf")}) == {"a": [1.0, None], "b": None}
