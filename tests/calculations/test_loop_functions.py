@@ -51,7 +51,7 @@ def test_labels_in_hartree_are_refused_with_the_diagnosis(known):
     labels = known[1]
     _, node = check(known, energy=labels.energy / 27.2114, forces=labels.forces / 27.2114)
     assert node.exit_status == 310
-    # EIPs differ by more than the factor between two atomic units: the fault is certain, its name not.
+    # EIPs differ by more than two atomic units do: the fault is certain, its name is not.
     assert "give eV/Å" in node.exit_message
 
 
