@@ -4,11 +4,14 @@ verdi run workflows/01_label_with_eips.py                  (a pool of silicon is
 verdi run workflows/01_label_with_eips.py --pool pool.xyz --eip ID --eip ID
 """
 
+import argparse
 from pathlib import Path
 
+from aiida_eipnn.calculations.explore import ExploreCalculation
 from aiida_eipnn.cli import launch
 from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
-from aiida_eipnn.workflows.builder import explore_builder, label_builder
+from aiida_eipnn.workflows.builder import explore_inputs
+from aiida_eipnn.workflows.restart import LabelBaseWorkChain
 
 options = launch.parser(__doc__)
 launch.add_job_code(options)
@@ -17,21 +20,19 @@ options.add_argument("--pool", type=Path, help="extended XYZ file with the confi
 options.add_argument("--eip", action="append", default=[], help="KIM id; repeat for each EIP")
 given = options.parse_args()
 
-code = launch.code_of(given.job_code)
-inputs = launch.checked(
-    ActiveLearningWorkChain.get_protocol_inputs,
-    given.protocol,
-    launch.overrides_of(given.overrides),
-)
+code, overrides = launch.code_of(given.job_code), launch.overrides_of(given.overrides)
 if given.pool:
     pool = launch.configurations_of(given.pool)
 else:
-    given_submit, given.submit = given.submit, False  # the labels need the pool
-    explored = launch.launch(
-        launch.checked(explore_builder, inputs, code, launch.silicon(), given.eip), given
-    )
-    pool, given.submit = explored.outputs.pool, given_submit
-labelled = launch.launch(launch.checked(label_builder, inputs, code, pool, given.eip), given)
+    inputs = ActiveLearningWorkChain.get_protocol_inputs(given.protocol, overrides)
+    explore = ExploreCalculation.get_builder()
+    explore._update(explore_inputs(inputs, code, launch.silicon(), given.eip, {}))
+    # Here and now, also with --submit: the labels need the pool.
+    pool = launch.launch(explore, argparse.Namespace(submit=False)).outputs.pool
+builder = launch.checked(
+    LabelBaseWorkChain.get_builder_from_protocol, code, pool, given.eip, given.protocol, overrides
+)
+labelled = launch.launch(builder, given)
 if not given.submit:
     labels = labelled.outputs.labels
     print(

@@ -6,11 +6,12 @@ verdi run workflows/02_label_with_dft.py --pool PK --n 10 --seed 1
 
 from pathlib import Path
 
+from aiida.orm import Int
+
+from aiida_eipnn.calculations.loop import choose_random
 from aiida_eipnn.cli import launch
 from aiida_eipnn.data.configurations import ConfigurationsData
-from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
-from aiida_eipnn.workflows.builder import dft_builder
-from aiida_eipnn.workflows.label_dft import slots_needed
+from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, slots_needed
 
 options = launch.parser(__doc__)
 launch.add_pw_code(options)
@@ -25,13 +26,14 @@ if path.exists():
     pool = launch.configurations_of(path)
 else:
     pool = launch.node_of(given.pool, ConfigurationsData)
-inputs = launch.checked(
-    ActiveLearningWorkChain.get_protocol_inputs,
+n_chosen = Int(len(pool) if given.n is None else given.n)
+builder = launch.checked(
+    DftLabelWorkChain.get_builder_from_protocol,
+    launch.code_of(given.pw_code),
+    pool,
+    launch.checked(choose_random, pool, n_chosen, Int(given.seed)),
     given.protocol,
     launch.overrides_of(given.overrides),
-)
-builder = launch.checked(
-    dft_builder, inputs, launch.code_of(given.pw_code), pool, given.n, given.seed
 )
 labelled = launch.launch(builder, given, slots=slots_needed(builder.n_lanes.value))
 if not given.submit:

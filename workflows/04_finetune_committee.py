@@ -7,8 +7,7 @@ from aiida_eipnn.cli import launch
 from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
-from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
-from aiida_eipnn.workflows.builder import train_builder
+from aiida_eipnn.workflows.restart import TrainBaseWorkChain
 
 options = launch.parser(__doc__)
 launch.add_job_code(options)
@@ -18,13 +17,14 @@ options.add_argument("--labels", required=True, help="PK of their DFT labels")
 options.add_argument("--committee", help="PK of the pre-trained committee")
 given = options.parse_args()
 
-inputs = launch.checked(
-    ActiveLearningWorkChain.get_protocol_inputs,
+stage = "finetune" if given.committee else "scratch"
+builder = launch.checked(
+    TrainBaseWorkChain.get_builder_from_protocol,
+    launch.code_of(given.job_code),
+    stage,
     given.protocol,
     launch.overrides_of(given.overrides),
 )
-stage = "finetune" if given.committee else "scratch"
-builder = train_builder(inputs, launch.code_of(given.job_code), stage)
 builder.job.configurations = {"pool": launch.node_of(given.pool, ConfigurationsData)}
 builder.job.labels = {"dft": launch.node_of(given.labels, LabelsData)}
 if given.committee:

@@ -25,6 +25,9 @@ class JobCalculation(CalcJob):
     A subclass says what the job is (:meth:`job`) and which nodes it reads (:meth:`copies`).
     """
 
+    # The version of this package is not in the hash: raise this when equal inputs give new results.
+    CACHE_VERSION = 1
+
     @classmethod
     def define(cls, spec: CalcJobProcessSpec) -> None:
         """Define the process specification."""
@@ -53,6 +56,8 @@ class JobCalculation(CalcJob):
             310,
             "ERROR_JOB_FAILED",
             message="The job failed: {reason}",
+            # A package that was missing, memory or disk that ran out: all may be mended by now.
+            invalidates_cache=True,
         )
         spec.exit_code(
             400,

@@ -9,7 +9,6 @@ import numpy as np
 from aiida.engine import calcfunction
 from aiida.orm import (
     ArrayData,
-    CalcJobNode,
     Data,
     Dict,
     Float,
@@ -37,6 +36,9 @@ MAX_FORCE = 200.0
 # A link label may not start with a digit, as ids may.
 LABELLED = "labelled_"
 FAILED = "failed_"
+
+# What in SYSTEM says how large a configuration is, or how the work is done; all else is physics.
+NOT_THE_LEVEL = ("ibrav", "nat", "ntyp", "nbnd", "nosym", "noinv")
 
 NO_OUTPUT = "pw.x left no output: see the report of the work chain"
 
@@ -123,9 +125,7 @@ def level_of_theory(parameters: Dict, kpoints_distance: Float, **pseudos: Data) 
         "pseudos": {kind: pseudo.base.attributes.get("md5") for kind, pseudo in pseudos.items()},
         "kpoints_distance": kpoints_distance.value,
     }
-    for key in ("ecutwfc", "ecutrho", "occupations", "smearing", "degauss", "input_dft", "nspin"):
-        if key in system:
-            level[key] = system[key]
+    level |= {key: value for key, value in system.items() if key not in NOT_THE_LEVEL}
     text = repr(sorted((key, repr(value)) for key, value in level.items()))
     return Dict(
         {**level, "fingerprint": hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()}
@@ -164,6 +164,9 @@ def _label_of_run(configuration: Configurations, trajectory: TrajectoryData) -> 
         return Labels.missing(
             configuration, [DFT], "pw.x gave an energy or force that is no number"
         )
+    if np.abs(forces).max(initial=0.0) > MAX_FORCE:
+        reason = f"pw.x gave a force of more than {MAX_FORCE:.0f} eV/Å: atoms overlap"
+        return Labels.missing(configuration, [DFT], reason)
     return Labels(
         ids=configuration.ids,
         offsets=configuration.offsets,
@@ -191,9 +194,11 @@ def stress_of(trajectory: ArrayData) -> FloatArray:
 def failure_of(retrieved: FolderData) -> str:
     """Return why the calculation that left these files failed."""
     creator: ProcessNode = retrieved.creator
-    message = creator.exit_message or "no message"
-    kind = "pw.x" if isinstance(creator, CalcJobNode) else creator.process_label
-    return f"{kind} exit {creator.exit_status}: {message}"
+    if creator.is_finished_ok and creator.caller is not None:
+        # pw.x itself was content; the work chain around it was not.
+        caller = creator.caller
+        return f"pw.x: {caller.process_label} exit {caller.exit_status}: {caller.exit_message}"
+    return f"pw.x exit {creator.exit_status}: {creator.exit_message or 'no message'}"
 
 
 @calcfunction
@@ -211,8 +216,11 @@ def merge_labels(**parts: LabelsData) -> LabelsData:
 
 
 def same_level(nodes: list[LabelsData]) -> dict[str, Any]:
-    """Return the level of theory of all nodes; ``ValueError`` says where they differ."""
-    levels = [node.level for node in nodes]
+    """Return the level of theory of all nodes; ``ValueError`` says where they differ.
+
+    Labels that declare no level, as those read from a file, are taken at their user's word.
+    """
+    levels = [node.level for node in nodes if node.level]
     for level in levels[1:]:
         differing = {
             key: (levels[0].get(key), level.get(key))

@@ -1,7 +1,7 @@
 """CalcJob that labels configurations with empirical interatomic potentials."""
 
 from aiida.engine import CalcJobProcessSpec
-from aiida.orm import Dict
+from aiida.orm import CalcJobNode, Dict
 
 from aiida_eipnn.calculations import ports
 from aiida_eipnn.calculations.base import JobCalculation, LocalCopies, copies_of_inputs
@@ -18,6 +18,7 @@ class LabelCalculation(JobCalculation):
         super().define(spec)
         spec.inputs["metadata"]["options"]["parser_name"].default = "eipnn.label"
         ports.add_configurations(spec)
+        ports.add_exclude(spec)
         ports.add_eips(spec)
         ports.add_dict(spec, "parameters", "n_workers, and timeout in seconds for one EIP.")
         ports.add_checkpoint(spec)
@@ -31,6 +32,14 @@ class LabelCalculation(JobCalculation):
             "ERROR_NO_LABELS",
             message="Not one EIP labelled a configuration; the labels output has the reasons.",
         )
+
+    @classmethod
+    def is_valid_cache(cls, node: CalcJobNode) -> bool:
+        """Do not reuse labels where an EIP gave none at all: it may have been installed since."""
+        if not super().is_valid_cache(node):
+            return False
+        eips = node.outputs.metrics["eips"] if "metrics" in node.outputs else {}
+        return all(facts["n_ok"] for facts in eips.values())
 
     def job(self, max_seconds: float | None) -> LabelJob:
         """Return the job to run."""

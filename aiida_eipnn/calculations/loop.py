@@ -1,5 +1,7 @@
 """Calcfunctions that steer the loop: split, check, acquire, assess."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from aiida_eipnn.data.finite import finite
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.data.predictions import PredictionsData
 from aiida_eipnn.science import acquisition
+from aiida_eipnn.science.arrays import IntArray, StrArray
 from aiida_eipnn.science.configurations import Configurations, ragged_rows, rows_of
 from aiida_eipnn.science.convergence import IterationRecord, StopCriteria, stop_reason
 from aiida_eipnn.science.gate import PROBLEMS, check_labels, keep_valid
@@ -22,35 +25,68 @@ from aiida_eipnn.science.predictions import Predictions
 from aiida_eipnn.science.reference import best_single, fit_alignment
 from aiida_eipnn.science.uncertainty import calibrate
 
-TEST, INITIAL, REFUSED = "test", "initial", "refused"
+TEST, INITIAL, REFUSED, KNOWN = "test", "initial", "refused", "known"
+
+# Choices that the loop did not pay DFT for.
+FREE = (REFUSED, KNOWN)
 
 TAKEN = "taken_"
 LABELS = "labels_"
 
 
 @calcfunction
-def split_pool(pool: ConfigurationsData, sizes: Dict, gate: Dict, seed: Int) -> dict[str, Any]:
-    """Refuse what cannot be right, then choose the ``test`` and the ``initial`` configurations.
-
-    Every type is represented in proportion. The choice ``refused`` has the reasons as attribute.
-    """
+def refuse(pool: ConfigurationsData, gate: Dict) -> ChoiceData:
+    """Return the configurations that cannot be right, the reasons as attribute."""
     configurations = pool.value()
     kept, failures = keep_valid(configurations, **gate.get_dict())
-    valid = configurations.rows_of(kept.ids)
-    refused = np.setdiff1d(configurations.ids, kept.ids)
+    return ChoiceData.from_value(
+        Choice.from_ids(np.setdiff1d(configurations.ids, kept.ids)),
+        strategy="gate",
+        reasons={failure.id: failure.reason for failure in failures},
+    )
+
+
+@calcfunction
+def choose_random(configurations: ConfigurationsData, n_chosen: Int, seed: Int) -> ChoiceData:
+    """Choose configurations by chance.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer.
+    """
+    ids = configurations.value().ids
+    if not 0 < n_chosen.value <= len(ids):
+        raise ValueError(f"cannot pick {n_chosen.value} of {len(ids)} configurations")
+    chosen = np.random.default_rng(seed.value).permutation(ids)[: n_chosen.value]
+    return ChoiceData.from_value(Choice.from_ids(chosen), strategy="random", seed=seed.value)
+
+
+@calcfunction
+def split_pool(
+    pool: ConfigurationsData, sizes: Dict, seed: Int, **taken: ChoiceData
+) -> dict[str, Any]:
+    """Choose the ``test`` and the ``initial`` configurations, every type in proportion.
+
+    ``taken`` are the choices made before, what is refused or known already: they are left out.
+
+    Raises
+    ------
+    ValueError
+        If the pool is too small.
+    """
+    configurations = pool.value()
+    free = np.flatnonzero(~np.isin(configurations.ids, _ids_of(taken)))
     rng = np.random.default_rng(seed.value)
-    parts = acquisition.stratified_split(configurations.config_types[valid], sizes.get_dict(), rng)
-    chosen = {
+    parts = acquisition.stratified_split(configurations.config_types[free], sizes.get_dict(), rng)
+    return {
         name: ChoiceData.from_value(
-            Choice.from_ids(configurations.ids[valid[parts[name]]]),
+            Choice.from_ids(configurations.ids[free[parts[name]]]),
             strategy="random",
             seed=seed.value,
         )
         for name in sizes.get_dict()
     }
-    reasons = {failure.id: failure.reason for failure in failures}
-    refusal = ChoiceData.from_value(Choice.from_ids(refused), strategy="gate", reasons=reasons)
-    return {**chosen, REFUSED: refusal}
 
 
 @calcfunction
@@ -72,19 +108,33 @@ def check_given_labels(
         "text": report.text,
         "refused": [failure._asdict() for failure in report.refused],
     }
-    return {"labels": LabelsData.from_value(kept, level=labels.level), "report": Dict(facts)}
+    return {
+        "labels": LabelsData.from_value(kept, level=labels.level),
+        "choice": ChoiceData.from_value(Choice.from_ids(given.ids), strategy=KNOWN),
+        "report": Dict(facts),
+    }
 
 
 @calcfunction
 def acquire(
-    predictions: PredictionsData, parameters: Dict, seed: Int, **taken: ChoiceData
+    predictions: PredictionsData, parameters: Dict, stop: Dict, seed: Int, **taken: ChoiceData
 ) -> ChoiceData:
     """Choose the next configurations to label; see :func:`aiida_eipnn.science.acquisition.acquire`.
 
-    ``taken`` are the choices made before, the test set among them: they are no candidates.
+    ``taken`` are the choices made before, the test set among them: they are no candidates. No more
+    are chosen than the budget of ``stop`` leaves.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer candidates than to choose, unless the parameters allow it.
     """
     predicted = predictions.value()
     settings = acquisition.AcquisitionParameters.from_dict(parameters.get_dict())
+    budget = StopCriteria.from_dict(stop.get_dict()).dft_budget
+    if budget is not None:
+        left = budget - _n_paid(taken)
+        settings = replace(settings, n_select=max(min(settings.n_select, left), 1))
     # The number of choices made makes each iteration draw anew from the one seed.
     rng = np.random.default_rng([seed.value, len(taken)])
     chosen = acquisition.acquire(predicted, _candidates(predicted, taken), settings, rng)
@@ -101,11 +151,13 @@ def assess(
     predictions: PredictionsData,
     test_labels: LabelsData,
     eip_labels: LabelsData,
-    criteria: Dict,
+    parameters: Dict,
+    stop: Dict,
     **more: Any,
 ) -> Dict:
     """Measure the committee on the test set and decide whether the loop may stop.
 
+    ``parameters`` are those of the acquisition: what it would not choose is no candidate.
     ``more`` holds the training labels (``labels_*``), the choices made (``taken_*``), and
     optionally ``scratch``, the predictions of the committee trained from scratch, and
     ``previous``, the history so far.
@@ -119,13 +171,15 @@ def assess(
     training = join_labels([more[key].value() for key in sorted(more) if key.startswith(LABELS)])
     same_level([test_labels, *(more[key] for key in sorted(more) if key.startswith(LABELS))])
     taken = {key: node for key, node in more.items() if key.startswith(TAKEN)}
-    candidates = predicted.uncertainty[_candidates(predicted, taken)]
+    settings = acquisition.AcquisitionParameters.from_dict(parameters.get_dict())
+    rows = acquisition.within_window(_candidates(predicted, taken), predicted.uncertainty, settings)
+    candidates = predicted.uncertainty[rows]
     test = test_labels.value().labelled()
     accuracy = prediction_errors(test, predicted)
     previous = more["previous"]["iterations"] if "previous" in more else []
     record = IterationRecord(
         iteration=len(previous) + 1,
-        n_dft_labels=sum(len(node) for key, node in taken.items() if key != f"{TAKEN}{REFUSED}"),
+        n_dft_labels=_n_paid(taken),
         n_candidates=len(candidates),
         energy_mae=accuracy.energy_mae,
         forces_mae=accuracy.forces_mae,
@@ -141,21 +195,29 @@ def assess(
     }
     if "scratch" in more:
         details["scratch"] = prediction_errors(test, more["scratch"].value()).as_dict()
-    stop = stop_reason([record], StopCriteria.from_dict(criteria.get_dict()))
+    found = stop_reason([record], StopCriteria.from_dict(stop.get_dict()))
     fields = {name: getattr(record, name) for name in IterationRecord.__slots__}
     return Dict(
         finite(
             {
                 "iterations": [*previous, {**fields, **details}],
-                "stop": {"reason": str(stop.reason), "text": stop.text} if stop else None,
+                "stop": {"reason": str(found.reason), "text": found.text} if found else None,
             }
         )
     )
 
 
-def _candidates(predicted: Predictions, taken: dict[str, Any]) -> Any:
-    seen = [node.ids() for node in taken.values()]
-    return np.flatnonzero(~np.isin(predicted.ids, np.concatenate(seen) if seen else []))
+def _candidates(predicted: Predictions, taken: Mapping[str, ChoiceData]) -> IntArray:
+    return np.flatnonzero(~np.isin(predicted.ids, _ids_of(taken)))
+
+
+def _ids_of(choices: Mapping[str, ChoiceData]) -> StrArray:
+    return np.concatenate([np.array([], dtype="<U32"), *(node.ids() for node in choices.values())])
+
+
+def _n_paid(taken: Mapping[str, ChoiceData]) -> int:
+    free = {f"{TAKEN}{name}" for name in FREE}
+    return sum(len(node) for key, node in taken.items() if key not in free)
 
 
 def _errors_by_type(
@@ -172,9 +234,11 @@ def _best_eip(
     pool: Configurations, training: Labels, test: Labels, eip_labels: Labels
 ) -> dict[str, Any] | None:
     """Return the EIP that is best on the training labels, and its errors on the test labels."""
-    here = training.take(np.flatnonzero(np.isin(training.ids, pool.ids)))
-    aligned = fit_alignment(pool, here, eip_labels).apply(pool, eip_labels)
+    eip_labels = eip_labels.take(np.flatnonzero(np.isin(eip_labels.ids, pool.ids)))
+    of_pool = np.isin(training.ids, eip_labels.ids)
+    here = training.take(np.flatnonzero(of_pool & ~np.isin(training.ids, test.ids)))
     try:
+        aligned = fit_alignment(pool, here, eip_labels).apply(pool, eip_labels)
         name = best_single(pool, here, aligned)
         column = aligned.sources.tolist().index(name)
         of_test = aligned.take(aligned.rows_of(test.ids))

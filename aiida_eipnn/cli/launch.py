@@ -115,7 +115,13 @@ def silicon() -> list[StructureData]:
     return [StructureData(ase=bulk("Si")), StructureData(ase=bulk("Si", cubic=True))]
 
 
-def launch(builder: ProcessBuilder, options: argparse.Namespace, *, slots: int = 1) -> ProcessNode:
+def launch(
+    builder: ProcessBuilder,
+    options: argparse.Namespace,
+    *,
+    slots: int = 1,
+    must_finish: bool = True,
+) -> ProcessNode:
     """Run the process here, or submit it to the daemon.
 
     Parameters
@@ -126,17 +132,21 @@ def launch(builder: ProcessBuilder, options: argparse.Namespace, *, slots: int =
         What the script was called with; ``submit`` counts here.
     slots
         Slots of the daemon that the process needs at most.
+    must_finish
+        Exit if the process failed.
     """
     if options.submit:
         if problem := too_few_slots(slots):
             raise SystemExit(problem)
         node = checked(submit, builder)
+        # Without the daemon it stands still, and nothing else in the database tells.
+        node.base.extras.set("eipnn_submitted", True)
         print(f"submitted: `aiida-eipnn status {node.pk} --follow` shows how far it is")  # noqa: T201
         return node
     with show_progress():
         _, node = checked(run_get_node, builder)
     print(f"{node.process_label} {node.pk}: {outcome(node)}")  # noqa: T201
-    if not node.is_finished_ok:
+    if must_finish and not node.is_finished_ok:
         raise SystemExit(1)
     return node
 

@@ -20,6 +20,9 @@ class JobParser(Parser):
     says which nodes the output folder makes (:meth:`parse_output`).
     """
 
+    # As JobCalculation.CACHE_VERSION, for what is parsed out of equal results.
+    CACHE_VERSION = 1
+
     def parse_output(self, output: Path) -> ExitCode | None:
         """Emit the nodes of a finished job."""
         raise NotImplementedError

@@ -112,7 +112,7 @@ def acquire(
     rows = _first_of_each(predictions.ids, np.asarray(candidates, dtype=np.int64))
     uncertainty = predictions.uncertainty
     if parameters.strategy != Strategy.RANDOM:
-        rows = _within_window(rows, uncertainty, parameters)
+        rows = within_window(rows, uncertainty, parameters)
     if len(rows) < parameters.n_select and not parameters.allow_fewer:
         raise ValueError(
             f"cannot pick {parameters.n_select} of {len(rows)} candidates "
@@ -124,6 +124,17 @@ def acquire(
         return Acquisition(rows, uncertainty[rows])
     chosen = rows[_choose(predictions.features[rows], uncertainty[rows], n, parameters, rng)]
     return Acquisition(chosen, uncertainty[chosen])
+
+
+def within_window(
+    rows: IntArray, uncertainty: FloatArray, parameters: AcquisitionParameters
+) -> IntArray:
+    """Return the rows whose uncertainty, in eV/Å, lies in the window of the parameters."""
+    # A comparison with NaN is False: what has no uncertainty is left out.
+    inside = uncertainty[rows] >= parameters.min_uncertainty
+    if parameters.max_uncertainty is not None:
+        inside &= uncertainty[rows] <= parameters.max_uncertainty
+    return rows[inside]
 
 
 def farthest_points(features: FloatArray, n: int, start: int) -> IntArray:
@@ -249,16 +260,6 @@ def _choose(
         return order[:n]
     top = order[: max(n, int(np.ceil(parameters.top_fraction * len(order))))]
     return top[farthest_points(standardise(features[top]), n, start=0)]
-
-
-def _within_window(
-    rows: IntArray, uncertainty: FloatArray, parameters: AcquisitionParameters
-) -> IntArray:
-    # A comparison with NaN is False: what has no uncertainty is left out.
-    inside = uncertainty[rows] >= parameters.min_uncertainty
-    if parameters.max_uncertainty is not None:
-        inside &= uncertainty[rows] <= parameters.max_uncertainty
-    return rows[inside]
 
 
 def _first_of_each(ids: StrArray, rows: IntArray) -> IntArray:

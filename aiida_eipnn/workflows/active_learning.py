@@ -1,6 +1,6 @@
 """The loop: EIPs label a pool, DFT a few, networks learn from both and ask for more."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 from aiida_eipnn.calculations import loop, ports
 from aiida_eipnn.calculations.evaluate import EvaluateCalculation
 from aiida_eipnn.calculations.explore import ExploreCalculation
-from aiida_eipnn.calculations.loop import INITIAL, REFUSED, TEST
+from aiida_eipnn.calculations.loop import INITIAL, KNOWN, REFUSED, TEST
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
@@ -22,8 +22,8 @@ from aiida_eipnn.data.selection import SelectionData
 from aiida_eipnn.jobs.spec import Stage
 from aiida_eipnn.science.acquisition import AcquisitionParameters
 from aiida_eipnn.science.convergence import StopCriteria
-from aiida_eipnn.workflows.builder import Codes, Start, fill_builder
-from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, validate_pw
+from aiida_eipnn.workflows.builder import PROTOCOLS, Codes, Start, fill_builder
+from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, validate_occupations, validate_pw
 from aiida_eipnn.workflows.restart import LabelBaseWorkChain, TrainBaseWorkChain
 
 # The twin is fine-tuned like the committee, but from scratch.
@@ -47,6 +47,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         spec.outline(
             cls.setup,
             if_(cls.should_explore)(cls.explore, cls.inspect_explore),
+            cls.refuse,
             cls.label_with_eips,
             cls.inspect_eip_labels,
             cls.split,
@@ -85,7 +86,11 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             namespace="explore",
             namespace_options={"required": False, "populate_defaults": False},
         )
-        spec.expose_inputs(LabelBaseWorkChain, namespace="label", exclude=("job.configurations",))
+        spec.expose_inputs(
+            LabelBaseWorkChain,
+            namespace="label",
+            exclude=("job.configurations", "job.exclude", "job.checkpoint"),
+        )
         spec.expose_inputs(DftLabelWorkChain, namespace="dft", exclude=("configurations", "choice"))
         spec.expose_inputs(
             TrainBaseWorkChain,
@@ -119,7 +124,10 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         for name, stage in STAGES.items():
             ports.add_training(spec, name, stage)
         ports.add_dict(
-            spec, "split", "How many configurations to hold out (test) and to start from (initial)."
+            spec,
+            "split",
+            "How many configurations to hold out (test) and to start from (initial).",
+            _validate_split,
         )
         ports.add_dict(spec, "gate", "What to refuse: min_contact, in sums of covalent radii.")
         ports.add_dict(
@@ -180,8 +188,8 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             spec.exit_code(
                 number,
                 f"ERROR_{name}",
-                message=f"The loop broke while {what}: process {{pk}}, {{message}} "
-                "What was made before is in the outputs.",
+                message=f"The loop broke while {what}: {{message}} -- what was made before is in "
+                "the outputs.",
             )
         spec.exit_code(
             310,
@@ -192,7 +200,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
     @classmethod
     def get_protocol_filepath(cls) -> Path:
         """Return the file that defines the protocols."""
-        return Path(__file__).parent / "protocols" / "active_learning.yaml"
+        return PROTOCOLS
 
     @classmethod
     def get_builder_from_protocol(
@@ -254,11 +262,23 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         self.ctx.pool = self.ctx.explored.outputs.pool
         return None
 
+    def refuse(self) -> ExitCode | None:
+        """Refuse what cannot be right, before anything is spent on it."""
+        if self.should_explore():
+            self.out("pool", self.ctx.pool)
+        refused, broken = self._steer("SPLIT", loop.refuse, self.ctx.pool, self.inputs.gate)
+        if broken:
+            return broken
+        self.ctx.choices = {REFUSED: refused}
+        if len(refused):
+            self.report(f"gate: {len(refused)} configurations of the pool are refused")
+        return None
+
     def label_with_eips(self) -> ToContext:
         """Let every EIP label the pool."""
-        self.out("pool", self.ctx.pool) if self.should_explore() else None
         inputs = AttributeDict(self.exposed_inputs(LabelBaseWorkChain, namespace="label"))
         inputs.job.configurations = self._configurations()
+        inputs.job.exclude = {REFUSED: self.ctx.choices[REFUSED]}
         self.report(
             f"EIP labels: {len(inputs.job.eips.get_list())} EIPs, "
             f"{len(self.ctx.pool)} configurations in the pool"
@@ -281,20 +301,24 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         )
         if not node.is_finished_ok:
             return self.exit_codes.ERROR_KNOWN_LABELS.format(message=node.exit_message)
-        self.ctx.labels["known"] = outputs["labels"]
+        self.ctx.labels[KNOWN] = outputs["labels"]
+        self.ctx.choices[KNOWN] = outputs["choice"]
         self.report(f"known DFT labels: {outputs['report']['text']}")
         return None
 
     def split(self) -> ExitCode | None:
         """Hold out the test set and choose the first DFT points."""
-        chosen, node = loop.split_pool.run_get_node(
-            self.ctx.pool, self.inputs.split, self.inputs.gate, self.inputs.seed
+        chosen, broken = self._steer(
+            "SPLIT",
+            loop.split_pool,
+            self.ctx.pool,
+            self.inputs.split,
+            self.inputs.seed,
+            **self._taken(),
         )
-        if not node.is_finished_ok:
-            return self._broken(node, "SPLIT")
-        self.ctx.choices = dict(chosen)
-        if len(chosen[REFUSED]):
-            self.report(f"gate: {len(chosen[REFUSED])} configurations of the pool are refused")
+        if broken:
+            return broken
+        self.ctx.choices.update(chosen)
         return None
 
     def label_test_with_dft(self) -> ToContext:
@@ -303,14 +327,13 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
 
     def inspect_test_labels(self) -> ExitCode | None:
         """Keep the test labels apart: only `assess` ever sees them."""
-        if broken := self._broken(self.ctx.test, "DFT_LABELS"):
-            return broken
-        self.ctx.test_labels = self.ctx.test.outputs.labels
-        self.out("test_labels", self.ctx.test_labels)
-        return None
+        if "labels" in self.ctx.test.outputs:
+            self.ctx.test_labels = self.ctx.test.outputs.labels
+            self.out("test_labels", self.ctx.test_labels)
+        return self._broken(self.ctx.test, "DFT_LABELS")
 
     def should_label_initial(self) -> bool:
-        """Start from DFT points of the pool, unless the given labels are enough."""
+        """Start from DFT points of the pool, if any are asked for."""
         return INITIAL in self.ctx.choices and len(self.ctx.choices[INITIAL]) > 0
 
     def label_initial_with_dft(self) -> ToContext:
@@ -319,11 +342,10 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
 
     def inspect_initial_labels(self) -> ExitCode | None:
         """Take the first DFT labels."""
-        if broken := self._broken(self.ctx.initial, "DFT_LABELS"):
-            return broken
-        self.ctx.labels[INITIAL] = self.ctx.initial.outputs.labels
-        self.out("initial_labels", self.ctx.labels[INITIAL])
-        return None
+        if "labels" in self.ctx.initial.outputs:
+            self.ctx.labels[INITIAL] = self.ctx.initial.outputs.labels
+            self.out("initial_labels", self.ctx.labels[INITIAL])
+        return self._broken(self.ctx.initial, "DFT_LABELS")
 
     def pretrain(self) -> ToContext:
         """Teach the networks what the EIPs say about the pool."""
@@ -348,7 +370,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         """Learn which EIP to believe where."""
         self.ctx.iteration += 1
         n_labels = sum(node.base.attributes.get("n_labels") for node in self.ctx.labels.values())
-        self.report(f"iteration {self.ctx.iteration}: training on {n_labels} DFT labels")
+        self.report(f"iteration {self.ctx.iteration}: choosing EIPs by {n_labels} DFT labels")
         inputs = self._train_inputs("classify")
         inputs.job.labels = dict(self.ctx.labels)
         inputs.job.eip_labels = {"pool": self.ctx.eip_labels}
@@ -365,12 +387,14 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
 
     def finetune(self) -> None:
         """Fine-tune the committee on DFT labels, beside a twin that starts from scratch."""
+        twin = " and its twin from scratch" if self.inputs.train_scratch else ""
+        self.report(f"fine-tuning the committee{twin}")
         inputs = self._train_inputs("finetune")
         inputs.job.labels = dict(self.ctx.labels)
         if self.inputs.train_scratch:
-            twin = self._train_inputs("scratch")
-            twin.job.labels = dict(self.ctx.labels)
-            self.to_context(scratch=self._submit_train(twin, "scratch"))
+            scratch = self._train_inputs("scratch")
+            scratch.job.labels = dict(self.ctx.labels)
+            self.to_context(scratch=self._submit_train(scratch, "scratch"))
         inputs.job.committee = self.ctx.pretrained
         if self.inputs.use_pseudo_labels:
             inputs.job.eip_labels = {"pool": self.ctx.eip_labels}
@@ -415,17 +439,20 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             more["scratch"] = self.ctx.scratch_evaluation.outputs.predictions
         if "history" in self.ctx:
             more["previous"] = self.ctx.history
-        history, node = loop.assess.run_get_node(
+        history, broken = self._steer(
+            "ASSESS",
+            loop.assess,
             self.ctx.pool,
             self.ctx.predictions,
             self.ctx.test_labels,
             self.ctx.eip_labels,
+            self.inputs.acquisition,
             self.inputs.stop,
             **more,
             **self._taken(),
         )
-        if not node.is_finished_ok:
-            return self._broken(node, "ASSESS")
+        if broken:
+            return broken
         self.ctx.history = history
         self._emit("history", history)
         self._report_errors(history["iterations"][-1])
@@ -435,11 +462,17 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
 
     def acquire(self) -> ExitCode | None:
         """Choose the next DFT points."""
-        choice, node = loop.acquire.run_get_node(
-            self.ctx.predictions, self.inputs.acquisition, self.inputs.seed, **self._taken()
+        choice, broken = self._steer(
+            "ACQUIRE",
+            loop.acquire,
+            self.ctx.predictions,
+            self.inputs.acquisition,
+            self.inputs.stop,
+            self.inputs.seed,
+            **self._taken(),
         )
-        if not node.is_finished_ok:
-            return self._broken(node, "ACQUIRE")
+        if broken:
+            return broken
         self.ctx.choices[self._name()] = choice
         self._emit("choice", choice)
         return None
@@ -449,9 +482,11 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         return ToContext(asked=self._submit_dft(self._name()))
 
     def inspect_labels(self) -> ExitCode | None:
-        """Take the new DFT labels."""
-        if broken := self._broken(self.ctx.asked, "DFT_LABELS"):
-            return broken
+        """Take the new DFT labels; after a bad batch the loop goes on with what it has."""
+        if "labels" not in self.ctx.asked.outputs:
+            return self._broken(self.ctx.asked, "DFT_LABELS")
+        if not self.ctx.asked.is_finished_ok:
+            self.report(f"DFT labels: {self.ctx.asked.exit_message}")
         self.ctx.labels[self._name()] = self.ctx.asked.outputs.labels
         self._emit("labels", self.ctx.asked.outputs.labels)
         return None
@@ -518,8 +553,17 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
     def _broken(self, process: ProcessNode, name: str) -> ExitCode | None:
         if process.is_finished_ok:
             return None
-        message = process.exit_message or f"it is {process.process_state}."
-        return self.exit_codes[f"ERROR_{name}"].format(pk=process.pk, message=message)
+        message = f"process {process.pk}: {process.exit_message or process.process_state}"
+        return self.exit_codes[f"ERROR_{name}"].format(message=message)
+
+    def _steer(
+        self, name: str, function: Callable[..., Any], *arguments: Data, **more: Data
+    ) -> tuple[Any, ExitCode | None]:
+        """Run a calcfunction; what it says to the user becomes the exit message of the loop."""
+        try:
+            return function(*arguments, **more), None
+        except (ValueError, KeyError) as error:
+            return None, self.exit_codes[f"ERROR_{name}"].format(message=str(error))
 
 
 def _named(inputs: AttributeDict, label: str) -> AttributeDict:
@@ -534,13 +578,29 @@ def _validate_inputs(inputs: Any, _: Any) -> str | None:
         return "give a pool, or the inputs below `explore` to make one"
     if len(inputs.get("known", {})) == 1:
         return "`known` needs both configurations and labels"
+    if message := _validate_size(inputs):
+        return message
+    if inputs["split"].get_dict().get(INITIAL, 0) == 0 and "labels" not in inputs.get("known", {}):
+        return f"nothing to learn from: set split.{INITIAL} above 0, or give `known` labels"
     if "pool" in inputs:
-        return _validate_pool(inputs)
+        return validate_pw(inputs["dft"]["pw_base"], inputs["pool"])
+    return validate_occupations(inputs["dft"]["pw_base"])
+
+
+def _validate_split(value: Dict | None, _: Any) -> str | None:
+    sizes = value.get_dict() if value is not None else {}
+    if not set(sizes) <= {TEST, INITIAL} or sizes.get(TEST, 0) < 1:
+        return f"split holds {TEST} (at least 1) and {INITIAL}, got {sizes}"
     return None
 
 
-def _validate_pool(inputs: Any) -> str | None:
-    n_pool, sizes = len(inputs["pool"]), inputs["split"].get_dict()
+def _validate_size(inputs: Any) -> str | None:
+    if "pool" in inputs:
+        n_pool = len(inputs["pool"])
+    else:
+        recipes = inputs["explore"]["recipes"].get_list()
+        n_pool = sum(int(recipe.get("count", 0)) for recipe in recipes)
+    sizes = inputs["split"].get_dict()
     if n_pool == 0:
         return "the pool is empty: give at least one configuration"
     if sum(sizes.values()) > n_pool:
@@ -548,4 +608,4 @@ def _validate_pool(inputs: Any) -> str | None:
             f"the split {sizes} needs {sum(sizes.values())} configurations, the pool has {n_pool}: "
             "make the pool larger or the split smaller"
         )
-    return validate_pw(inputs["dft"]["pw_base"], inputs["pool"])
+    return None

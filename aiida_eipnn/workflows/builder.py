@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,17 @@ from aiida_quantumespresso.workflows.protocols.utils import recursive_merge
 from aiida_quantumespresso.workflows.pw.base import PwBaseWorkChain
 from ase import Atoms
 
-from aiida_eipnn.calculations.explore import ExploreCalculation
-from aiida_eipnn.data.choice import Choice, ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
-from aiida_eipnn.workflows.label_dft import DftLabelWorkChain
-from aiida_eipnn.workflows.restart import LabelBaseWorkChain, TrainBaseWorkChain
 
 # One core, no MPI: on a busy machine two runs on one core each beat one run on two.
-ONE_CORE = {"resources": {"num_machines": 1, "num_mpiprocs_per_machine": 1}, "withmpi": False}
+ONE_CORE: dict[str, Any] = {
+    "resources": {"num_machines": 1, "num_mpiprocs_per_machine": 1},
+    "withmpi": False,
+}
 
+
+PROTOCOLS = Path(__file__).parent / "protocols" / "active_learning.yaml"
 
 TRAININGS = ("pretrain", "classify", "finetune", "scratch")
 
@@ -89,15 +91,15 @@ def fill_builder(
     if start.pool is not None:
         builder.pool = start.pool
     else:
-        builder.explore = _explore(inputs, codes.job, start.structures, start.eips, options)
+        builder.explore = explore_inputs(inputs, codes.job, start.structures, start.eips, options)
     if start.known_labels is not None:
         builder.known = {
             "configurations": start.known_configurations,
             "labels": start.known_labels,
         }
-    builder.label.job = _label(inputs, codes.job, start.elements, start.eips, options)
-    builder.dft = fill_dft(inputs["dft"], codes.pw, start.elements, options)
-    builder.train.job = _train(inputs, codes.job, options)
+    builder.label.job = label_inputs(inputs, codes.job, start.elements, start.eips, options)
+    builder.dft = dft_inputs(inputs["dft"], codes.pw, start.elements, options)
+    builder.train.job = train_inputs(inputs, codes.job, options)
     builder.evaluate = {"parameters": Dict(inputs["evaluate"]), **_job(codes.job, options)}
     for name in (*TRAININGS, "split", "gate", "acquisition", "stop"):
         builder[name] = Dict(inputs[name])
@@ -107,69 +109,7 @@ def fill_builder(
     return builder
 
 
-def explore_builder(
-    inputs: Mapping[str, Any],
-    code: AbstractCode,
-    structures: Sequence[StructureData],
-    eips: Sequence[str] = (),
-) -> ProcessBuilder:
-    """Return a builder that makes the pool of a protocol."""
-    builder = ExploreCalculation.get_builder()
-    builder._update(_explore(inputs, code, structures, eips, {}))
-    return builder
-
-
-def label_builder(
-    inputs: Mapping[str, Any],
-    code: AbstractCode,
-    pool: ConfigurationsData,
-    eips: Sequence[str] = (),
-) -> ProcessBuilder:
-    """Return a builder that labels ``pool`` with the EIPs of a protocol, or with those given."""
-    elements = pool.base.attributes.get("elements")
-    builder = LabelBaseWorkChain.get_builder()
-    builder.job = {"configurations": {"pool": pool}, **_label(inputs, code, elements, eips, {})}
-    return builder
-
-
-def dft_builder(
-    inputs: Mapping[str, Any],
-    code: AbstractCode,
-    pool: ConfigurationsData,
-    n_chosen: int | None,
-    seed: int,
-) -> ProcessBuilder:
-    """Return a builder that labels ``n_chosen`` configurations of ``pool`` with pw.x, or all.
-
-    Raises
-    ------
-    ValueError
-        If the pool has fewer configurations.
-    """
-    ids = pool.value().ids
-    if n_chosen is not None:
-        if not 0 < n_chosen <= len(ids):
-            raise ValueError(f"cannot pick {n_chosen} of {len(ids)} configurations")
-        ids = np.random.default_rng(seed).permutation(ids)[:n_chosen]
-    builder = DftLabelWorkChain.get_builder()
-    builder._update(
-        {
-            "configurations": pool,
-            "choice": ChoiceData.from_value(Choice.from_ids(ids), strategy="given"),
-            **fill_dft(inputs["dft"], code, pool.base.attributes.get("elements"), {}),
-        }
-    )
-    return builder
-
-
-def train_builder(inputs: Mapping[str, Any], code: AbstractCode, name: str) -> ProcessBuilder:
-    """Return a builder with the settings of the training ``name``, less the data."""
-    builder = TrainBaseWorkChain.get_builder()
-    builder.job = {"training": Dict(inputs[name]), **_train(inputs, code, {})}
-    return builder
-
-
-def fill_dft(
+def dft_inputs(
     inputs: Mapping[str, Any],
     code: AbstractCode,
     elements: Sequence[str],
@@ -250,17 +190,20 @@ def member_seeds(seed: int, n_members: int) -> list[int]:
     return [int(child.generate_state(1)[0]) for child in children]
 
 
-def _job(code: AbstractCode, options: Mapping[str, Any]) -> dict[str, Any]:
-    return {"code": code, "metadata": {"options": {**ONE_CORE, **options}}}
+def _job(code: AbstractCode, options: Mapping[str, Any], n_workers: int = 1) -> dict[str, Any]:
+    """Return code and options of a job, with a core for each of its workers."""
+    resources = {**ONE_CORE["resources"], "num_cores_per_mpiproc": n_workers}
+    return {"code": code, "metadata": {"options": {**ONE_CORE, "resources": resources, **options}}}
 
 
-def _explore(
+def explore_inputs(
     inputs: Mapping[str, Any],
     code: AbstractCode,
     structures: Sequence[StructureData],
     eips: Sequence[str],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
+    """Return the inputs of ExploreCalculation."""
     elements = sorted({symbol for item in structures for symbol in item.get_symbols_set()})
     seeds = ConfigurationsData.from_structures(list(structures), "seed")
     return {
@@ -273,27 +216,29 @@ def _explore(
     }
 
 
-def _label(
+def label_inputs(
     inputs: Mapping[str, Any],
     code: AbstractCode,
     elements: Sequence[str],
     eips: Sequence[str],
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
+    """Return the inputs of LabelCalculation, less the configurations."""
     return {
         "eips": List(list(eips) or default_eips(inputs["eips"], elements)),
         "parameters": Dict(inputs["label"]),
-        **_job(code, options),
+        **_job(code, options, inputs["label"].get("n_workers", 1)),
     }
 
 
-def _train(
+def train_inputs(
     inputs: Mapping[str, Any], code: AbstractCode, options: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Return the inputs of TrainCalculation, less stage and data."""
     return {
         "seeds": List(member_seeds(inputs["seed"], inputs["n_members"])),
         "network": Dict(inputs["network"]),
         "classes": Dict(inputs["classes"]),
         "parameters": Dict(inputs["train"]),
-        **_job(code, options),
+        **_job(code, options, inputs["train"].get("n_workers", 1)),
     }

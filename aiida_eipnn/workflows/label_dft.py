@@ -5,12 +5,23 @@ and for itself, so that a wide fan-out can lock up for good. Lanes keep a fixed 
 going, whatever the number of configurations.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from aiida.common import AttributeDict
-from aiida.engine import ExitCode, ProcessSpec, ToContext, WorkChain, append_, while_
-from aiida.orm import Dict, Float, Int, StructureData, to_aiida_type
+from aiida.engine import (
+    ExitCode,
+    ProcessBuilder,
+    ProcessSpec,
+    ToContext,
+    WorkChain,
+    append_,
+    while_,
+)
+from aiida.orm import AbstractCode, Dict, Float, Int, StructureData, WorkChainNode, to_aiida_type
 from aiida.plugins import WorkflowFactory
+from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 
 from aiida_eipnn.calculations.dft import (
     FAILED,
@@ -26,6 +37,7 @@ from aiida_eipnn.calculations.dft import (
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.workflows.builder import PROTOCOLS, dft_inputs
 
 PwBaseWorkChain = WorkflowFactory("quantumespresso.pw.base")
 
@@ -148,7 +160,7 @@ def last_retrieved(child: Any) -> Any:
     return None
 
 
-class DftLabelWorkChain(WorkChain):
+class DftLabelWorkChain(ProtocolMixin, WorkChain):
     """Label a choice of configurations with pw.x, several at a time.
 
     A run that fails is a row without a label; the work chain fails only where too few succeed,
@@ -194,6 +206,30 @@ class DftLabelWorkChain(WorkChain):
             message="Not one of {n_chosen} DFT runs gave a label. The first reason: {reason}",
         )
 
+    @classmethod
+    def get_protocol_filepath(cls) -> Path:
+        """Return the file that defines the protocols."""
+        return PROTOCOLS
+
+    @classmethod
+    def get_builder_from_protocol(
+        cls,
+        code: AbstractCode,
+        configurations: ConfigurationsData,
+        choice: ChoiceData,
+        protocol: str | None = None,
+        overrides: Mapping[str, Any] | Path | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> ProcessBuilder:
+        """Return a builder that labels a choice of ``configurations`` with pw.x."""
+        inputs = cls.get_protocol_inputs(protocol, overrides)
+        elements = configurations.base.attributes.get("elements")
+        builder = cls.get_builder()
+        builder.configurations, builder.choice = configurations, choice
+        for name, value in dft_inputs(inputs["dft"], code, elements, options or {}).items():
+            builder[name] = value
+        return builder
+
     def setup(self) -> None:
         """Fingerprint the level of theory and deal the configurations to lanes."""
         pw_base = self.inputs.pw_base
@@ -234,11 +270,8 @@ class DftLabelWorkChain(WorkChain):
 
     def results(self) -> ExitCode | None:
         """Merge the labels of the lanes and judge whether they are enough."""
-        parts = [child.outputs.labels for child in self.ctx.children if "labels" in child.outputs]
         n_chosen = len(self.inputs.choice)
-        if not parts:
-            return self.exit_codes.ERROR_NO_LABELS.format(n_chosen=n_chosen, reason="lanes broke")
-        labels = merge_all(parts)
+        labels = merge_all([self._labels_of_lane(child) for child in self.ctx.children])
         self.out("labels", labels)
         n_labels = labels.base.attributes.get("n_labels")
         if n_labels == 0:
@@ -247,6 +280,12 @@ class DftLabelWorkChain(WorkChain):
         if n_labels < self.inputs.min_success_fraction.value * n_chosen:
             return self.exit_codes.ERROR_TOO_FEW_LABELS.format(n_labels=n_labels, n_chosen=n_chosen)
         return None
+
+    def _labels_of_lane(self, lane: WorkChainNode) -> LabelsData:
+        """Return what a lane labelled; of a lane that broke, rows with nothing but a reason."""
+        if "labels" in lane.outputs:
+            return lane.outputs.labels
+        return gather_dft_labels(self.inputs.configurations, lane.inputs.choice, self.ctx.level)
 
 
 def merge_all(parts: list[LabelsData]) -> LabelsData:
@@ -299,6 +338,11 @@ def validate_pw(pw_base: Any, configurations: ConfigurationsData) -> str | None:
             f"no pseudopotential for {missing}: take a family that has them, or leave out the "
             "configurations with these elements"
         )
+    return validate_occupations(pw_base)
+
+
+def validate_occupations(pw_base: Any) -> str | None:
+    """Return what to set if the occupations of pw.x are left to its default."""
     system = pw_base["pw"]["parameters"].get_dict().get("SYSTEM", {})
     if "occupations" not in system:
         return (

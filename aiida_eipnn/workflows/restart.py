@@ -1,21 +1,27 @@
 """Jobs that go on after an interruption."""
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 from aiida.common import AttributeDict
 from aiida.engine import (
     BaseRestartWorkChain,
     CalcJob,
+    ProcessBuilder,
     ProcessHandlerReport,
     ProcessSpec,
     process_handler,
     while_,
 )
-from aiida.orm import CalcJobNode, Int
+from aiida.orm import AbstractCode, CalcJobNode, Dict, FolderData, Int
+from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 
 from aiida_eipnn.calculations.base import JobCalculation
 from aiida_eipnn.calculations.label import LabelCalculation
 from aiida_eipnn.calculations.train import TrainCalculation
+from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.workflows.builder import PROTOCOLS, label_inputs, train_inputs
 
 # A long training is cut into slices by the walltime: far more of them than the five of the default.
 MAX_SLICES = 20
@@ -45,17 +51,27 @@ class JobBaseWorkChain(BaseRestartWorkChain):
         self.ctx.inputs = AttributeDict(self.exposed_inputs(self._process_class, "job"))
 
     @process_handler(priority=100, exit_codes=[JobCalculation.spec().exit_codes.ERROR_INTERRUPTED])
-    def go_on_from_checkpoint(self, node: CalcJobNode) -> ProcessHandlerReport:
-        """Start again from where the job was interrupted."""
+    def go_on_from_checkpoint(self, node: CalcJobNode) -> ProcessHandlerReport | None:
+        """Start again from where the job was interrupted, as long as that leads anywhere."""
+        if "checkpoint" in node.inputs and _same(node.inputs.checkpoint, node.outputs.checkpoint):
+            self.report(f"{node.process_label} {node.pk} came no further than its checkpoint")
+            return None
         self.ctx.inputs.checkpoint = node.outputs.checkpoint
         self.report(
             f"{node.process_label} {node.pk} was interrupted: it goes on from its checkpoint"
         )
         return ProcessHandlerReport(do_break=True)
 
-    @process_handler(priority=90, exit_codes=[JobCalculation.spec().exit_codes.ERROR_KILLED])
+    @process_handler(
+        priority=90,
+        exit_codes=[
+            JobCalculation.spec().exit_codes.ERROR_KILLED,
+            JobCalculation.spec().exit_codes.ERROR_NO_RETRIEVED_FOLDER,
+            JobCalculation.spec().exit_codes.ERROR_SCHEDULER_NODE_FAILURE,
+        ],
+    )
     def start_again_once(self, node: CalcJobNode) -> ProcessHandlerReport | None:
-        """Start a job again that was killed before it left a checkpoint, but only once."""
+        """Start a job again that died before it left a checkpoint, but only once."""
         if self.ctx.get("started_again", False):
             return None
         self.ctx.started_again = True
@@ -63,13 +79,68 @@ class JobBaseWorkChain(BaseRestartWorkChain):
         return ProcessHandlerReport(do_break=True)
 
 
-class LabelBaseWorkChain(JobBaseWorkChain):
+class LabelBaseWorkChain(ProtocolMixin, JobBaseWorkChain):
     """Label with EIPs; an interruption loses no label that was there."""
 
     _process_class = LabelCalculation
 
+    @classmethod
+    def get_protocol_filepath(cls) -> Path:
+        """Return the file that defines the protocols."""
+        return PROTOCOLS
 
-class TrainBaseWorkChain(JobBaseWorkChain):
+    @classmethod
+    def get_builder_from_protocol(
+        cls,
+        code: AbstractCode,
+        configurations: ConfigurationsData,
+        eips: Sequence[str] = (),
+        protocol: str | None = None,
+        overrides: Mapping[str, Any] | Path | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> ProcessBuilder:
+        """Return a builder that labels ``configurations`` with ``eips``, or with the protocol's."""
+        inputs = cls.get_protocol_inputs(protocol, overrides)
+        elements = configurations.base.attributes.get("elements")
+        builder = cls.get_builder()
+        builder.job = {
+            "configurations": {"pool": configurations},
+            **label_inputs(inputs, code, elements, eips, options or {}),
+        }
+        return builder
+
+
+class TrainBaseWorkChain(ProtocolMixin, JobBaseWorkChain):
     """Train a committee; an interruption loses no epoch that has a checkpoint."""
 
     _process_class = TrainCalculation
+
+    @classmethod
+    def get_protocol_filepath(cls) -> Path:
+        """Return the file that defines the protocols."""
+        return PROTOCOLS
+
+    @classmethod
+    def get_builder_from_protocol(
+        cls,
+        code: AbstractCode,
+        training: str,
+        protocol: str | None = None,
+        overrides: Mapping[str, Any] | Path | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> ProcessBuilder:
+        """Return a builder with all settings of a training, less the data.
+
+        ``training`` is ``pretrain``, ``classify``, ``finetune`` or ``scratch``.
+        """
+        inputs = cls.get_protocol_inputs(protocol, overrides)
+        builder = cls.get_builder()
+        builder.job = {
+            "training": Dict(inputs[training]),
+            **train_inputs(inputs, code, options or {}),
+        }
+        return builder
+
+
+def _same(first: FolderData, second: FolderData) -> bool:
+    return bool(first.base.repository.hash() == second.base.repository.hash())

@@ -67,11 +67,11 @@ def test_the_gate_refuses_overlapping_atoms_and_says_why(rattled_silicon):
     bad.positions[1] = bad.positions[0] + [0.5, 0, 0]
     frames = [good.atoms(row) for row in range(6)] + [bad]
     pool = ConfigurationsData.from_value(Configurations.from_atoms(frames, "x"))
-    chosen = loop.split_pool(
-        pool, Dict({"test": 3, "initial": 3}), Dict({"min_contact": 0.6}), Int(1)
-    )
-    (refused,) = chosen["refused"].ids()
-    assert "overlap" in chosen["refused"].base.attributes.get("reasons")[refused]
+    gate = loop.refuse(pool, Dict({"min_contact": 0.6}))
+    (refused,) = gate.ids()
+    assert "overlap" in gate.base.attributes.get("reasons")[refused]
+    sizes = Dict({"test": 3, "initial": 3})
+    chosen = loop.split_pool(pool, sizes, Int(1), taken_refused=gate)
     assert refused not in {*chosen["test"].ids(), *chosen["initial"].ids()}
 
 
@@ -97,7 +97,11 @@ def test_what_was_taken_before_is_no_candidate(predictions):
     ids = predictions.value().ids
     taken = ChoiceData.from_value(Choice.from_ids(ids[5:]))
     choice = loop.acquire(
-        predictions, Dict({"n_select": 2, "strategy": "uncertainty"}), Int(0), taken_test=taken
+        predictions,
+        Dict({"n_select": 2, "strategy": "uncertainty"}),
+        Dict({}),
+        Int(0),
+        taken_test=taken,
     )
     assert choice.ids().tolist() == [ids[4], ids[3]]
     assert choice.value().scores.tolist() == pytest.approx([0.5, 0.4])
@@ -107,11 +111,22 @@ def test_each_iteration_draws_anew_from_the_one_seed(predictions):
     ids = predictions.value().ids
     settings = Dict({"n_select": 4, "strategy": "random"})
     taken = ChoiceData.from_value(Choice.from_ids(ids[:0]))
-    first = loop.acquire(predictions, settings, Int(0), taken_test=taken)
-    again = loop.acquire(predictions, settings, Int(0), taken_test=taken)
-    later = loop.acquire(predictions, settings, Int(0), taken_test=taken, taken_i001=taken)
+    first = loop.acquire(predictions, settings, Dict({}), Int(0), taken_test=taken)
+    again = loop.acquire(predictions, settings, Dict({}), Int(0), taken_test=taken)
+    later = loop.acquire(
+        predictions, settings, Dict({}), Int(0), taken_test=taken, taken_i001=taken
+    )
     assert first.ids().tolist() == again.ids().tolist()
     assert first.ids().tolist() != later.ids().tolist()
+
+
+def test_the_budget_caps_what_is_asked_for(predictions):
+    ids = predictions.value().ids
+    paid = ChoiceData.from_value(Choice.from_ids(ids[:4]))
+    choice = loop.acquire(
+        predictions, Dict({"n_select": 4}), Dict({"dft_budget": 6}), Int(0), taken_test=paid
+    )
+    assert len(choice) == 2
 
 
 def test_no_number_never_reaches_the_database():

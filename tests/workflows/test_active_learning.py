@@ -10,7 +10,9 @@ from aiida.orm import CalcJobNode, StructureData, WorkChainNode
 from ase.build import bulk
 
 from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.reports.lineage import trace, unexplained_inputs
+from aiida_eipnn.reports.points import PointState
 from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
 from aiida_eipnn.workflows.builder import Codes, Start
 
@@ -122,9 +124,10 @@ def test_the_lineage_of_the_committee_lists_every_pw_run_that_taught_it(loop):
         for labels in (loop.outputs.initial_labels, loop.outputs.iterations.i001.labels)
         for name in labels.value().labelled().ids
     }
-    assert {point.id for point in lineage.points if point.labelled} == taught
+    points = [point for point in lineage.points if point.state is PointState.DONE]
+    assert {point.id for point in points} == taught
     runs = {node.uuid for node in calculations_of(loop, "quantumespresso.pw")}
-    assert {point.calculation for point in lineage.points if point.labelled} <= runs
+    assert {point.pw_uuid for point in points} <= runs
 
 
 def test_the_same_seed_gives_the_same_choices_labels_and_networks(loop, builder):
@@ -158,9 +161,14 @@ def test_a_second_run_is_free_with_caching(loop, builder):
     assert again.is_finished_ok
     jobs = [node for node in again.called_descendants if isinstance(node, CalcJobNode)]
     fresh = [node for node in jobs if not node.base.caching.is_created_from_cache]
-    # What failed on this machine is tried again; all else is there already.
-    assert {node.process_type for node in fresh} <= {"aiida.calculations:quantumespresso.pw"}
-    assert all(not node.is_finished_ok for node in fresh)
+    # A pw.x run that failed, and labels of a model that is not installed, are tried again.
+    again_wanted = {"quantumespresso.pw", "eipnn.label"}
+    assert {node.process_type.removeprefix("aiida.calculations:") for node in fresh} <= again_wanted
+    assert all(
+        not node.is_finished_ok
+        for node in fresh
+        if node.process_type == "aiida.calculations:quantumespresso.pw"
+    )
 
 
 def test_pseudo_labels_are_an_option(builder):
@@ -175,6 +183,38 @@ def test_pseudo_labels_are_an_option(builder):
     )
     assert "selection" in finetuning.inputs
     assert "scratch" not in outputs["iterations"]["i001"]
+
+
+def test_labels_that_are_there_already_are_learnt_and_never_asked_for(loop, builder, small_loop):
+    known = loop.outputs.initial_labels.value().labelled()
+    pool = small_loop.pool
+    made = builder(split={"test": 3, "initial": 0}, train_scratch=False, stop={"max_iterations": 1})
+    made.known.configurations = ConfigurationsData.from_value(pool.take(pool.rows_of(known.ids)))
+    made.known.labels = LabelsData.from_value(known)
+    with enable_caching("aiida.calculations:quantumespresso.pw"):
+        outputs, node = run_get_node(made)
+    assert node.is_finished_ok, node.exit_message
+    record = outputs["history"]["iterations"][0]
+    assert record["n_training_labels"] == len(known)
+    assert record["n_dft_labels"] == 3  # the test set alone was paid for
+    assert not set(known.ids) & set(outputs["test_labels"].value().ids)
+
+
+def test_a_window_that_no_candidate_fits_ends_the_loop_with_that_reason(loop, builder):
+    made = builder(acquisition={"max_uncertainty": 1e-9}, stop={"max_iterations": 5})
+    with enable_caching():
+        outputs, node = run_get_node(made)
+    assert node.is_finished_ok, node.exit_message
+    assert outputs["history"]["stop"]["reason"] == "no_candidates"
+
+
+def test_a_step_that_cannot_be_done_says_why_in_the_exit_message(loop, builder):
+    made = builder(acquisition={"n_select": 100, "allow_fewer": False}, stop={"max_iterations": 5})
+    with enable_caching():
+        _, node = run_get_node(made)
+    assert node.exit_status == 410
+    assert "cannot pick 100" in node.exit_message
+    assert "committee" in node.outputs.iterations.i001
 
 
 def test_asking_for_more_than_the_pool_has_is_refused_at_once(builder):
