@@ -8,7 +8,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from aiida.common.exceptions import NotExistent
 from aiida.manage.configuration import create_profile, get_config, get_profile, load_profile
 from aiida.orm import Computer, InstalledCode, QueryBuilder
 from aiida.plugins import BrokerFactory
@@ -155,23 +154,3 @@ def _find_executable(name: str, remedy: str) -> Path:
     if found is None:
         raise ValueError(f"there is no executable {name}; {remedy}")
     return Path(found).absolute()
-
-
-def open_profile(name: str | None = None) -> str:
-    """Load the profile ``name``, by default the default one, and return its name.
-
-    Raises
-    ------
-    aiida.common.exceptions.NotExistent
-        If there is no profile to load.
-    """
-    config = get_config(create=True)
-    chosen = name or config.default_profile_name
-    if chosen not in config.profile_names:
-        what = f"no profile {name!r}" if name else "no profile"
-        raise NotExistent(
-            f"there is {what} in {config.dirpath}; make one with `aiida-eipnn setup`, or say where "
-            "yours is with the environment variable AIIDA_PATH"
-        )
-    load_profile(chosen)
-    return str(chosen)

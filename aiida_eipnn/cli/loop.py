@@ -12,9 +12,13 @@ if TYPE_CHECKING:
 
     from aiida_eipnn.reports.history import History
     from aiida_eipnn.reports.lineage import Lineage
+    from aiida_eipnn.science.labels import Labels
 
 # Often enough to feel live, rarely enough not to disturb the database.
 FOLLOW_SECONDS = 3.0
+
+# The mark that `--submit` of the launch scripts leaves on a process.
+SUBMITTED = "eipnn_submitted"
 
 README = """\
 A committee of neural-network potentials for {elements}, trained by the loop {uuid}.
@@ -23,7 +27,9 @@ A committee of neural-network potentials for {elements}, trained by the loop {uu
 
   config.json, weights.safetensors   the committee
   dataset.extxyz                     the pool with all DFT and EIP labels: <source>_energy (eV),
-                                     <source>_forces (eV/Å), <source>_stress (eV/Å³)
+                                     <source>_forces (eV/Å), <source>_stress (eV/Å³), where
+                                     <source> is one of
+                                     {sources}
 
     from ase.build import bulk
     from aiida_eipnn.science.nn.calculator import CommitteeCalculator
@@ -46,9 +52,11 @@ def cmd_status(identifier: str, follow: bool, profile: str | None) -> None:
     history = read(node)
     lines = status_lines(history)
     click.echo("\n".join(lines))
-    if not history.is_over and (hint := daemon_hint(history)):
-        raise click.ClickException(hint)
-    while follow and not history.is_over:
+    while not history.is_over:
+        if hint := daemon_hint(node, history):
+            raise click.ClickException(hint)
+        if not follow:
+            break
         time.sleep(FOLLOW_SECONDS)
         history = read(node)
         lines = show_again(lines, status_lines(history))
@@ -95,25 +103,26 @@ def cmd_report(identifier: str, output: Path, profile: str | None) -> None:
     "-o",
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
-    required=True,
-    help="The folder, made if it is not there.",
+    help="The folder, made if it is not there.  [default: export-PK]",
 )
 @profile_option
-def cmd_export(identifier: str, output: Path, profile: str | None) -> None:
+def cmd_export(identifier: str, output: Path | None, profile: str | None) -> None:
     """Write the last committee of a loop, its labels, and how to use them."""
     node = load(identifier, profile)
     history = read(node)
+    output = output or Path(f"export-{node.pk}")
     from aiida_eipnn.reports.lineage import committee_of
     from aiida_eipnn.reports.report import summary
 
     committee_of(node).save(output)
-    write_dataset(node, output / "dataset.extxyz")
+    sources = write_dataset(node, output / "dataset.extxyz")
     text = README.format(
         elements="-".join(history.elements),
         uuid=history.uuid,
         summary=" ".join(summary(history)),
         symbol=history.elements[0],
         folder=output,
+        sources=f"\n{' ' * 37}".join(sources),
     )
     (output / "README.txt").write_text(text, encoding="utf-8")
     click.echo(f"committee, dataset and README.txt are in {output}")
@@ -227,13 +236,14 @@ def show_again(before: list[str], lines: list[str]) -> list[str]:
     return lines
 
 
-def daemon_hint(history: "History") -> str | None:
+def daemon_hint(node: "Node", history: "History") -> str | None:
     """Return how to start the daemon, if a loop waits for it."""
     from aiida.common.exceptions import AiidaException
     from aiida.engine.daemon.client import get_daemon_client
 
-    # Of a loop that has begun nobody can tell from here whether a script or a daemon runs it.
-    if history.state != "created":
+    # Of a loop that has begun only the mark of `--submit` tells whether a script or the daemon
+    # runs it.
+    if history.state != "created" and not node.base.extras.get(SUBMITTED, False):
         return None
     try:
         if get_daemon_client().is_daemon_running:
@@ -290,17 +300,40 @@ def seeds_text(seeds: Any) -> str:
     return ", ".join(str(seed) for seed in seeds)
 
 
-def write_dataset(node: "Node", path: Path) -> None:
-    """Write the pool of a loop with every label that there is."""
+def write_dataset(node: "Node", path: Path) -> list[str]:
+    """Write the configurations of a loop with every label that there is; return the keys."""
     from aiida_eipnn.reports.points import inputs_of, outputs_of
-    from aiida_eipnn.science.io import write_labelled
+    from aiida_eipnn.science.configurations import join_configurations
+    from aiida_eipnn.science.io import source_key, write_labelled
+
+    inputs, outputs = inputs_of(node.pk), outputs_of(node.pk)
+    sets = [outputs["pool"] if "pool" in outputs else inputs["pool"]]
+    if "known__configurations" in inputs:
+        sets.append(inputs["known__configurations"])
+    labels = [*dft_labels(inputs, outputs)]
+    if "eip_labels" in outputs:
+        labels.append(outputs["eip_labels"].value())
+    write_labelled(path, join_configurations([item.value() for item in sets]), labels)
+    return [source_key(str(name)) for part in labels for name in part.sources]
+
+
+def dft_labels(inputs: dict[str, Any], outputs: dict[str, Any]) -> "list[Labels]":
+    """Return the DFT labels of a loop, those made and those given, as one table if there are any.
+
+    Where a configuration was labelled here and given too, the label made here counts.
+    """
     from aiida_eipnn.science.labels import join_labels
 
-    outputs = outputs_of(node.pk)
-    pool = outputs["pool"] if "pool" in outputs else inputs_of(node.pk)["pool"]
-    dft = [
+    names = ("test_labels", "initial_labels")
+    made = [
         outputs[name].value()
         for name in sorted(outputs)
-        if name in {"test_labels", "initial_labels"} or name.endswith("__labels")
+        if name in names or (name.startswith("iterations__") and name.endswith("__labels"))
     ]
-    write_labelled(path, pool.value(), [join_labels(dft), outputs["eip_labels"].value()])
+    if "known__labels" in inputs:
+        known = inputs["known__labels"].value()
+        here = {str(name) for part in made for name in part.ids}
+        made.append(
+            known.take([row for row, name in enumerate(known.ids) if str(name) not in here])
+        )
+    return [join_labels(made)] if made else []

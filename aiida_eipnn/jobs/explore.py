@@ -21,8 +21,8 @@ LOGGER = logging.getLogger(__name__)
 def run(job: ExploreJob, folder: Path) -> State:
     """Read the seeds, write ``output/configurations`` and ``output/metrics.json``.
 
-    Returns ``interrupted`` where the time was up before the pool was complete; what there is has
-    been written then.
+    Where the time is up before the pool is complete, what there is is the pool, and a note says so:
+    there is nothing to go on from.
     """
     start = time.monotonic()
     in_time = _deadline(start, job.max_seconds)
@@ -31,6 +31,9 @@ def run(job: ExploreJob, folder: Path) -> State:
     pool, notes = make_pool(
         seeds, job.recipes, np.random.default_rng(job.seed), calculator, in_time
     )
+    n_asked = sum(int(recipe["count"]) for recipe in job.recipes)
+    if len(pool) < n_asked and not in_time():
+        notes = (*notes, f"the time was up: {len(pool)} of {n_asked} were made")
     for note in notes:
         LOGGER.warning("%s", note)
     counts = counts_by_type(pool)
@@ -44,8 +47,7 @@ def run(job: ExploreJob, folder: Path) -> State:
         "seconds": time.monotonic() - start,
     }
     (output / spec.METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
-    complete = len(pool) == sum(int(recipe["count"]) for recipe in job.recipes)
-    return State.DONE if complete or in_time() else State.INTERRUPTED
+    return State.DONE
 
 
 def _needs_eip(job: ExploreJob) -> bool:

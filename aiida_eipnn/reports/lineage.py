@@ -50,7 +50,7 @@ class Eip:
     n_labels, n_failures
         Configurations that it labelled, and that it did not.
     seconds
-        CPU time of all its labels.
+        Wall time of all its labels.
     """
 
     name: str

@@ -12,6 +12,7 @@ from vesin import NeighborList
 from aiida_eipnn.science.arrays import FloatArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import Failure, Labels
+from aiida_eipnn.science.reference import element_fractions
 from aiida_eipnn.science.uncertainty import spearman
 
 GATE = "gate"
@@ -40,12 +41,40 @@ def geometry_fault(atoms: Atoms, min_contact: float = MIN_CONTACT) -> str | None
         return "a cell vector is not a finite number"
     if _is_flat(atoms):
         return "its periodic cell has no volume; set the cell vectors, or pbc to false"
-    if min_contact > 0 and (distance := _overlap(atoms, min_contact)) is not None:
+    if min_contact > 0 and (distance := overlap(atoms, min_contact)) is not None:
         return (
             f"two atoms overlap: their distance {distance:.3g} Å is below {min_contact} times the "
             "sum of their covalent radii"
         )
     return None
+
+
+def overlap(atoms: Atoms, min_contact: float = MIN_CONTACT) -> float | None:
+    """Return the distance of a pair that is too close, in Å, or ``None``.
+
+    Parameters
+    ----------
+    atoms
+        Finite positions and, where periodic, a cell with a volume.
+    min_contact
+        As for :func:`geometry_fault`.
+    """
+    radii = covalent_radii[atoms.numbers]
+    if atoms.pbc.all():
+        # Spheres that fill more than a close packing overlap for sure. Asked first, because a
+        # collapsed cell has so many images that listing the pairs would exhaust the memory.
+        filling = 4 / 3 * np.pi * ((min_contact * radii) ** 3).sum() / atoms.get_volume()
+        if filling > 0.7405:
+            return float((atoms.get_volume() / len(atoms)) ** (1 / 3))
+    cutoff = float(2 * min_contact * radii.max())
+    first, second, distance = NeighborList(cutoff=cutoff, full_list=False).compute(
+        points=atoms.positions,
+        box=np.asarray(atoms.cell.complete()),
+        periodic=atoms.pbc,
+        quantities="ijd",
+    )
+    close = distance < min_contact * (radii[first] + radii[second])
+    return float(distance[close].min()) if close.any() else None
 
 
 def refuse_invalid(
@@ -89,26 +118,6 @@ def _is_flat(atoms: Atoms) -> bool:
         return True
     directions = vectors / lengths[:, None]
     return bool(np.sqrt(max(np.linalg.det(directions @ directions.T), 0.0)) < 1e-6)
-
-
-def _overlap(atoms: Atoms, min_contact: float) -> float | None:
-    """Return the distance of a pair that is too close, in Å, or ``None``."""
-    radii = covalent_radii[atoms.numbers]
-    if atoms.pbc.all():
-        # Spheres that fill more than a close packing overlap for sure. Asked first, because a
-        # collapsed cell has so many images that listing the pairs would exhaust the memory.
-        filling = 4 / 3 * np.pi * ((min_contact * radii) ** 3).sum() / atoms.get_volume()
-        if filling > 0.7405:
-            return float((atoms.get_volume() / len(atoms)) ** (1 / 3))
-    cutoff = float(2 * min_contact * radii.max())
-    first, second, distance = NeighborList(cutoff=cutoff, full_list=False).compute(
-        points=atoms.positions,
-        box=np.asarray(atoms.cell.complete()),
-        periodic=atoms.pbc,
-        quantities="ijd",
-    )
-    close = distance < min_contact * (radii[first] + radii[second])
-    return float(distance[close].min()) if close.any() else None
 
 
 class Verdict(StrEnum):
@@ -307,7 +316,8 @@ def _compare_forces_with(labels: Labels, eip_labels: Labels, source: int) -> _Co
 def _compare_energies(
     configurations: Configurations, labels: Labels, eip_labels: Labels
 ) -> _Comparison:
-    reference, fractions = labels.energy[:, 0] / labels.n_atoms, _fractions(configurations)
+    reference = labels.energy[:, 0] / labels.n_atoms
+    fractions = element_fractions(configurations, np.array(configurations.elements))
     comparisons = []
     for source in _sources(eip_labels):
         used = eip_labels.ok[:, source]
@@ -431,7 +441,8 @@ def _energy_residuals(
     configurations: Configurations, labels: Labels, eip_labels: Labels
 ) -> tuple[FloatArray, FloatArray]:
     """Return what is left of the energies per atom after each EIP, and its usual size."""
-    reference, fractions = labels.energy[:, 0] / labels.n_atoms, _fractions(configurations)
+    reference = labels.energy[:, 0] / labels.n_atoms
+    fractions = element_fractions(configurations, np.array(configurations.elements))
     residuals, scales = [], []
     for source in _sources(eip_labels):
         used = eip_labels.ok[:, source]
@@ -471,19 +482,6 @@ def _sources(labels: Labels) -> range:
 def _dot(first: FloatArray, second: FloatArray, labels: Labels) -> FloatArray:
     """Sum the products of all force components of each configuration. Shape ``(n,)``."""
     return np.add.reduceat((first * second).sum(axis=1), labels.offsets[:-1])
-
-
-def _fractions(configurations: Configurations) -> FloatArray:
-    """Return the share of each element in each configuration. Shape ``(n, n_elements)``."""
-    if not len(configurations):
-        return np.zeros((0, 0))
-    columns = [
-        np.add.reduceat(
-            (configurations.numbers == number).astype(float), configurations.offsets[:-1]
-        )
-        for number in configurations.elements
-    ]
-    return np.column_stack(columns) / configurations.n_atoms[:, None]
 
 
 def _residual(design: FloatArray, values: FloatArray) -> FloatArray:

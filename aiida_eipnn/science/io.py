@@ -2,7 +2,8 @@
 
 Labels lie in extended XYZ under ``<source>_energy`` (eV), ``<source>_forces`` (eV/Å) and
 ``<source>_stress`` (eV/Å³, 3 × 3, negative = compressed), so that one file can hold many sources
-and ASE takes none of them for the result of a calculator. Numbers are written with all digits:
+and ASE takes none of them for the result of a calculator; :func:`source_key` makes a key of any
+name. Numbers are written with all digits:
 what is read back is equal to the last bit, and so are the ids.
 """
 
@@ -24,6 +25,9 @@ from aiida_eipnn.science.labels import DFT, Labels
 
 # The same geometry labelled twice may differ by this much, in eV/atom, and still count as one.
 SAME_ENERGY = 1e-3
+
+# What ASE takes for one key.
+KEY = r"[A-Za-z_][A-Za-z0-9_.-]*"
 
 
 def read_configurations(path: str | Path) -> Configurations:
@@ -108,19 +112,16 @@ def write_labelled(
         What to write, in this order.
     labels
         Labels of any number of sources; they are matched by id, and what is missing is left out.
+        The keys begin with the :func:`source_key` of each source.
 
     Raises
     ------
     ValueError
-        If the name of a source cannot be a key of extended XYZ, or occurs twice.
+        If a source occurs twice, or if two have the same key.
     """
-    names = [str(name) for part in labels for name in part.sources]
-    if bad := [name for name in names if not re.fullmatch(r"[A-Za-z_][\w.-]*", name)]:
-        raise ValueError(
-            f"source {bad[0]!r} cannot be a key of extended XYZ; use letters, digits, _ . and -"
-        )
-    if len(set(names)) < len(names):
-        raise ValueError(f"a source occurs twice among {names}; write each one once")
+    keys = [source_key(str(name)) for part in labels for name in part.sources]
+    if twice := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"a source occurs twice: {twice} of the keys {keys}; write each one once")
     tables = [{str(name): row for row, name in enumerate(part.ids)} for part in labels]
     with Path(path).open("w", encoding="utf-8") as stream:
         for row, name in enumerate(configurations.ids.tolist()):
@@ -130,6 +131,24 @@ def write_labelled(
                 if name in table:
                     _collect(part, table[name], info, columns)
             stream.write(_extended_xyz(configurations.atoms(row), info, columns))
+
+
+def source_key(source: str) -> str:
+    """Return what the keys of a source begin with: its name, ``_`` for what no key may hold.
+
+    ``lennard-jones[sigma=2.1]`` becomes ``lennard-jones_sigma_2.1``.
+
+    Raises
+    ------
+    ValueError
+        If the name holds no letter or digit.
+    """
+    if re.fullmatch(KEY, source):
+        return source
+    key = re.sub(r"[^A-Za-z0-9_.-]+", "_", source).strip("_")
+    if not re.search("[A-Za-z0-9]", key):
+        raise ValueError(f"source {source!r} cannot be a key; name it with letters or digits")
+    return key if re.fullmatch(KEY, key) else f"_{key}"
 
 
 def _frames(path: Path) -> Iterator[Atoms]:
@@ -229,11 +248,12 @@ def _collect(part: Labels, row: int, info: dict[str, Any], columns: dict[str, Fl
     for column, source in enumerate(part.sources.tolist()):
         if not part.ok[row, column]:
             continue
-        info[f"{source}_energy"] = part.energy[row, column]
-        columns[f"{source}_forces"] = part.forces_of(row, column)
+        key = source_key(source)
+        info[f"{key}_energy"] = part.energy[row, column]
+        columns[f"{key}_forces"] = part.forces_of(row, column)
         if np.isfinite(part.stress[row, column]).all():
             # 3 × 3, because programs disagree on the order of six components.
-            info[f"{source}_stress"] = voigt_6_to_full_3x3_stress(part.stress[row, column])
+            info[f"{key}_stress"] = voigt_6_to_full_3x3_stress(part.stress[row, column])
 
 
 def _extended_xyz(atoms: Atoms, info: dict[str, Any], columns: dict[str, FloatArray]) -> str:

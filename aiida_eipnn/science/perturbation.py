@@ -12,9 +12,10 @@ from ase import Atoms
 from ase.build import make_supercell, surface
 from ase.data import covalent_radii
 
-from aiida_eipnn.science.arrays import FloatArray
+from aiida_eipnn.science.arrays import FloatArray, IntArray
 
 Range = tuple[float, float]
+Supercell = tuple[int, ...] | tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,8 @@ class Surface:
     miller
         Planes to cut along, in terms of the seed's own cell vectors; one is drawn.
     max_atoms
-        Largest slab; as many layers as fit.
+        As many layers as fit into that many atoms, but at least the thinnest slab there is, which
+        has as many atoms as the seed.
     vacuum
         Thickness of the vacuum, in Å. The cell stays periodic in all directions.
     amplitude
@@ -104,6 +106,8 @@ class Surface:
         check_range("amplitude", self.amplitude, lowest=0.0)
         if not self.miller or any(len(plane) != 3 or not any(plane) for plane in self.miller):
             raise ValueError(f"miller is {self.miller}; give planes such as [[1, 0, 0], [1, 1, 1]]")
+        if self.max_atoms < 1:
+            raise ValueError(f"max_atoms is {self.max_atoms}; a slab has at least one atom")
         if not self.vacuum > 0:
             raise ValueError(f"vacuum is {self.vacuum} Å; it must be above zero")
 
@@ -194,21 +198,16 @@ def cut_surface(atoms: Atoms, rng: np.random.Generator, settings: Surface) -> At
     Raises
     ------
     ValueError
-        If the seed is not a crystal, or has more atoms than the slab may have.
+        If the seed is not a crystal.
     """
     if not atoms.pbc.all():
         raise ValueError("only a seed that is periodic in all directions has surfaces")
-    if len(atoms) > settings.max_atoms:
-        raise ValueError(
-            f"a slab of this seed has at least {len(atoms)} atoms, allowed are "
-            f"{settings.max_atoms}; raise max_atoms, or take a smaller seed or supercell"
-        )
     plane = settings.miller[rng.integers(len(settings.miller))]
     seed = _bare(atoms)
     # Shifting the crystal before the cut gives each of its terminations a chance.
     seed.positions += rng.uniform(size=3) @ atoms.cell.array
     seed.wrap()
-    slab = surface(seed, plane, layers=settings.max_atoms // len(atoms))
+    slab = surface(seed, plane, layers=max(1, settings.max_atoms // len(atoms)))
     slab.center(vacuum=settings.vacuum / 2, axis=2)
     slab.pbc = True
     new = _bare(slab)
@@ -243,13 +242,25 @@ def interstitial(atoms: Atoms, rng: np.random.Generator, settings: Interstitial)
     return new
 
 
-def repeat(atoms: Atoms, supercell: tuple[int, ...] | tuple[tuple[int, ...], ...]) -> Atoms:
+def repeat(atoms: Atoms, supercell: Supercell) -> Atoms:
     """Return a supercell: three repetitions, or the 3 × 3 integer matrix that makes it.
 
     Raises
     ------
     ValueError
         If it is neither, or if it has no volume.
+    """
+    larger: Atoms = make_supercell(_bare(atoms), repetition_matrix(supercell))
+    return larger
+
+
+def repetition_matrix(supercell: Supercell) -> IntArray:
+    """Return the 3 × 3 integer matrix of a supercell.
+
+    Raises
+    ------
+    ValueError
+        If ``supercell`` is neither three repetitions nor a matrix, or if it has no volume.
     """
     try:
         matrix = np.array(supercell, dtype=float)
@@ -261,8 +272,22 @@ def repeat(atoms: Atoms, supercell: tuple[int, ...] | tuple[tuple[int, ...], ...
             f"supercell is {supercell}; give three integers above zero, or a 3 × 3 integer "
             "matrix with a positive determinant"
         )
-    larger: Atoms = make_supercell(_bare(atoms), matrix.astype(int))
-    return larger
+    return matrix.astype(np.int64)
+
+
+def enlarge(atoms: Atoms, min_atoms: int) -> Atoms:
+    """Return ``atoms`` repeated until there are at least ``min_atoms``.
+
+    Each step adds one repetition along the cell vector that is the shortest by then, the first
+    one of equals, so that the cell stays compact: two atoms become 4, then 8. Only periodic
+    directions count; what has none, a molecule, stays as it is.
+    """
+    repetitions = np.ones(3, dtype=np.int64)
+    # Rounded, so that the last digit of a file does not decide which vector is the shortest.
+    lengths = np.where(atoms.pbc, atoms.cell.lengths().round(4), np.inf)
+    while atoms.pbc.any() and 0 < len(atoms) * repetitions.prod() < min_atoms:
+        repetitions[np.argmin(lengths * repetitions)] += 1
+    return repeat(atoms, tuple(repetitions.tolist()))
 
 
 def check_range(name: str, limits: Range, lowest: float) -> None:

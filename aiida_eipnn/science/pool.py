@@ -1,6 +1,6 @@
 """The pool: new configurations made out of a few seeds, by recipe."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -94,9 +94,13 @@ class Recipe:
     settings
         The settings of that kind.
     n_atoms
-        Use only seeds with that many atoms, before the supercell; all seeds in turn by default.
+        Prefer seeds with that many atoms, counted before the supercell: they alone are used where
+        there are any, else all are. All seeds in turn by default.
     supercell
         Three repetitions, or a 3 × 3 integer matrix.
+    min_atoms
+        Repeat each seed, after the supercell, along its shortest cell vector until it has at least
+        that many atoms; see :func:`aiida_eipnn.science.perturbation.enlarge`.
     min_contact
         Smallest distance of two atoms, as a fraction of the sum of their covalent radii.
     """
@@ -106,6 +110,7 @@ class Recipe:
     settings: Any
     n_atoms: int | None = None
     supercell: tuple[Any, ...] = (1, 1, 1)
+    min_atoms: int | None = None
     min_contact: float = MIN_CONTACT
 
     @classmethod
@@ -139,6 +144,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if not isinstance(self.count, int) or self.count < 1:
             raise ValueError(f"count is {self.count!r}; make at least one configuration")
+        for name in ("n_atoms", "min_atoms"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}; give a whole number above zero, or nothing")
+        perturbation.repetition_matrix(self.supercell)
 
 
 def make_pool(
@@ -151,7 +161,8 @@ def make_pool(
     """Make configurations by recipe.
 
     Every recipe draws from a random stream of its own, so a change of one leaves the
-    configurations of the others as they were.
+    configurations of the others as they were. A recipe that these seeds do not allow (a vacancy in
+    a single atom, a surface of a molecule) is a note, not an error, as long as others made any.
 
     Parameters
     ----------
@@ -174,28 +185,28 @@ def make_pool(
     Raises
     ------
     ValueError
-        If a recipe is wrong or cannot be followed.
+        If a recipe is wrong, or if nothing at all could be made.
     """
     if not len(seeds):
         raise ValueError("no seeds: give at least one configuration to start from")
     if not recipes:
         raise ValueError("no recipes: say what to make, such as config_type rattled, count 10")
     parsed = [Recipe.from_dict(content) for content in recipes]
-    started = [_starts(seeds, recipe) for recipe in parsed]
+    if calculator is None and any(recipe.config_type == MD for recipe in parsed):
+        raise ValueError("molecular dynamics needs an EIP to drive it: name one")
     seen: set[str] = set()
     frames: list[Atoms] = []
     types: list[str] = []
     notes: list[str] = []
-    for recipe, starts, stream in zip(parsed, started, rng.spawn(len(parsed)), strict=True):
-        if recipe.config_type != MD:
-            source = _perturbed(recipe, starts, stream)
-        elif calculator is None:
-            raise ValueError("molecular dynamics needs an EIP to drive it: name one")
+    for recipe, stream in zip(parsed, rng.spawn(len(parsed)), strict=True):
+        if recipe.config_type == MD and calculator is not None:
+            source = _dynamics(recipe, seeds, stream, calculator, keep_going, notes)
         else:
-            source = _dynamics(recipe, starts, stream, calculator, keep_going, notes)
-        made = _collect(source, recipe, seen, keep_going)
+            source = _perturbed(recipe, seeds, stream)
+        made, fault = _collect(source, recipe, seen, keep_going)
         if len(made) < recipe.count:
-            notes.append(f"{recipe.config_type}: {len(made)} of {recipe.count} were made")
+            text = f"{recipe.config_type}: {len(made)} of {recipe.count} were made"
+            notes.append(f"{text}: {fault}" if fault else text)
         frames += made
         types += [recipe.config_type] * len(made)
     if not frames:
@@ -209,46 +220,54 @@ def counts_by_type(configurations: Configurations) -> dict[str, int]:
 
 
 def _starts(seeds: Configurations, recipe: Recipe) -> list[Atoms]:
-    rows = [row for row, n in enumerate(seeds.n_atoms.tolist()) if recipe.n_atoms in (None, int(n))]
-    if not rows:
-        raise ValueError(
-            f"recipe {recipe.config_type!r}: no seed has {recipe.n_atoms} atoms, only "
-            f"{sorted(set(seeds.n_atoms.tolist()))}"
-        )
-    try:
-        return [perturbation.repeat(seeds.atoms(row), recipe.supercell) for row in rows]
-    except ValueError as error:
-        raise ValueError(f"recipe {recipe.config_type!r}: {error}") from None
+    n_atoms = seeds.n_atoms.tolist()
+    preferred = [row for row, n in enumerate(n_atoms) if n == recipe.n_atoms]
+    starts = [
+        perturbation.repeat(seeds.atoms(row), recipe.supercell)
+        for row in preferred or range(len(seeds))
+    ]
+    if recipe.min_atoms is None:
+        return starts
+    return [perturbation.enlarge(atoms, recipe.min_atoms) for atoms in starts]
 
 
 def _collect(
     source: Iterator[Atoms], recipe: Recipe, seen: set[str], keep_going: Callable[[], bool]
-) -> list[Atoms]:
+) -> tuple[list[Atoms], str]:
+    """Return what is new, and why it is less than the recipe asks for, if a reason is known."""
     made: list[Atoms] = []
-    for atoms in source:
-        name = configuration_id(atoms)
-        if name not in seen:
-            seen.add(name)
-            made.append(atoms)
-        if len(made) == recipe.count or not keep_going():
-            break
-    return made
+    try:
+        for atoms in source:
+            name = configuration_id(atoms)
+            if name not in seen:
+                seen.add(name)
+                made.append(atoms)
+            if len(made) == recipe.count or not keep_going():
+                break
+    except ValueError as error:
+        return made, str(error)
+    return made, ""
 
 
-def _perturbed(recipe: Recipe, starts: list[Atoms], rng: np.random.Generator) -> Iterator[Atoms]:
+def _perturbed(recipe: Recipe, seeds: Configurations, rng: np.random.Generator) -> Iterator[Atoms]:
     kind = KINDS[recipe.config_type]
+    starts = deque(_starts(seeds, recipe))
     fault: str | None = None
-    for turn in range(MAX_TRIES * recipe.count):
+    for _ in range(MAX_TRIES * recipe.count):
         try:
-            atoms = kind.make(starts[turn % len(starts)], rng, recipe.settings)
-        except ValueError as error:
-            raise ValueError(f"recipe {recipe.config_type!r}: {error}") from error
+            atoms = kind.make(starts[0], rng, recipe.settings)
+        except ValueError:
+            # This seed does not allow it; another may.
+            starts.popleft()
+            if not starts:
+                raise
+            continue
+        starts.rotate(-1)
         fault = geometry_fault(atoms, recipe.min_contact)
         if fault is None:
             yield atoms
     raise ValueError(
-        f"recipe {recipe.config_type!r}: {MAX_TRIES * recipe.count} tries did not give "
-        f"{recipe.count} different configurations"
+        f"{MAX_TRIES * recipe.count} tries did not give more different configurations"
         + (f" (the last one failed: {fault})" if fault else "")
         + "; make the perturbation weaker, lower min_contact, or ask for fewer"
     )
@@ -256,13 +275,14 @@ def _perturbed(recipe: Recipe, starts: list[Atoms], rng: np.random.Generator) ->
 
 def _dynamics(
     recipe: Recipe,
-    starts: list[Atoms],
+    seeds: Configurations,
     rng: np.random.Generator,
     calculator: Calculator,
     keep_going: Callable[[], bool],
     notes: list[str],
 ) -> Iterator[Atoms]:
     settings: MolecularDynamics = recipe.settings
+    starts = _starts(seeds, recipe)
     rattle = perturbation.Rattle(amplitude=settings.amplitude)
     n_runs = -(-recipe.count // settings.snapshots_per_run)
     # Runs that blow up are made good by others, but not for ever.

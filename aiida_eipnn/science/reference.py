@@ -162,7 +162,7 @@ def fit_reference_energies(configurations: Configurations, energy: FloatArray) -
     if not known.any():
         raise ValueError(f"none of the {len(configurations)} configurations has an energy")
     elements = np.array(configurations.elements, dtype=np.int64)
-    fractions = _fractions(configurations, elements)[known]
+    fractions = element_fractions(configurations, elements)[known]
     per_atom = energy[known] / configurations.n_atoms[known]
     shifts = _fit_shifts(fractions, per_atom, np.ones(len(per_atom)))
     return {int(z): float(shift) for z, shift in zip(elements, shifts, strict=True)}
@@ -195,7 +195,7 @@ def fit_alignment(
     rows, reference_rows = _common_rows(labels, reference_labels)
     elements = np.array(configurations.elements, dtype=np.int64)
     part = configurations.take(configurations.rows_of(labels.ids[rows]))
-    fractions, n_atoms = _fractions(part, elements), part.n_atoms
+    fractions, n_atoms = element_fractions(part, elements), part.n_atoms
     target = reference_labels.energy[reference_rows, 0] / n_atoms
     energy, ok = labels.energy[rows] / n_atoms[:, None], labels.ok[rows]
     scale = np.full(len(labels.sources), np.nan)
@@ -279,7 +279,8 @@ def count_elements(configurations: Configurations, elements: IntArray) -> FloatA
     return counted.reshape(n, m).astype(np.float64)
 
 
-def _fractions(configurations: Configurations, elements: IntArray) -> FloatArray:
+def element_fractions(configurations: Configurations, elements: IntArray) -> FloatArray:
+    """Return the share of each element in each configuration. Shape ``(n, n_elements)``."""
     return count_elements(configurations, elements) / configurations.n_atoms[:, None]
 
 

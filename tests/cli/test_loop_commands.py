@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from aiida.manage.configuration import get_config
 from aiida.orm import Dict
@@ -14,8 +16,11 @@ from click.testing import CliRunner
 
 from aiida_eipnn.cli import loop as commands
 from aiida_eipnn.cli.commands import main
+from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.reports.history import read_history
-from aiida_eipnn.science.io import read_labelled
+from aiida_eipnn.science.io import read_configurations, read_labelled
+from aiida_eipnn.science.labels import Labels
 
 # The synthetic loop belongs to the tests of the reports; under the name that pytest gives it there
 # the loops that are made serve both.
@@ -87,6 +92,37 @@ def test_a_submitted_loop_without_a_daemon_says_how_to_start_it(make_loop, call)
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("follow", [(), ("--follow",)])
+def test_a_submitted_loop_whose_daemon_stopped_midway_says_so(make_loop, call, follow):
+    node = make_loop("waiting", n_iterations=1).node
+    node.base.extras.set("eipnn_submitted", True)
+    try:
+        result = call("status", node.pk, *follow, expect=1)
+    finally:
+        node.base.extras.delete("eipnn_submitted")
+    assert "iteration    1" in result.stdout
+    assert "verdi daemon start" in result.stderr or "no daemon" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_following_ends_when_the_daemon_stops(make_loop, call, monkeypatch):
+    node = make_loop("waiting", n_iterations=1).node
+
+    # Stands for a daemon that stops while the command waits: from then on the loop needs one.
+    monkeypatch.setattr(
+        commands.time, "sleep", lambda _: node.base.extras.set("eipnn_submitted", True)
+    )
+    try:
+        result = call("status", node.pk, "--follow", expect=1)
+    finally:
+        node.base.extras.delete("eipnn_submitted")
+    assert "verdi daemon start" in result.stderr or "no daemon" in result.stderr
+
+
+def test_a_loop_that_a_script_runs_needs_no_daemon(make_loop, call):
+    assert not call("status", make_loop("waiting", n_iterations=1).node.pk).stderr
+
+
 def test_lineage_lists_each_point_with_its_calculation(make_loop, call):
     loop = make_loop()
     shown = call("lineage", loop.node.pk).stdout
@@ -132,6 +168,90 @@ def test_exported_labels_are_those_of_the_loop(make_loop, call, tmp_path):
     assert len(configurations) == 24
     assert set(labels.ids.tolist()) == set(loop.pool.value().ids.tolist())
     assert (tmp_path / "dataset.extxyz").read_text().count("dft_energy") == 8
+
+
+def test_export_without_a_folder_makes_one_named_after_the_loop(
+    make_loop, call, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    loop = make_loop()
+    shown = call("export", loop.node.pk).stdout
+    assert f"are in export-{loop.node.pk}" in shown
+    assert (tmp_path / f"export-{loop.node.pk}" / "config.json").is_file()
+
+
+def test_the_readme_of_an_export_names_the_keys(make_loop, call, tmp_path):
+    call("export", make_loop().node.pk, "-o", tmp_path)
+    text = (tmp_path / "README.txt").read_text()
+    assert {"dft", *synthetic.EIPS} <= {line.strip() for line in text.splitlines()}
+
+
+def pretrained_loop(**settings):
+    """Return a loop that got as far as the pre-training, without any DFT label of its own."""
+    maker = synthetic.Maker(n_iterations=1, state="waiting", **settings)
+    maker.start()
+    maker.explore()
+    maker.label_with_eips()
+    committee = maker.train("pretrain", {"eip_labels__pool": maker.eip_labels})["committee"]
+    maker.graph.give_back(maker.loop, pretrained=committee)
+    return maker.loop
+
+
+def dft_labels_of(configurations):
+    n, n_atoms = len(configurations), len(configurations.numbers)
+    return replace(
+        Labels.missing(configurations, ["dft"]),
+        energy=np.full((n, 1), -7.5),
+        forces=np.zeros((1, n_atoms, 3)),
+        status=np.zeros((n, 1), dtype=np.int64),
+    )
+
+
+def given_labels(configurations):
+    """Return the inputs of a loop that was given DFT labels."""
+    return {
+        "known__configurations": ConfigurationsData.from_value(configurations),
+        "known__labels": LabelsData.from_value(dft_labels_of(configurations), level={}),
+    }
+
+
+def test_export_works_before_there_is_a_dft_label_and_for_any_name(make_loop, call, tmp_path):
+    make_loop("created")
+    loop = pretrained_loop(eips=("lennard-jones[sigma=2.1]", "python:module:callable"))
+
+    call("export", loop.pk, "-o", tmp_path)
+
+    text = (tmp_path / "dataset.extxyz").read_text()
+    assert "dft_energy" not in text
+    assert text.count("lennard-jones_sigma_2.1_energy") == 24
+    assert text.count("python_module_callable_energy") == 24
+
+
+def test_export_holds_the_labels_that_the_loop_was_given(
+    make_loop, call, tmp_path, rattled_silicon
+):
+    make_loop("created")
+    known = rattled_silicon(3, seed=8)
+    loop = pretrained_loop(extra=given_labels(known))
+
+    call("export", loop.pk, "-o", tmp_path)
+
+    text = (tmp_path / "dataset.extxyz").read_text()
+    assert len(read_configurations(tmp_path / "dataset.extxyz")) == 24 + 3
+    assert text.count("dft_energy") == 3
+    assert all(str(name) in text for name in known.ids)
+
+
+def test_a_label_made_by_the_loop_counts_before_a_given_one(make_loop):
+    outputs = {"test_labels": make_loop().labels["test"]}
+    made = outputs["test_labels"].value()
+    pool = make_loop().pool.value()
+    both = pool.take([int(pool.rows_of(made.ids)[0]), 20])
+
+    (labels,) = commands.dft_labels(given_labels(both), outputs)
+
+    assert labels.ids.tolist() == [*made.ids, both.ids[1]]
+    assert labels.energy[0, 0] == made.energy[0, 0]
 
 
 @pytest.mark.parametrize("command", ["status", "report", "lineage"])

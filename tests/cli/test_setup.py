@@ -141,15 +141,6 @@ def test_setup_without_pw_says_how_to_get_it_and_makes_nothing(tmp_path):
     assert not (tmp_path / ".aiida" / "config.json").exists()
 
 
-def test_a_profile_that_is_not_there_is_one_clear_line(tmp_path):
-    script = "from aiida_eipnn.cli.environment import open_profile; open_profile()"
-
-    failed = run("python", "-W", "ignore", "-c", script, folder=tmp_path)
-
-    assert "there is no profile in" in failed.stderr
-    assert "aiida-eipnn setup" in failed.stderr
-
-
 @pytest.mark.usefixtures("aiida_profile_clean")
 def test_a_code_that_moved_is_replaced_and_the_old_one_kept(tmp_path):
     from aiida.orm import load_node

@@ -52,13 +52,27 @@ def test_the_same_seed_writes_the_same_pool(folder):
     np.testing.assert_array_equal(first.ids, again.ids)
 
 
-def test_a_job_whose_time_is_up_keeps_what_there_is(folder):
+def test_a_job_whose_time_is_up_is_done_with_what_there_is_and_says_so(folder):
     state = run(ExploreJob(recipes=(RATTLED,), seed=1, max_seconds=1e-9), folder)
     pool, metrics = results(folder)
 
-    assert state is State.INTERRUPTED
+    assert state is State.DONE
     assert len(pool) == 1
-    assert metrics["notes"] == ["rattled: 1 of 4 were made"]
+    assert metrics["notes"] == [
+        "rattled: 1 of 4 were made",
+        "the time was up: 1 of 4 were made",
+    ]
+
+
+def test_a_pool_that_is_short_for_another_reason_does_not_blame_the_time(folder):
+    still = RATTLED | {"amplitude": [0.0, 0.0]}
+
+    state = run(ExploreJob(recipes=(still,), seed=1, max_seconds=600), folder)
+    _, metrics = results(folder)
+
+    assert state is State.DONE
+    (note,) = metrics["notes"]
+    assert note.startswith("rattled: 2 of 4 were made: ")
 
 
 def test_dynamics_without_an_eip_is_refused(folder):

@@ -35,6 +35,8 @@ def files(tmp_path, rattled_silicon, pseudo_family):
     """A pool as extended XYZ, and overrides that make each script a matter of seconds."""
     overrides = {
         "n_members": 2,
+        "label": {"n_workers": 1},
+        "train": {"n_workers": 1},
         "dft": {
             "scaling": {"conv_thr_per_atom": 1e-7},
             "pw_base": {"kpoints_distance": 0.9, "pseudo_family": pseudo_family},

@@ -97,13 +97,14 @@ class SyntheticLoop:
 class Maker:
     """Makes a loop step by step, with the links and labels of the real work chains."""
 
-    def __init__(self, *, n_iterations: int, state: str):
+    def __init__(self, *, n_iterations: int, state: str, eips=EIPS, extra=None):
         from aiida.orm import CalcFunctionNode, CalcJobNode, WorkChainNode
 
         self.work, self.job, self.function = WorkChainNode, CalcJobNode, CalcFunctionNode
         self.rng = np.random.default_rng(0)
         self.graph = Graph()
         self.n_iterations, self.n_asked, self.state = n_iterations, 2, state
+        self.eips, self.extra = eips, extra or {}
         self.labels, self.choices, self.points = {}, {}, {}
         self.pool = self.committee = self.pretrained = None
 
@@ -155,7 +156,7 @@ class Maker:
         upf = b'<UPF version="2.0.1"><PP_HEADER element="Si" z_valence="4.0"/></UPF>'
         self.given = {
             "explore__configurations__seeds": ConfigurationsData.from_value(silicon(1, self.rng)),
-            "label__job__eips": List(list(EIPS)),
+            "label__job__eips": List(list(self.eips)),
             "label__job__code": job,
             "dft__pw_base__pw__code": code,
             "dft__pw_base__pw__parameters": Dict({"SYSTEM": {"ecutwfc": 20.0}}),
@@ -167,8 +168,10 @@ class Maker:
             "classify": Dict({"stage": "classify"}),
             "finetune": Dict({"stage": "finetune", "epochs": 5}),
             "stop": Dict({"max_iterations": self.n_iterations + (self.state != "finished")}),
+            "acquisition": Dict({"n_select": self.n_asked}),
             "split": Dict({"test": 3, "initial": 4}),
             "seed": Int(7),
+            **self.extra,
         }
         self.code = job
         self.loop = self.graph.process(
@@ -221,7 +224,7 @@ class Maker:
         value = Labels(
             ids=self.pool.value().ids,
             offsets=self.pool.value().offsets,
-            sources=np.array(EIPS),
+            sources=np.array(self.eips),
             energy=np.stack(
                 [energy + 206 + self.rng.normal(0, s, len(energy)) for s in noise], axis=1
             ),
@@ -250,7 +253,7 @@ class Maker:
                     "seconds": 1.5,
                     "metadata": metadata if row == 0 else {},
                 }
-                for row, name in enumerate(EIPS)
+                for row, name in enumerate(self.eips)
             }
         }
         self.graph.create(job, labels=self.eip_labels, metrics=Dict(metrics))
@@ -449,7 +452,7 @@ class Maker:
         return SelectionData.from_value(
             Selection(
                 ids=self.pool.value().ids,
-                sources=np.array([*EIPS, NONE]),
+                sources=np.array([*self.eips, NONE]),
                 probabilities=np.eye(3)[choice],
                 choice=choice,
             )
@@ -502,7 +505,8 @@ class Maker:
             "predictions": self.predictions,
             "test_labels": self.labels["test"],
             "eip_labels": self.eip_labels,
-            "criteria": self.given["stop"],
+            "parameters": self.given["acquisition"],
+            "stop": self.given["stop"],
             "scratch": scratch,
             **{f"labels_{name}": node for name, node in self.labels.items() if name != "test"},
             **{f"taken_{name}": node for name, node in self.choices.items()},

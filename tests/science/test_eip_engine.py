@@ -17,7 +17,6 @@ from aiida_eipnn.science.eip.engine import (
     OVERLAP,
     STRONG_FORCE,
     label_with_eips,
-    overlapping,
 )
 from aiida_eipnn.science.eip.potential import open_potential
 from aiida_eipnn.science.labels import NOT_RUN, Labels
@@ -81,9 +80,8 @@ def test_labels_are_those_of_the_potential_in_the_order_of_the_configurations():
             np.testing.assert_array_equal(labels.stress[row, source], expected.stress)
 
 
-@pytest.mark.kim
+@pytest.mark.usefixtures("kim")
 def test_labels_depend_neither_on_the_workers_nor_on_the_order():
-    pytest.importorskip("kimpy")
     pool, order = pool_of(8, 4, 6, 2, 8), [3, 0, 4, 2, 1]
 
     labels = label_with_eips(pool, [SW, EDIP, LJ], n_workers=1)
@@ -154,9 +152,8 @@ def test_a_potential_that_is_not_there_is_a_reason_and_not_an_error():
     assert labels.ok[:, 1].all()
 
 
-@pytest.mark.kim
+@pytest.mark.usefixtures("kim")
 def test_an_element_that_an_eip_lacks_costs_only_these_configurations():
-    pytest.importorskip("kimpy")
     pool = Configurations.from_atoms([rattled(8, 0), bulk("SiC", "zincblende", a=4.36)])
 
     labels = label_with_eips(pool, [SW])
@@ -165,21 +162,25 @@ def test_an_element_that_an_eip_lacks_costs_only_these_configurations():
     assert "does not know C" in reasons_of(labels)[1]
 
 
-def test_overlapping_atoms_are_refused_for_every_eip():
-    close = Atoms("Si2", [[0, 0, 0], [1.2, 0, 0]])
+@pytest.mark.parametrize("distance", [0.0, 1.2])
+def test_overlapping_atoms_are_refused_for_every_eip(distance):
+    close = Atoms("Si2", [[0, 0, 0], [distance, 0, 0]])
     labels = label_with_eips(Configurations.from_atoms([close, rattled(8, 0)]), [LJ])
 
     assert reasons_of(labels) == [OVERLAP, ""]
 
 
-def test_contacts_are_measured_through_the_boundary_and_by_element():
-    through = Atoms("Si2", [[0.2, 5, 5], [9.4, 5, 5]], cell=[10, 10, 10], pbc=True)
-    wide = Atoms("Si2", [[0, 0, 0], [1.4, 0, 0]])
-    hydrogen = Atoms("H2", [[0, 0, 0], [0.74, 0, 0]])
+def test_what_is_no_geometry_is_a_failure_of_that_configuration_alone():
+    lost, flat = rattled(8, 1), rattled(8, 2)
+    lost.positions[3, 1] = np.nan
+    flat.cell[2] = flat.cell[1]
 
-    found = overlapping(Configurations.from_atoms([through, wide, hydrogen]))
+    labels = label_with_eips(Configurations.from_atoms([lost, rattled(8, 0), flat]), [LJ])
 
-    assert found.tolist() == [True, False, False]
+    first, second, third = reasons_of(labels)
+    assert first == "a position is not a finite number"
+    assert second == ""
+    assert third.startswith("its periodic cell has no volume")
 
 
 def test_labelling_stops_at_the_deadline_and_goes_on_from_there():

@@ -13,6 +13,7 @@ from aiida_eipnn.science.gate import (
     check_labels,
     geometry_fault,
     keep_valid,
+    overlap,
     refuse_invalid,
 )
 from aiida_eipnn.science.labels import Labels
@@ -53,6 +54,16 @@ def copper():
     configurations, dft = label(frames, {"dft": EMT()})
     _, eips = label(frames, {"lj-a": lj(), "lj-b": lj(1.2), "lj-c": lj(0.9)})
     return configurations, dft, eips
+
+
+def test_contacts_are_measured_through_the_boundary_and_by_element():
+    through = Atoms("Si2", [[0.2, 5, 5], [9.4, 5, 5]], cell=[10, 10, 10], pbc=True)
+    wide = Atoms("Si2", [[0, 0, 0], [1.4, 0, 0]])
+    hydrogen = Atoms("H2", [[0, 0, 0], [0.74, 0, 0]])
+
+    assert overlap(through) == pytest.approx(0.8)
+    assert overlap(wide) is None
+    assert overlap(hydrogen) is None
 
 
 def test_sound_configurations_pass():

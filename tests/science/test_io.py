@@ -6,7 +6,12 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import write
 
 from aiida_eipnn.science.configurations import Configurations
-from aiida_eipnn.science.io import read_configurations, read_labelled, write_labelled
+from aiida_eipnn.science.io import (
+    read_configurations,
+    read_labelled,
+    source_key,
+    write_labelled,
+)
 from aiida_eipnn.science.labels import Labels
 
 
@@ -186,11 +191,43 @@ def test_a_label_that_is_no_number_is_refused(tmp_path):
         read_labelled(write_frames(tmp_path / "s.extxyz", [atoms]))
 
 
-def test_a_source_that_cannot_be_a_key_is_refused(tmp_path, configurations):
+@pytest.mark.parametrize(
+    ("source", "key"),
+    [
+        ("SW_Si__MO_1", "SW_Si__MO_1"),
+        ("_own", "_own"),
+        ("lennard-jones[sigma=2.1]", "lennard-jones_sigma_2.1"),
+        ("python:module:callable", "python_module_callable"),
+        ("2body", "_2body"),
+    ],
+)
+def test_any_source_has_a_key_under_which_its_labels_are_read_back(
+    tmp_path, configurations, source, key
+):
+    labels = random_labels(configurations, [source])
+    write_labelled(tmp_path / "s.extxyz", configurations, [labels])
+
+    _, back = read_labelled(
+        tmp_path / "s.extxyz", f"{key}_energy", f"{key}_forces", f"{key}_stress", source=source
+    )
+
+    assert source_key(source) == key
+    for name in ("energy", "forces", "stress", "sources"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(labels, name))
+
+
+def test_a_source_without_a_name_is_refused(tmp_path, configurations):
     with pytest.raises(ValueError, match="cannot be a key"):
         write_labelled(
-            tmp_path / "s.extxyz", configurations, [random_labels(configurations, ["a b"])]
+            tmp_path / "s.extxyz", configurations, [random_labels(configurations, ["[]"])]
         )
+
+
+def test_sources_with_the_same_key_are_refused(tmp_path, configurations):
+    labels = random_labels(configurations, ["lj[sigma=2]", "lj(sigma=2)"])
+
+    with pytest.raises(ValueError, match=r"occurs twice: \['lj_sigma_2'\]"):
+        write_labelled(tmp_path / "s.extxyz", configurations, [labels])
 
 
 def test_a_source_is_written_once(tmp_path, configurations):

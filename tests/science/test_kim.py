@@ -13,8 +13,7 @@ from aiida_eipnn.science.eip.potential import (
     open_potential,
 )
 
-kim = pytest.importorskip("aiida_eipnn.science.eip.kim", reason="kimpy is not installed")
-pytestmark = pytest.mark.kim
+pytestmark = pytest.mark.usefixtures("kim")
 
 SW = "SW_StillingerWeber_1985_Si__MO_405512056662_005"
 WAGNER = "MEAM_LAMMPS_Wagner_2007_Cu__MO_313717476091_000"
@@ -187,7 +186,9 @@ def test_a_model_without_metadata_is_described_by_what_it_says_itself():
 
 
 def test_every_installed_model_can_be_described():
-    for name in kim.installed_kim_models():
+    from aiida_eipnn.science.eip.kim import installed_kim_models
+
+    for name in installed_kim_models():
         assert describe_potential(name).species, name
 
 

@@ -98,9 +98,9 @@ def test_a_slab_is_small_periodic_and_has_vacuum(seed, rng):
         assert geometry_fault(slab, min_contact=0.8) is None
 
 
-def test_a_seed_larger_than_the_slab_may_be_is_refused(diamond, rng):
-    with pytest.raises(ValueError, match="at least 8 atoms, allowed are 4; raise max_atoms"):
-        p.cut_surface(diamond, rng, p.Surface(max_atoms=4))
+def test_a_seed_larger_than_the_slab_may_be_gives_the_thinnest_there_is(diamond, rng):
+    for _ in range(5):
+        assert len(p.cut_surface(diamond, rng, p.Surface(max_atoms=4))) == 8
 
 
 def test_a_molecule_has_no_surface(rng):
@@ -140,6 +140,23 @@ def test_a_supercell_may_be_a_matrix():
     np.testing.assert_allclose(p.repeat(primitive, matrix).cell.angles(), 90)
 
 
+def test_a_seed_grows_along_its_shortest_vector_until_it_is_large_enough():
+    slab = Atoms("Si", cell=[3.0, 4.0, 9.0], pbc=True)
+
+    lengths = [p.enlarge(slab, n).cell.lengths().tolist() for n in (1, 2, 3, 5)]
+
+    assert lengths == [[3, 4, 9], [6, 4, 9], [6, 8, 9], [9, 8, 9]]
+    assert [len(p.enlarge(bulk("Si"), n)) for n in (2, 3, 5, 8)] == [2, 4, 8, 8]
+
+
+def test_only_periodic_directions_are_repeated():
+    wire = Atoms("Si2", [[0, 0, 0], [0, 0, 2.3]], cell=[1, 1, 4.6], pbc=(False, False, True))
+    molecule = Atoms("Si2", [[0, 0, 0], [0, 0, 2.3]])
+
+    assert p.enlarge(wire, 6).cell.lengths().tolist() == pytest.approx([1, 1, 13.8])
+    assert len(p.enlarge(molecule, 6)) == 2
+
+
 @pytest.mark.parametrize(
     "supercell", [(2, 2), (0, 1, 1), (1.5, 1, 1), "large", ((1, 0, 0), (1, 0, 0), (0, 0, 1))]
 )
@@ -158,6 +175,7 @@ def test_a_supercell_that_is_none_is_refused(supercell):
         (p.Vacancy, {"n_vacancies": 0}, "at least one"),
         (p.Surface, {"miller": ((0, 0, 0),)}, "give planes"),
         (p.Surface, {"vacuum": 0.0}, "above zero"),
+        (p.Surface, {"max_atoms": 0}, "at least one atom"),
         (p.Dimer, {"box": -1.0}, "above zero"),
         (p.Interstitial, {"n_tries": 0}, "at least one"),
     ],

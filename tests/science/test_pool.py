@@ -1,11 +1,28 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
+from ase import Atoms
 from ase.build import bulk
 from ase.calculators.emt import EMT
 
+import aiida_eipnn
 from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.eip.analytic import LennardJones
+from aiida_eipnn.science.eip.potential import EipCalculator
 from aiida_eipnn.science.gate import refuse_invalid
 from aiida_eipnn.science.pool import KINDS, counts_by_type, make_pool
+
+PROTOCOLS = Path(aiida_eipnn.__file__).parent / "workflows" / "protocols" / "active_learning.yaml"
+
+
+def recipes_of_protocols():
+    """Return every recipe that is shipped, but few configurations of each."""
+    content = yaml.safe_load(PROTOCOLS.read_text())
+    inputs = [content["default_inputs"], *content["protocols"].values()]
+    found = [recipe for part in inputs for recipe in part.get("explore", {}).get("recipes", [])]
+    return [recipe | {"count": 3} for recipe in found]
 
 
 @pytest.fixture
@@ -47,12 +64,42 @@ def test_a_change_of_one_recipe_changes_no_other(seeds):
     assert few.ids[:2].tolist() == many.ids[:2].tolist()
 
 
-def test_seeds_are_used_in_turn_unless_one_is_named(seeds):
+@pytest.mark.parametrize(
+    "seed", [bulk("Si"), bulk("Si", cubic=True), bulk("Si", cubic=True) * (2, 1, 1)], ids=len
+)
+def test_the_recipes_of_every_protocol_can_be_followed_with_any_seed(seed):
+    recipes = recipes_of_protocols()
+    calculator = EipCalculator(LennardJones())
+
+    pool, notes = make(Configurations.from_atoms([seed]), *recipes, calculator=calculator)
+
+    assert {"vacancy", "surface", "md"} <= {recipe["config_type"] for recipe in recipes}
+    assert len(pool) == 3 * len(recipes)
+    assert notes == ()
+
+
+def test_seeds_are_used_in_turn_unless_a_size_is_preferred_that_there_is(seeds):
     both, _ = make(seeds, {"config_type": "rattled", "count": 4})
     one, _ = make(seeds, {"config_type": "rattled", "count": 4, "n_atoms": 2})
+    none, _ = make(seeds, {"config_type": "rattled", "count": 4, "n_atoms": 3})
 
     assert both.n_atoms.tolist() == [4, 2, 4, 2]
     assert one.n_atoms.tolist() == [2, 2, 2, 2]
+    assert none.n_atoms.tolist() == [4, 2, 4, 2]
+
+
+def test_seeds_grow_to_the_least_number_of_atoms_and_no_further(seeds):
+    pool, _ = make(seeds, {"config_type": "vacancy", "count": 2, "min_atoms": 4})
+
+    assert pool.n_atoms.tolist() == [3, 3]
+
+
+def test_the_supercell_counts_towards_the_least_number_of_atoms(seeds):
+    recipe = {"config_type": "rattled", "count": 2, "supercell": [2, 2, 1], "min_atoms": 12}
+
+    pool, _ = make(seeds, recipe)
+
+    assert pool.n_atoms.tolist() == [16, 16]
 
 
 def test_supercells_are_made_before_the_perturbation(seeds):
@@ -73,18 +120,56 @@ def test_settings_reach_the_perturbation(seeds):
     assert pool.atoms(0).get_distance(0, 1) == pytest.approx(2.64, abs=1e-3)
 
 
-def test_a_recipe_that_repeats_itself_is_refused(seeds):
+def test_a_recipe_that_repeats_itself_is_a_note_and_keeps_what_it_made(seeds):
     still = {"config_type": "rattled", "count": 5, "amplitude": [0.0, 0.0]}
 
-    with pytest.raises(ValueError, match="did not give 5 different configurations"):
-        make(seeds, still)
+    pool, notes = make(seeds, still)
+
+    assert len(pool) == 2
+    assert notes[0].startswith("rattled: 2 of 5 were made: 500 tries did not give more different")
 
 
-def test_a_recipe_whose_atoms_always_overlap_is_refused(seeds):
+def test_a_recipe_whose_atoms_always_overlap_is_a_note_and_the_others_go_on(seeds):
     crushed = {"config_type": "strained", "count": 1, "volume": [0.1, 0.11]}
 
-    with pytest.raises(ValueError, match=r"two atoms overlap.* make the perturbation weaker"):
-        make(seeds, crushed)
+    pool, notes = make(seeds, crushed, {"config_type": "rattled", "count": 2})
+
+    assert counts_by_type(pool) == {"rattled": 2}
+    (note,) = notes
+    assert note.startswith("strained: 0 of 1 were made: ")
+    assert "two atoms overlap" in note
+    assert "make the perturbation weaker" in note
+
+
+def test_a_pool_of_nothing_is_refused_with_the_reasons(seeds):
+    crushed = {"config_type": "strained", "count": 1, "volume": [0.1, 0.11]}
+    emptied = {"config_type": "vacancy", "count": 3, "n_vacancies": 9}
+
+    with pytest.raises(ValueError, match=r"not one .* two atoms overlap.* cannot take 9 of 2"):
+        make(seeds, crushed, emptied)
+
+
+def test_a_seed_that_does_not_allow_a_recipe_leaves_it_to_the_others():
+    molecule = Atoms("Cu2", [[0, 0, 0], [2.5, 0, 0]])
+    seeds = Configurations.from_atoms([molecule, bulk("Cu", cubic=True)])
+
+    pool, notes = make(seeds, {"config_type": "surface", "count": 3})
+
+    assert len(pool) == 3
+    assert pool.pbc.all()
+    assert notes == ()
+
+
+def test_a_molecule_has_no_surface_which_is_a_note():
+    seeds = Configurations.from_atoms([Atoms("Cu2", [[0, 0, 0], [2.5, 0, 0]])])
+
+    _, notes = make(
+        seeds, {"config_type": "surface", "count": 30}, {"config_type": "rattled", "count": 1}
+    )
+
+    assert notes == (
+        "surface: 0 of 30 were made: only a seed that is periodic in all directions has surfaces",
+    )
 
 
 def test_dynamics_that_blows_up_is_noted_and_keeps_what_is_good(seeds):
@@ -127,21 +212,18 @@ def test_the_pool_ends_with_what_there_is_when_the_time_is_up(seeds):
         ({"config_type": "rattled", "count": 1, "shear": 0.1}, r"no setting \['shear'\], only"),
         ({"config_type": "rattled"}, r"recipe 'rattled': give \['count'\] too"),
         ({"config_type": "rattled", "count": 0}, "at least one"),
-        (
-            {"config_type": "rattled", "count": 1, "n_atoms": 3},
-            r"no seed has 3 atoms, only \[2, 4\]",
-        ),
+        ({"config_type": "rattled", "count": 1, "n_atoms": 0}, "n_atoms is 0; give a whole"),
+        ({"config_type": "rattled", "count": 1, "min_atoms": 2.5}, "'rattled': min_atoms is 2.5"),
         ({"config_type": "rattled", "count": 1, "amplitude": [1, 0]}, "'rattled': amplitude"),
         ({"config_type": "rattled", "count": 1, "supercell": [1, 1]}, "give three integers"),
         ({"config_type": "md", "count": 1, "temperatures": []}, "at least one"),
         ({"config_type": "md", "count": 1, "temperatures": [-5]}, "above zero"),
         ({"config_type": "md", "count": 1}, "needs an EIP"),
-        ({"config_type": "vacancy", "count": 1, "n_vacancies": 9}, "cannot take 9 of 4"),
     ],
 )
-def test_a_wrong_recipe_says_what_is_allowed(seeds, recipe, words):
+def test_a_wrong_recipe_is_refused_whatever_the_others_make(seeds, recipe, words):
     with pytest.raises(ValueError, match=words):
-        make(seeds, recipe)
+        make(seeds, {"config_type": "rattled", "count": 1}, recipe)
 
 
 def test_no_seeds_and_no_recipes_are_refused(seeds):

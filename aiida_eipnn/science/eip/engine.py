@@ -10,28 +10,26 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
-from ase.data import covalent_radii
-from vesin import NeighborList
 
-from aiida_eipnn.science.arrays import BoolArray, FloatArray, IntArray
+from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations, ragged_rows
 from aiida_eipnn.science.eip.potential import Label, open_potential
+from aiida_eipnn.science.gate import MIN_CONTACT, geometry_fault, overlap
 from aiida_eipnn.science.labels import NOT_RUN, Labels
 
-# Configurations outside these limits are outside what EIPs were made for, and a DFT run of them
-# seldom converges: such labels would only teach nonsense. SW silicon reaches 50 eV/Å in a dimer
-# of 1.45 Å, Tersoff T3 at 1.5 Å; the contact limit is 1.33 Å there.
+# Configurations beyond this, or with closer atoms than MIN_CONTACT, are outside what EIPs were made
+# for, and a DFT run of them seldom converges: such labels would only teach nonsense. SW silicon
+# reaches 50 eV/Å in a dimer of 1.45 Å, Tersoff T3 at 1.5 Å; MIN_CONTACT is 1.33 Å there.
 FORCE_LIMIT = 50.0
-CONTACT_LIMIT = 0.6
 
-OVERLAP = f"two atoms are closer than {CONTACT_LIMIT:g} of the sum of their covalent radii"
+OVERLAP = f"two atoms are closer than {MIN_CONTACT:g} of the sum of their covalent radii"
 STRONG_FORCE = f"a force is above {FORCE_LIMIT:g} eV/Å"
 NOT_FINITE = "energy or forces are not finite"
 MAX_RESTARTS = 3
@@ -95,7 +93,8 @@ def label_with_eips(
         A label is missing, with its reason, where the EIP raises, dies (it goes on after that
         configuration, at most ``MAX_RESTARTS`` times), runs out of time, cannot be opened or lacks
         an element; where energy or forces are not finite; where a force exceeds ``FORCE_LIMIT``;
-        and for every EIP where atoms overlap (``CONTACT_LIMIT``).
+        and for every EIP where atoms overlap (``MIN_CONTACT``), and where
+        a position is no number or a periodic cell has no volume.
 
     Raises
     ------
@@ -106,7 +105,7 @@ def label_with_eips(
     # The processes are forked from one that has these modules, so that each starts in a moment.
     _CONTEXT.set_forkserver_preload([__name__, "aiida_eipnn.science.eip.kim"])
     board = _Board(configurations, eips, previous)
-    board.refuse(np.flatnonzero(overlapping(configurations)), OVERLAP)
+    board.refuse(_faults(configurations))
     waiting = deque(
         _Task(board, column, name, timeout)
         for column, name in enumerate(eips)
@@ -132,28 +131,17 @@ def label_with_eips(
     return board.labels()
 
 
-def overlapping(configurations: Configurations) -> BoolArray:
-    """Return which configurations have atoms that overlap. Shape ``(n,)``.
-
-    Two atoms overlap where they are closer than ``CONTACT_LIMIT`` times the sum of their covalent
-    radii.
-    """
-    if not len(configurations):
-        return np.zeros(0, dtype=bool)
-    radii = CONTACT_LIMIT * covalent_radii
-    reach = 2 * float(radii[list(configurations.elements)].max())
-    neighbours = NeighborList(cutoff=reach, full_list=False)
-    found = np.zeros(len(configurations), dtype=bool)
+def _faults(configurations: Configurations) -> dict[int, str]:
+    """Return the rows that no EIP is asked about, with the reason."""
+    faults = {}
     for row in range(len(configurations)):
         atoms = configurations.atoms(row)
-        i, j, distance = neighbours.compute(
-            points=atoms.positions,
-            box=atoms.cell.complete().array,
-            periodic=atoms.pbc,
-            quantities="ijd",
-        )
-        found[row] = (distance < radii[atoms.numbers[i]] + radii[atoms.numbers[j]]).any()
-    return found
+        if fault := geometry_fault(atoms, min_contact=0.0):
+            faults[row] = fault
+        elif overlap(atoms) is not None:
+            # Without the distance, so that equal faults are counted together.
+            faults[row] = OVERLAP
+    return faults
 
 
 class _Board:
@@ -198,11 +186,12 @@ class _Board:
         """Return the rows that this EIP has still to label."""
         return np.flatnonzero(self.status[:, column] == self.reasons.index(NOT_RUN) + 1)
 
-    def refuse(self, rows: IntArray, reason: str) -> None:
-        """Give up configurations for all EIPs."""
+    def refuse(self, faults: Mapping[int, str]) -> None:
+        """Give up configurations, by row, for all EIPs."""
         for column in range(len(self.sources)):
-            for row in np.intersect1d(rows, self.not_run(column)):
-                self.fail(int(row), column, reason)
+            for row in self.not_run(column).tolist():
+                if row in faults:
+                    self.fail(row, column, faults[row])
 
     def fail(self, row: int, column: int, reason: str) -> None:
         if reason not in self.reasons:
