@@ -21,6 +21,7 @@ from aiida.orm import (
 )
 from ase.build import bulk
 
+from aiida_eipnn.cli.loop import SUBMITTED
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.reports.progress import show_progress
@@ -140,7 +141,7 @@ def launch(
             raise SystemExit(problem)
         node = checked(submit, builder)
         # Without the daemon it stands still, and nothing else in the database tells.
-        node.base.extras.set("eipnn_submitted", True)
+        node.base.extras.set(SUBMITTED, True)
         print(f"submitted: `aiida-eipnn status {node.pk} --follow` shows how far it is")  # noqa: T201
         return node
     with show_progress():

@@ -18,9 +18,11 @@ from aiida_eipnn.science.settings import build
 POWER_SPECTRUM = "power_spectrum"
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
-# Descriptors that hardly vary are not blown up to unit variance: what is noise in the training
-# set would drown everything elsewhere. Relative to the root mean square of the standard deviations.
+# Spreads below this part of the root mean square of all spreads are noise.
 _MIN_RELATIVE_SPREAD = 1e-3
+# Half-way between no scaling (0), which hides what varies little, and unit variance (1), which
+# makes the wildest functions of the distance as important as the smoothest ones.
+_SCALING_POWER = 0.5
 _VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 
 
@@ -50,7 +52,7 @@ class NetworkParameters:
     cutoff: float = 5.0
     n_radial: int = 8
     l_max: int = 4
-    width: int = 64
+    width: int = 128
     depth: int = 2
     precision: str = "float64"
 
@@ -139,12 +141,16 @@ class PowerSpectrumTrunk(nn.Module):
         return x
 
     def standardise(self, descriptors: Tensor) -> None:
-        """Let descriptors like these have mean 0 and standard deviation 1."""
+        """Let descriptors like these have mean 0 and spreads that differ less than they do."""
         spread = descriptors.std(dim=0, correction=0)
-        floor = _MIN_RELATIVE_SPREAD * spread.square().mean().sqrt()
+        typical = spread.square().mean().sqrt()
         self.mean.copy_(descriptors.mean(dim=0))
-        # A single atom, or equal ones, vary in nothing: leave the descriptors as they are.
-        self.spread.copy_(torch.clamp(spread, min=floor) if floor > 0 else torch.ones_like(spread))
+        if typical == 0:
+            # A single atom, or equal ones, vary in nothing: leave the descriptors as they are.
+            self.spread.fill_(1.0)
+            return
+        relative = torch.clamp(spread / typical, min=_MIN_RELATIVE_SPREAD)
+        self.spread.copy_(typical * relative**_SCALING_POWER)
 
     def initialise(self, generator: torch.Generator) -> None:
         """Draw new weights."""
