@@ -72,14 +72,51 @@ def test_the_same_eip_twice_is_refused(job_code, pool):
         run_get_node(LabelCalculation, code=job_code, configurations={"pool": pool}, eips=[SW, SW])
 
 
-def test_a_job_without_walltime_left_goes_on_from_its_checkpoint(kim, job_code, rattled_silicon):
-    pool = ConfigurationsData.from_value(rattled_silicon(40))
+SLOW = """
+import time
+
+from aiida_eipnn.science.eip.analytic import LennardJones
+
+
+class Slow(LennardJones):
+    def label(self, atoms):
+        time.sleep(0.4)
+        return super().label(atoms)
+
+
+def make():
+    return Slow(epsilon=0.1, sigma=2.0, cutoff=5.0)
+"""
+
+
+def test_a_job_that_runs_out_of_walltime_goes_on_from_its_checkpoint(
+    aiida_code_installed, job_code, rattled_silicon, tmp_path
+):
+    (tmp_path / "slow_lennard_jones.py").write_text(SLOW)
+    code = aiida_code_installed(
+        label="slow",
+        filepath_executable=str(job_code.filepath_executable),
+        prepend_text=f"export PYTHONPATH={tmp_path}",
+    )
+    pool = ConfigurationsData.from_value(rattled_silicon(20))
+    options = {
+        "resources": {"num_machines": 1, "num_mpiprocs_per_machine": 1},
+        "max_wallclock_seconds": 12,
+    }
     outputs, node = run_get_node(
         LabelBaseWorkChain,
-        job={"code": job_code, "configurations": {"pool": pool}, "eips": [SW]},
+        job={
+            "code": code,
+            "configurations": {"pool": pool},
+            "eips": ["python:slow_lennard_jones:make"],
+            "metadata": {"options": options},
+        },
     )
     assert node.is_finished_ok, node.exit_message
-    assert outputs["labels"].base.attributes.get("n_labels") == 40
+    statuses = [job.exit_status for job in node.called]
+    assert statuses[0] == 400
+    assert statuses[-1] == 0
+    assert outputs["labels"].base.attributes.get("n_labels") == 20
 
 
 def test_the_same_seed_makes_the_same_pool(kim, job_code, rattled_silicon):
