@@ -13,7 +13,7 @@ from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import Labels
-from aiida_eipnn.workflows.builder import fill_dft
+from aiida_eipnn.workflows import builder
 from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, slots_needed
 
 INPUTS = {
@@ -35,7 +35,7 @@ def dft_inputs(pw_code, pseudo_family):
         return {
             "configurations": node,
             "choice": ChoiceData.from_value(Choice.from_ids(configurations.ids), strategy="given"),
-            **fill_dft(inputs, pw_code, ["Si"], {}),
+            **builder.dft_inputs(inputs, pw_code, ["Si"], {}),
         }
 
     return make
@@ -132,7 +132,7 @@ def test_an_element_without_pseudopotential_is_refused_before_anything_runs(dft_
 def test_a_family_that_lacks_an_element_is_named(pw_code, pseudo_family):
     inputs = {**INPUTS, "pw_base": {"pseudo_family": pseudo_family, **INPUTS["pw_base"]}}
     with pytest.raises(ValueError, match=r"tests/LDA.*install it"):
-        fill_dft(inputs, pw_code, ["Al"], {})
+        builder.dft_inputs(inputs, pw_code, ["Al"], {})
 
 
 def test_occupations_must_be_explicit(dft_inputs, rattled_silicon):
