@@ -15,15 +15,18 @@ options.add_argument("--pool", required=True, help="PK of the configurations")
 options.add_argument("--eip-labels", required=True, help="PK of their EIP labels")
 given = options.parse_args()
 
+data = {
+    "configurations": {"pool": launch.node_of(given.pool, ConfigurationsData)},
+    "eip_labels": {"pool": launch.node_of(given.eip_labels, LabelsData)},
+}
 builder = launch.checked(
     TrainBaseWorkChain.get_builder_from_protocol,
     launch.code_of(given.job_code),
     "pretrain",
+    data,
     given.protocol,
     launch.overrides_of(given.overrides),
 )
-builder.job.configurations = {"pool": launch.node_of(given.pool, ConfigurationsData)}
-builder.job.eip_labels = {"pool": launch.node_of(given.eip_labels, LabelsData)}
 trained = launch.launch(builder, given)
 if not given.submit:
     print(f"committee {trained.outputs.committee.pk}")

@@ -17,18 +17,20 @@ options.add_argument("--labels", required=True, help="PK of their DFT labels")
 options.add_argument("--committee", help="PK of the pre-trained committee")
 given = options.parse_args()
 
-stage = "finetune" if given.committee else "scratch"
+data = {
+    "configurations": {"pool": launch.node_of(given.pool, ConfigurationsData)},
+    "labels": {"dft": launch.node_of(given.labels, LabelsData)},
+}
+if given.committee:
+    data["committee"] = launch.node_of(given.committee, CommitteeData)
 builder = launch.checked(
     TrainBaseWorkChain.get_builder_from_protocol,
     launch.code_of(given.job_code),
-    stage,
+    "finetune" if given.committee else "scratch",
+    data,
     given.protocol,
     launch.overrides_of(given.overrides),
 )
-builder.job.configurations = {"pool": launch.node_of(given.pool, ConfigurationsData)}
-builder.job.labels = {"dft": launch.node_of(given.labels, LabelsData)}
-if given.committee:
-    builder.job.committee = launch.node_of(given.committee, CommitteeData)
 trained = launch.launch(builder, given)
 if not given.submit:
     print(f"committee {trained.outputs.committee.pk}")

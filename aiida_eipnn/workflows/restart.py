@@ -125,18 +125,30 @@ class TrainBaseWorkChain(ProtocolMixin, JobBaseWorkChain):
         cls,
         code: AbstractCode,
         training: str,
+        data: Mapping[str, Any],
         protocol: str | None = None,
         overrides: Mapping[str, Any] | Path | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> ProcessBuilder:
-        """Return a builder with all settings of a training, less the data.
+        """Return a builder of a training with the settings of a protocol.
 
-        ``training`` is ``pretrain``, ``classify``, ``finetune`` or ``scratch``.
+        Parameters
+        ----------
+        code
+            Runs ``eipnn-job``.
+        training
+            ``pretrain``, ``classify``, ``finetune`` or ``scratch``.
+        data
+            What it learns from, by the names of the inputs of ``eipnn.train``: configurations,
+            and labels, eip_labels, committee, selection, exclude as the stage needs them.
+        protocol, overrides, options
+            As for the loop.
         """
         inputs = cls.get_protocol_inputs(protocol, overrides)
         builder = cls.get_builder()
         builder.job = {
             "training": Dict(inputs[training]),
+            **data,
             **train_inputs(inputs, code, options or {}),
         }
         return builder

@@ -80,7 +80,7 @@ from aiida_eipnn.science.eip.analytic import LennardJones
 
 class Slow(LennardJones):
     def label(self, atoms):
-        time.sleep(0.4)
+        time.sleep(1.0)
         return super().label(atoms)
 
 
@@ -98,10 +98,10 @@ def test_a_job_that_runs_out_of_walltime_goes_on_from_its_checkpoint(
         filepath_executable=str(job_code.filepath_executable),
         prepend_text=f"export PYTHONPATH={tmp_path}",
     )
-    pool = ConfigurationsData.from_value(rattled_silicon(20))
+    pool = ConfigurationsData.from_value(rattled_silicon(18))
     options = {
         "resources": {"num_machines": 1, "num_mpiprocs_per_machine": 1},
-        "max_wallclock_seconds": 12,
+        "max_wallclock_seconds": 30,
     }
     outputs, node = run_get_node(
         LabelBaseWorkChain,
@@ -116,7 +116,7 @@ def test_a_job_that_runs_out_of_walltime_goes_on_from_its_checkpoint(
     statuses = [job.exit_status for job in node.called]
     assert statuses[0] == 400
     assert statuses[-1] == 0
-    assert outputs["labels"].base.attributes.get("n_labels") == 20
+    assert outputs["labels"].base.attributes.get("n_labels") == 18
 
 
 def test_the_same_seed_makes_the_same_pool(kim, job_code, rattled_silicon):
