@@ -560,7 +560,7 @@ def make_loop(aiida_profile, aiida_localhost):
     Hundreds of nodes take seconds to store, so equal loops are made once, and again only where
     another test emptied the database.
     """
-    from aiida.common.exceptions import NotExistent
+    from aiida.common.exceptions import ClosedStorage, NotExistent
     from aiida.orm import load_node
 
     def make(state="finished", *, n_iterations=2) -> SyntheticLoop:
@@ -568,7 +568,7 @@ def make_loop(aiida_profile, aiida_localhost):
         key = (state, n_iterations)
         try:
             load_node(CACHE[key].node.uuid)
-        except (KeyError, NotExistent):
+        except (KeyError, NotExistent, ClosedStorage):
             CACHE[key] = Maker(n_iterations=n_iterations, state=state).make()
         return CACHE[key]
 
