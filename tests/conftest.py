@@ -54,6 +54,24 @@ def skip_without(name: str) -> None:
         pytest.skip(f"{name} is missing: {how}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def patient_runners():
+    """Let a work chain ask after its children ten times a second.
+
+    In a test profile AiiDA asks without a pause, which takes a whole core from pw.x and torch.
+    """
+    from aiida.manage.manager import Manager
+
+    create = Manager.create_runner
+
+    def create_patient(self, *args, **kwargs):
+        return create(self, *args, **{"poll_interval": 0.1, **kwargs})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Manager, "create_runner", create_patient)
+        yield
+
+
 @pytest.fixture(scope="session")
 def kim():
     """OpenKIM, with its models."""
