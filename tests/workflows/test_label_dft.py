@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 from aiida.engine import run_get_node
-from aiida.orm import Dict, QueryBuilder
-from aiida.plugins import CalculationFactory
+from aiida.orm import CalcJobNode, Dict
 from ase.build import bulk
 
 from aiida_eipnn.calculations.dft import deal, same_level
@@ -113,10 +112,10 @@ def test_a_second_run_takes_every_pw_calculation_from_the_cache(dft_inputs, ratt
     configurations = rattled_silicon(2, seed=7)
     first, _ = run_get_node(DftLabelWorkChain, **dft_inputs(configurations))
     with enable_caching():
-        second, _ = run_get_node(DftLabelWorkChain, **dft_inputs(configurations))
-    query = QueryBuilder().append(CalculationFactory("quantumespresso.pw"), project="*")
-    cached = [node for node in query.all(flat=True) if node.base.caching.is_created_from_cache]
-    assert len(cached) == 2
+        second, node = run_get_node(DftLabelWorkChain, **dft_inputs(configurations))
+    runs = [child for child in node.called_descendants if isinstance(child, CalcJobNode)]
+    assert len(runs) == 2
+    assert all(run.base.caching.is_created_from_cache for run in runs)
     assert first["labels"].value().energy.tolist() == second["labels"].value().energy.tolist()
 
 
