@@ -2,18 +2,20 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from aiida.engine import calcfunction
 from aiida.orm import (
     ArrayData,
+    Bool,
     Data,
     Dict,
     Float,
     FolderData,
     Int,
+    KpointsData,
     ProcessNode,
     StructureData,
     TrajectoryData,
@@ -40,17 +42,51 @@ FAILED = "failed_"
 # What in SYSTEM says how large a configuration is, or how the work is done; all else is physics.
 NOT_THE_LEVEL = ("ibrav", "nat", "ntyp", "nbnd", "nosym", "noinv")
 
+# Cell vectors whose lengths (Å) differ by less are of one length.
+SAME_LENGTH = 1e-5
+
 NO_OUTPUT = "pw.x left no output: see the report of the work chain"
 
 
 @calcfunction
-def extract_structures(configurations: ConfigurationsData, choice: ChoiceData) -> dict[str, Any]:
-    """Return the chosen configurations as structures, keyed ``structure_<id>``."""
+def extract_structures(
+    configurations: ConfigurationsData, choice: ChoiceData, kpoints_distance: Float, parity: Bool
+) -> dict[str, Any]:
+    """Return the chosen configurations as structures, with the k-point meshes that they need.
+
+    A structure is ``structure_<id>``, a mesh the name that `mesh_name` gives it: configurations
+    with one mesh share its node, which spares a process for each of them.
+    """
     ids = choice.ids()
     chosen = configurations.value().take(configurations.value().rows_of(ids))
-    return {
-        f"structure_{name}": StructureData(ase=chosen.atoms(row)) for row, name in enumerate(ids)
-    }
+    outputs: dict[str, Data] = {}
+    for row, name in enumerate(ids):
+        structure = outputs[f"structure_{name}"] = StructureData(ase=chosen.atoms(row))
+        mesh = mesh_of(structure, kpoints_distance.value, parity.value)
+        if mesh_name(mesh) not in outputs:
+            kpoints = outputs[mesh_name(mesh)] = KpointsData()
+            kpoints.set_kpoints_mesh(mesh)
+    return outputs
+
+
+def mesh_of(structure: StructureData, distance: float, parity: bool) -> list[int]:
+    """Return the k-points along each axis, no further apart than ``distance`` (1/Å).
+
+    As in PwBaseWorkChain: one point along an axis that is not periodic, an even number where
+    ``parity`` asks for it, and axes of one length have one number.
+    """
+    kpoints = KpointsData()
+    kpoints.set_cell_from_structure(structure)
+    kpoints.set_kpoints_mesh_from_density(distance, force_parity=parity)
+    mesh: list[int] = kpoints.get_kpoints_mesh()[0]
+    if np.ptp(structure.cell_lengths) < SAME_LENGTH:
+        mesh = [max(mesh) if periodic else 1 for periodic in structure.pbc]
+    return mesh
+
+
+def mesh_name(mesh: Sequence[int]) -> str:
+    """Return the link label of a mesh."""
+    return "mesh_" + "_".join(str(number) for number in mesh)
 
 
 @calcfunction
@@ -117,13 +153,16 @@ def deal(cost: FloatArray, n_lanes: int, most: int) -> list[list[int]]:
 
 
 @calcfunction
-def level_of_theory(parameters: Dict, kpoints_distance: Float, **pseudos: Data) -> Dict:
+def level_of_theory(
+    parameters: Dict, kpoints_distance: Float, parity: Bool, **pseudos: Data
+) -> Dict:
     """Return the fingerprint of a DFT calculation: labels may be mixed only where it is equal."""
     system = parameters.get_dict().get("SYSTEM", {})
     level: dict[str, Any] = {
         "code": "quantumespresso.pw",
         "pseudos": {kind: pseudo.base.attributes.get("md5") for kind, pseudo in pseudos.items()},
         "kpoints_distance": kpoints_distance.value,
+        "kpoints_force_parity": parity.value,
     }
     level |= {key: value for key, value in system.items() if key not in NOT_THE_LEVEL}
     text = repr(sorted((key, repr(value)) for key, value in level.items()))

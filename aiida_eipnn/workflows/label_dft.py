@@ -19,7 +19,17 @@ from aiida.engine import (
     append_,
     while_,
 )
-from aiida.orm import AbstractCode, Dict, Float, Int, StructureData, WorkChainNode, to_aiida_type
+from aiida.orm import (
+    AbstractCode,
+    Bool,
+    Dict,
+    Float,
+    Int,
+    KpointsData,
+    StructureData,
+    WorkChainNode,
+    to_aiida_type,
+)
 from aiida.plugins import WorkflowFactory
 from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 
@@ -32,6 +42,8 @@ from aiida_eipnn.calculations.dft import (
     gather_dft_labels,
     level_of_theory,
     merge_labels,
+    mesh_name,
+    mesh_of,
     scale_parameters,
 )
 from aiida_eipnn.data.choice import ChoiceData
@@ -65,6 +77,7 @@ def _add_inputs(spec: ProcessSpec) -> None:
     )
     spec.inputs["pw_base"].validator = None
     spec.inputs["pw_base"]["pw"].validator = None
+    spec.inputs["pw_base"]["kpoints_distance"].required = True
     spec.input(
         "scaling",
         valid_type=Dict,
@@ -92,7 +105,9 @@ class DftLaneWorkChain(WorkChain):
 
     def setup(self) -> None:
         """Turn the chosen configurations into structures."""
-        self.ctx.structures = extract_structures(self.inputs.configurations, self.inputs.choice)
+        self.ctx.structures = extract_structures(
+            self.inputs.configurations, self.inputs.choice, *kpoints_rule(self.inputs.pw_base)
+        )
         self.ctx.ids = [str(name) for name in self.inputs.choice.ids()]
         self.ctx.children = []
         self.ctx.parameters = {}
@@ -107,8 +122,14 @@ class DftLaneWorkChain(WorkChain):
         structure = self.ctx.structures[f"structure_{name}"]
         inputs = pw_inputs(self.exposed_inputs(PwBaseWorkChain, namespace="pw_base"), structure)
         inputs.pw.parameters = self.scaled_parameters(structure, inputs.pw)
+        inputs.kpoints = self.mesh(structure)
         inputs.metadata.call_link_label = f"dft_{name}"
         return ToContext(children=append_(self.submit(PwBaseWorkChain, **inputs)))
+
+    def mesh(self, structure: StructureData) -> KpointsData:
+        """Return the k-points of this structure."""
+        distance, parity = kpoints_rule(self.inputs.pw_base)
+        return self.ctx.structures[mesh_name(mesh_of(structure, distance.value, parity.value))]
 
     def scaled_parameters(self, structure: StructureData, pw: AttributeDict) -> Dict:
         """Return the parameters of this composition, one node for all that have it."""
@@ -149,7 +170,15 @@ def pw_inputs(inputs: AttributeDict, structure: StructureData) -> AttributeDict:
     pseudos = {kind: inputs.pw.pseudos[kind] for kind in kinds if kind in inputs.pw.pseudos}
     inputs.pw = AttributeDict({**inputs.pw, "structure": structure, "pseudos": pseudos})
     inputs.metadata = AttributeDict(inputs.get("metadata", {}))
+    # The mesh is given instead: PwBaseWorkChain would make one, in a process, for each run.
+    for rule in ("kpoints_distance", "kpoints_force_parity"):
+        inputs.pop(rule, None)
     return inputs
+
+
+def kpoints_rule(pw_base: Any) -> tuple[Float, Bool]:
+    """Return how far k-points may be apart (1/Å), and whether their numbers must be even."""
+    return pw_base["kpoints_distance"], pw_base.get("kpoints_force_parity", Bool(False))
 
 
 def last_retrieved(child: Any) -> Any:
@@ -234,7 +263,7 @@ class DftLabelWorkChain(ProtocolMixin, WorkChain):
         """Fingerprint the level of theory and deal the configurations to lanes."""
         pw_base = self.inputs.pw_base
         self.ctx.level = level_of_theory(
-            pw_base.pw.parameters, pw_base.kpoints_distance, **pw_base.pw.pseudos
+            pw_base.pw.parameters, *kpoints_rule(pw_base), **pw_base.pw.pseudos
         )
         self.ctx.lanes = deal_lanes(
             self.inputs.configurations, self.inputs.choice, self.inputs.n_lanes

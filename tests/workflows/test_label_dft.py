@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 from aiida.engine import run_get_node
-from aiida.orm import CalcJobNode, Dict
-from ase.build import bulk
+from aiida.orm import Bool, CalcJobNode, Dict, Float, StructureData
+from aiida_quantumespresso.calculations.functions.create_kpoints_from_distance import (
+    create_kpoints_from_distance,
+)
+from ase.build import bulk, molecule
 
-from aiida_eipnn.calculations.dft import deal, same_level
+from aiida_eipnn.calculations.dft import deal, extract_structures, mesh_of, same_level
 from aiida_eipnn.data.choice import Choice, ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
@@ -156,6 +159,24 @@ def test_lanes_get_equal_cost_and_never_too_many_configurations():
     assert sorted(len(lane) for lane in lanes) == [1, 8]
     assert max(len(lane) for lane in deal(np.ones(120), 2, 50)) <= 50
     assert sorted(row for lane in deal(np.ones(120), 2, 50) for row in lane) == list(range(120))
+
+
+@pytest.mark.parametrize("parity", [False, True])
+@pytest.mark.parametrize(
+    "atoms", [bulk("Si"), bulk("Si", cubic=True) * (2, 1, 1), molecule("Si2H6", vacuum=3.0)]
+)
+def test_meshes_are_those_of_the_work_chain_of_quantum_espresso(aiida_profile, atoms, parity):
+    structure = StructureData(ase=atoms)
+    theirs = create_kpoints_from_distance(structure, Float(0.31), Bool(parity))
+    assert mesh_of(structure, 0.31, parity) == theirs.get_kpoints_mesh()[0]
+
+
+def test_configurations_with_one_mesh_share_its_node(dft_inputs, rattled_silicon):
+    configurations = rattled_silicon(3, seed=8)
+    node = ConfigurationsData.from_value(configurations)
+    choice = ChoiceData.from_value(Choice.from_ids(configurations.ids), strategy="given")
+    outputs = extract_structures(node, choice, Float(0.31), Bool(False))
+    assert sorted(name.split("_")[0] for name in outputs) == ["mesh", *["structure"] * 3]
 
 
 def test_three_slots_a_lane_and_a_few_for_the_parents():
