@@ -49,13 +49,20 @@ NO_OUTPUT = "pw.x left no output: see the report of the work chain"
 
 
 @calcfunction
-def extract_structures(
-    configurations: ConfigurationsData, choice: ChoiceData, kpoints_distance: Float, parity: Bool
+def prepare_runs(
+    configurations: ConfigurationsData,
+    choice: ChoiceData,
+    parameters: Dict,
+    scaling: Dict,
+    kpoints_distance: Float,
+    parity: Bool,
+    **pseudos: Data,
 ) -> dict[str, Any]:
-    """Return the chosen configurations as structures, with the k-point meshes that they need.
+    """Return what pw.x needs to run on each chosen configuration.
 
-    A structure is ``structure_<id>``, a mesh the name that `mesh_name` gives it: configurations
-    with one mesh share its node, which spares a process for each of them.
+    The structures are ``structure_<id>``. Meshes and parameters have the names that `mesh_name`
+    and `parameters_name` give them: configurations of one mesh or composition share the node,
+    which spares a process for each of them.
     """
     ids = choice.ids()
     chosen = configurations.value().take(configurations.value().rows_of(ids))
@@ -63,10 +70,19 @@ def extract_structures(
     for row, name in enumerate(ids):
         structure = outputs[f"structure_{name}"] = StructureData(ase=chosen.atoms(row))
         mesh = mesh_of(structure, kpoints_distance.value, parity.value)
-        if mesh_name(mesh) not in outputs:
-            kpoints = outputs[mesh_name(mesh)] = KpointsData()
-            kpoints.set_kpoints_mesh(mesh)
+        outputs.setdefault(mesh_name(mesh), kpoints_node(mesh))
+        outputs.setdefault(
+            parameters_name(structure),
+            Dict(scaled_parameters(parameters.get_dict(), scaling.get_dict(), structure, pseudos)),
+        )
     return outputs
+
+
+def kpoints_node(mesh: Sequence[int]) -> KpointsData:
+    """Return a mesh as a node."""
+    kpoints = KpointsData()
+    kpoints.set_kpoints_mesh(mesh)
+    return kpoints
 
 
 def mesh_of(structure: StructureData, distance: float, parity: bool) -> list[int]:
@@ -89,25 +105,32 @@ def mesh_name(mesh: Sequence[int]) -> str:
     return "mesh_" + "_".join(str(number) for number in mesh)
 
 
-@calcfunction
-def scale_parameters(
-    parameters: Dict, scaling: Dict, structure: StructureData, **pseudos: Data
-) -> Dict:
+def scaled_parameters(
+    parameters: dict[str, Any],
+    scaling: Mapping[str, float],
+    structure: StructureData,
+    pseudos: Mapping[str, Data],
+) -> dict[str, Any]:
     """Return the parameters of pw.x with what grows with the configuration.
 
     The number of bands is ``bands_factor`` times the occupied ones plus ``extra_bands``: with too
     few, PwBaseWorkChain adds some and runs a second time. The threshold is
     ``conv_thr_per_atom`` (Ry/atom) times the atoms.
     """
-    settings = scaling.get_dict()
     kinds = [site.kind_name for site in structure.sites]
     occupied = sum(pseudos[kind].base.attributes.get("z_valence") for kind in kinds) / 2
-    scaled = parameters.get_dict()
-    scaled["SYSTEM"]["nbnd"] = (
-        math.ceil(settings["bands_factor"] * occupied) + settings["extra_bands"]
-    )
-    scaled["ELECTRONS"]["conv_thr"] = settings["conv_thr_per_atom"] * len(kinds)
-    return Dict(scaled)
+    n_bands = math.ceil(scaling["bands_factor"] * occupied) + scaling["extra_bands"]
+    threshold = scaling["conv_thr_per_atom"] * len(kinds)
+    return {
+        **parameters,
+        "SYSTEM": {**parameters["SYSTEM"], "nbnd": n_bands},
+        "ELECTRONS": {**parameters["ELECTRONS"], "conv_thr": threshold},
+    }
+
+
+def parameters_name(structure: StructureData) -> str:
+    """Return the link label of the parameters of a composition."""
+    return f"parameters_{structure.get_formula()}"
 
 
 @calcfunction

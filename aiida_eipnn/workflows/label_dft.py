@@ -38,13 +38,13 @@ from aiida_eipnn.calculations.dft import (
     LABELLED,
     MAX_NODES,
     deal_lanes,
-    extract_structures,
     gather_dft_labels,
     level_of_theory,
     merge_labels,
     mesh_name,
     mesh_of,
-    scale_parameters,
+    parameters_name,
+    prepare_runs,
 )
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
@@ -104,13 +104,18 @@ class DftLaneWorkChain(WorkChain):
         )
 
     def setup(self) -> None:
-        """Turn the chosen configurations into structures."""
-        self.ctx.structures = extract_structures(
-            self.inputs.configurations, self.inputs.choice, *kpoints_rule(self.inputs.pw_base)
+        """Turn the chosen configurations into what pw.x needs."""
+        pw = self.inputs.pw_base.pw
+        self.ctx.prepared = prepare_runs(
+            self.inputs.configurations,
+            self.inputs.choice,
+            pw.parameters,
+            self.inputs.scaling,
+            *kpoints_rule(self.inputs.pw_base),
+            **pw.pseudos,
         )
         self.ctx.ids = [str(name) for name in self.inputs.choice.ids()]
         self.ctx.children = []
-        self.ctx.parameters = {}
 
     def should_run_pw(self) -> bool:
         """Go on until each configuration had its run."""
@@ -119,9 +124,9 @@ class DftLaneWorkChain(WorkChain):
     def run_pw(self) -> ToContext:
         """Run pw.x on the next configuration."""
         name = self.ctx.ids[len(self.ctx.children)]
-        structure = self.ctx.structures[f"structure_{name}"]
+        structure = self.ctx.prepared[f"structure_{name}"]
         inputs = pw_inputs(self.exposed_inputs(PwBaseWorkChain, namespace="pw_base"), structure)
-        inputs.pw.parameters = self.scaled_parameters(structure, inputs.pw)
+        inputs.pw.parameters = self.ctx.prepared[parameters_name(structure)]
         inputs.kpoints = self.mesh(structure)
         inputs.metadata.call_link_label = f"dft_{name}"
         return ToContext(children=append_(self.submit(PwBaseWorkChain, **inputs)))
@@ -129,16 +134,7 @@ class DftLaneWorkChain(WorkChain):
     def mesh(self, structure: StructureData) -> KpointsData:
         """Return the k-points of this structure."""
         distance, parity = kpoints_rule(self.inputs.pw_base)
-        return self.ctx.structures[mesh_name(mesh_of(structure, distance.value, parity.value))]
-
-    def scaled_parameters(self, structure: StructureData, pw: AttributeDict) -> Dict:
-        """Return the parameters of this composition, one node for all that have it."""
-        formula = structure.get_formula()
-        if formula not in self.ctx.parameters:
-            self.ctx.parameters[formula] = scale_parameters(
-                pw.parameters, self.inputs.scaling, structure, **pw.pseudos
-            )
-        return self.ctx.parameters[formula]
+        return self.ctx.prepared[mesh_name(mesh_of(structure, distance.value, parity.value))]
 
     def inspect_pw(self) -> None:
         """Say how the run ended."""

@@ -368,10 +368,10 @@ class Maker:
 
         row = self.pool.value().rows_of([name])[0]
         structure = StructureData(ase=self.pool.value().atoms(row))
-        extract = self.graph.process(
-            self.function, "extract_structures", caller=lane, inputs={"configurations": self.pool}
+        prepare = self.graph.process(
+            self.function, "prepare_runs", caller=lane, inputs={"configurations": self.pool}
         )
-        self.graph.create(extract, **{f"structure_{name}": structure})
+        self.graph.create(prepare, **{f"structure_{name}": structure})
         end = {"process_state": "waiting"} if running else {"exit_status": 402 if fails else 0}
         given = {
             "pw__structure": structure,

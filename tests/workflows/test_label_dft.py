@@ -9,7 +9,7 @@ from aiida_quantumespresso.calculations.functions.create_kpoints_from_distance i
 )
 from ase.build import bulk, molecule
 
-from aiida_eipnn.calculations.dft import deal, extract_structures, mesh_of, same_level
+from aiida_eipnn.calculations.dft import deal, mesh_of, prepare_runs, same_level
 from aiida_eipnn.data.choice import Choice, ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
@@ -171,12 +171,22 @@ def test_meshes_are_those_of_the_work_chain_of_quantum_espresso(aiida_profile, a
     assert mesh_of(structure, 0.31, parity) == theirs.get_kpoints_mesh()[0]
 
 
-def test_configurations_with_one_mesh_share_its_node(dft_inputs, rattled_silicon):
-    configurations = rattled_silicon(3, seed=8)
-    node = ConfigurationsData.from_value(configurations)
-    choice = ChoiceData.from_value(Choice.from_ids(configurations.ids), strategy="given")
-    outputs = extract_structures(node, choice, Float(0.31), Bool(False))
-    assert sorted(name.split("_")[0] for name in outputs) == ["mesh", *["structure"] * 3]
+def test_configurations_with_one_mesh_and_composition_share_their_nodes(
+    dft_inputs, rattled_silicon
+):
+    inputs = dft_inputs(rattled_silicon(3, seed=8))
+    pw = inputs["pw_base"]["pw"]
+    outputs = prepare_runs(
+        inputs["configurations"],
+        inputs["choice"],
+        pw["parameters"],
+        inputs["scaling"],
+        Float(0.31),
+        Bool(False),
+        **pw["pseudos"],
+    )
+    kinds = [name.split("_")[0] for name in outputs]
+    assert sorted(kinds) == ["mesh", "parameters", *["structure"] * 3]
 
 
 def test_three_slots_a_lane_and_a_few_for_the_parents():
