@@ -4,9 +4,11 @@ A model is created once and never refreshed: ``Model.clear_then_refresh`` change
 some MEAM models at every call (Wagner 2007, Pascuet & Fernandez 2015), without an error.
 """
 
+import ctypes
 import difflib
 import json
 import re
+from collections.abc import Iterable
 from functools import cache, cached_property
 from typing import Any
 
@@ -17,12 +19,24 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from aiida_eipnn.science.arrays import BoolArray, FloatArray, IntArray
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.eip.batch import COMPILED, Batch, BatchLabels, Reach, reason_of
 from aiida_eipnn.science.eip.potential import (
     Label,
     PotentialDescription,
     refuse_unknown_elements,
     virial_stress,
 )
+
+if COMPILED:
+    from aiida_eipnn.science.eip.neighbours import (
+        Pairs,
+        Particles,
+        callback_address,
+        fold,
+        largest,
+        load,
+    )
 
 # KIM's integers are C ints.
 Codes = NDArray[np.intc]
@@ -53,14 +67,13 @@ class KimPotential:
         self._images_need_neighbours = not np.all(hints)
         self._neighbours = kimpy.neighlist.create()
         self._arguments = model.compute_arguments_create()
-        self._arguments.set_callback_pointer(
-            kimpy.compute_callback_name.GetNeighborList,
-            kimpy.neighlist.get_neigh_kim(),
-            self._neighbours,
-        )
         # Species code by atomic number, asked when an element is first met: asking for all takes
         # longer than opening the model.
         self._codes = np.full(len(chemical_symbols), _NOT_ASKED, dtype=np.intc)
+        names, support = kimpy.compute_argument_name, kimpy.support_status
+        status = self._arguments.get_argument_support_status(names.partialParticleEnergy)
+        self.tells_atomic_energies = bool(status != support.notSupported)
+        self._particles: Particles | None = None
 
     @cached_property
     def elements(self) -> frozenset[int]:
@@ -76,6 +89,14 @@ class KimPotential:
         """Where it comes from."""
         return describe_kim_model(self.name)
 
+    @property
+    def reach(self) -> Reach | None:
+        """What it needs to know about an atom's surroundings, ``None`` where lists are its own."""
+        # No installed model has lists of several lengths; one that has gets kimpy's.
+        if not COMPILED or len(self._cutoffs) != 1:
+            return None
+        return Reach(self.cutoff, self._images_need_neighbours)
+
     def label(self, atoms: Atoms) -> Label:
         """Return energy, forces and stress of one configuration.
 
@@ -86,12 +107,136 @@ class KimPotential:
         RuntimeError
             If the model cannot compute it, for instance because the atoms are too close.
         """
+        if self.reach is None:
+            return self._label_alone(atoms)
+        refuse_unknown_elements(self.name, atoms.numbers, self._known(atoms.numbers))
+        labels = self.label_batch(Batch(Configurations.from_atoms([atoms]), [self.reach]))
+        if labels.errors:
+            raise RuntimeError(labels.errors[0])
+        return Label(float(labels.energy[0]), labels.forces, labels.stress[0])
+
+    def label_batch(
+        self, batch: Batch, rows: Iterable[int] | None = None, *, atomic_energies: bool = False
+    ) -> BatchLabels:
+        """Return what it says about configurations, on neighbour lists shared with other EIPs.
+
+        Parameters
+        ----------
+        batch
+            The configurations.
+        rows
+            Label only these.
+        atomic_energies
+            Ask for the energy of each atom too, where the model tells it.
+        """
+        part = batch.configurations
+        labels = BatchLabels.empty(part)
+        todo = range(len(part)) if rows is None else rows
+        if self.reach is None:
+            for row in todo:
+                self._label_into(labels, part, int(row))
+            return labels
+        pairs = batch.pairs(self.reach)
+        codes = self._codes_of(part.numbers)
+        self._make_room(pairs, atomic_energies=atomic_energies and self.tells_atomic_energies)
+        virial = np.zeros((len(part), 3, 3))
+        for row in map(int, todo):
+            atoms = slice(part.offsets[row], part.offsets[row + 1])
+            try:
+                if (codes[atoms] == _UNKNOWN).any():
+                    refuse_unknown_elements(self.name, part.numbers[atoms], self.elements)
+                labels.energy[row] = self._compute_row(pairs, row, codes, part.offsets)
+            except (RuntimeError, ValueError) as error:
+                labels.errors[row] = reason_of(error)
+                continue
+            fold(
+                pairs,
+                row,
+                part.offsets,
+                self._particles,
+                labels.forces,
+                virial[row],
+                labels.atomic_energy,
+            )
+        _set_stress(labels, part, virial)
+        if not (atomic_energies and self.tells_atomic_energies):
+            labels.atomic_energy[:] = np.nan
+        return labels
+
+    def _compute_row(self, pairs: "Pairs", row: int, codes: Codes, offsets: IntArray) -> float:
+        """Let the model compute one configuration; the forces are where it was told to put them."""
+        particles = self._particles
+        assert particles is not None
+        if load(
+            pairs,
+            row,
+            codes,
+            offsets,
+            float(self._cutoffs[0]),
+            self.cutoff,
+            self._images_need_neighbours,
+            particles,
+        ):
+            raise RuntimeError("two atoms are in one place")
+        self._model.compute(self._arguments)
+        return float(particles.energy[0])
+
+    def _make_room(self, pairs: "Pairs", *, atomic_energies: bool) -> None:
+        """Give the model memory that the largest of these configurations fits into."""
+        room = largest(pairs)
+        particles = self._particles
+        if (
+            particles is None
+            or room[0] > len(particles.codes)
+            or room[1] > len(particles.neighbours)
+        ):
+            particles = self._particles = Particles.empty(*(2 * size for size in room))
+        names = kimpy.compute_argument_name
+        pointers = (
+            (names.numberOfParticles, particles.number),
+            (names.particleSpeciesCodes, particles.codes),
+            (names.particleContributing, particles.contributing),
+            (names.coordinates, particles.positions),
+            (names.partialEnergy, particles.energy),
+            (names.partialForces, particles.forces),
+        )
+        for name, array in pointers:
+            self._arguments.set_argument_pointer(name, array)
+        if atomic_energies:
+            self._arguments.set_argument_pointer(
+                names.partialParticleEnergy, particles.particle_energy
+            )
+        elif self.tells_atomic_energies:
+            self._arguments.set_argument_null_pointer(names.partialParticleEnergy)
+        self._arguments.set_callback_pointer(
+            kimpy.compute_callback_name.GetNeighborList,
+            _capsule(callback_address()),
+            _capsule(particles.lists.ctypes.data),
+        )
+
+    def _label_into(self, labels: BatchLabels, part: Configurations, row: int) -> None:
+        """Label one configuration on kimpy's own lists."""
+        try:
+            label = self._label_alone(part.atoms(row))
+        except (RuntimeError, ValueError) as error:
+            labels.errors[row] = reason_of(error)
+            return
+        labels.energy[row], labels.stress[row] = label.energy, label.stress
+        labels.forces[part.offsets[row] : part.offsets[row + 1]] = label.forces
+
+    def _label_alone(self, atoms: Atoms) -> Label:
+        """Return the label of one configuration, on kimpy's own lists."""
         n_atoms = len(atoms)
         coordinates, codes, image_of = self._with_images(atoms)
         need = np.ones(len(codes), dtype=np.intc)
         if not self._images_need_neighbours:
             need[n_atoms:] = 0
         self._neighbours.build(coordinates, self.cutoff, self._cutoffs, need)
+        self._arguments.set_callback_pointer(
+            kimpy.compute_callback_name.GetNeighborList,
+            kimpy.neighlist.get_neigh_kim(),
+            self._neighbours,
+        )
         energy, forces = self._compute(coordinates, codes, n_atoms)
         folded = forces[:n_atoms].copy()
         np.add.at(folded, image_of, forces[n_atoms:])
@@ -148,15 +293,23 @@ class KimPotential:
         return float(energy[0]), forces
 
     def _species_codes(self, numbers: IntArray) -> Codes:
-        """Return the model's species code of each atom."""
+        """Return the model's species code of each atom; ``ValueError`` if it lacks one."""
+        refuse_unknown_elements(self.name, numbers, self._known(numbers))
+        return self._codes_of(numbers)
+
+    def _codes_of(self, numbers: IntArray) -> Codes:
+        """Return the model's species code of each atom, ``_UNKNOWN`` where it has none."""
         codes = self._codes[numbers]
         if (codes == _NOT_ASKED).any():
             for number in np.unique(numbers):
                 self._codes[number] = self._ask_code(int(number))
             codes = self._codes[numbers]
-        if (codes == _UNKNOWN).any():
-            refuse_unknown_elements(self.name, numbers, self.elements)
         return codes
+
+    def _known(self, numbers: IntArray) -> frozenset[int]:
+        """Return all elements it knows, as far as that matters for these."""
+        codes = self._codes_of(numbers)
+        return self.elements if (codes == _UNKNOWN).any() else frozenset(map(int, numbers))
 
     def _ask_code(self, number: int) -> int:
         """Return the model's species code of an element."""
@@ -249,6 +402,26 @@ def _read_value(tokens: list[str]) -> Any:
         items.append(_read_value(tokens))
     tokens.pop()
     return items if token == "[" else dict(zip(items[::2], items[1::2], strict=True))
+
+
+def _set_stress(labels: BatchLabels, part: Configurations, virial: FloatArray) -> None:
+    """Turn sums of positions times forces into stress where there is a volume."""
+    periodic = part.pbc.all(axis=1)
+    volumes = np.where(periodic, np.abs(np.linalg.det(part.cells)), np.nan)
+    s = -0.5 * (virial + virial.transpose(0, 2, 1)) / volumes[:, None, None]
+    told = np.isfinite(labels.energy)
+    labels.stress[told] = s[told][:, [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
+
+
+def _capsule(address: int) -> object:
+    """Return an address as kimpy takes it."""
+    capsule: object = _new_capsule(address, None, None)
+    return capsule
+
+
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype = ctypes.py_object
+_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
 def _into_cell(positions: FloatArray, cell: FloatArray, pbc: BoolArray) -> FloatArray:
