@@ -100,6 +100,7 @@ class Batch:
         self._pairs: dict[Reach, Pairs] = {}
         self._cells: FloatArray | None = None
         self._sound: BoolArray | None = None
+        self._roomy = self._find_roomy()
 
     def __len__(self) -> int:
         return len(self.configurations)
@@ -151,12 +152,12 @@ class Batch:
     def _shapeless(self) -> dict[int, str]:
         """Return the rows without a geometry, with the reason."""
         faults = {}
-        for row in np.flatnonzero(~self._unremarkable()):
+        for row in np.flatnonzero(~self._roomy):
             if fault := geometry_fault(self.configurations.atoms(int(row)), min_contact=0.0):
                 faults[int(row)] = fault
         return faults
 
-    def _unremarkable(self) -> BoolArray:
+    def _find_roomy(self) -> BoolArray:
         """Return where it is clear at a glance that there is a geometry. Shape ``(n,)``."""
         part = self.configurations
         finite = np.isfinite(part.cells).all(axis=(1, 2)) & (part.n_atoms > 0)
@@ -174,7 +175,7 @@ class Batch:
         rows_of_atoms = np.repeat(np.arange(len(self)), part.n_atoms)
         filled = np.bincount(rows_of_atoms, 4 / 3 * np.pi * radii**3, minlength=len(self))
         # Collapsed cells have more images than the memory holds: they must not get into a list.
-        at_ease = self.sound & self._unremarkable() & (filled < _CLOSE_PACKING * volumes)
+        at_ease = self.sound & self._roomy & (filled < _CLOSE_PACKING * volumes)
         close = [
             int(row)
             for row in np.flatnonzero(self.sound & ~at_ease)

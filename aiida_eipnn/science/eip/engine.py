@@ -52,8 +52,8 @@ NOT_FINITE = "energy or forces are not finite"
 MAX_DEATHS = 4
 
 # Configurations that share neighbour lists: these fit into the cache of a core.
-BATCH_ROWS = 40
-BATCH_ATOMS = 2000
+BATCH_ROWS = 100
+BATCH_ATOMS = 4000
 
 # What a process needs beside its models: the interpreter and the compiled lists.
 DEFAULT_MEMORY = 4096.0

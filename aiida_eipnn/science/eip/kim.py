@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import kimpy
 import numpy as np
@@ -30,12 +30,10 @@ from aiida_eipnn.science.eip.potential import (
 
 if COMPILED:
     from aiida_eipnn.science.eip.neighbours import (
-        Pairs,
         Particles,
         callback_address,
         fold,
-        largest,
-        load,
+        make_particles,
     )
 
 # KIM's integers are C ints.
@@ -43,9 +41,40 @@ Codes = NDArray[np.intc]
 
 # Values of "potential-type" in the models' own metadata.
 MACHINE_LEARNED = frozenset({"snap", "dunn", "hnn", "nn", "gap", "agni", "mtp", "ace"})
+_NAMES = kimpy.compute_argument_name
 _PORTABLE = kimpy.collection_item_type.portableModel
 # KIM's own species codes are small numbers, chosen by each model.
 _NOT_ASKED, _UNKNOWN = np.iinfo(np.intc).min, np.iinfo(np.intc).min + 1
+
+
+class _Desk(NamedTuple):
+    """Memory that a model reads and writes; KIM's compute arguments, and the lists of neighbours.
+
+    KIM keeps pointers into these arrays: they must live as long as it computes.
+    """
+
+    number: Codes
+    codes: Codes
+    contributing: Codes
+    positions: FloatArray
+    energy: FloatArray
+    forces: FloatArray
+    atomic_energy: FloatArray
+    lists: IntArray
+
+    @classmethod
+    def of(cls, n: int) -> "_Desk":
+        """Return memory for ``n`` particles."""
+        return cls(
+            number=np.zeros(1, dtype=np.intc),
+            codes=np.zeros(n, dtype=np.intc),
+            contributing=np.zeros(n, dtype=np.intc),
+            positions=np.zeros((n, 3)),
+            energy=np.zeros(1),
+            forces=np.zeros((n, 3)),
+            atomic_energy=np.zeros(n),
+            lists=np.zeros(2 * n + 2, dtype=np.int64),
+        )
 
 
 class KimPotential:
@@ -70,10 +99,11 @@ class KimPotential:
         # Species code by atomic number, asked when an element is first met: asking for all takes
         # longer than opening the model.
         self._codes = np.full(len(chemical_symbols), _NOT_ASKED, dtype=np.intc)
-        names, support = kimpy.compute_argument_name, kimpy.support_status
-        status = self._arguments.get_argument_support_status(names.partialParticleEnergy)
-        self.tells_atomic_energies = bool(status != support.notSupported)
-        self._particles: Particles | None = None
+        status = self._arguments.get_argument_support_status(_NAMES.partialParticleEnergy)
+        self.tells_atomic_energies = bool(status != kimpy.support_status.notSupported)
+        self._desk: _Desk | None = None
+        self._told_atomic_energies = False
+        self._callback = _new_capsule(callback_address(), None, None) if COMPILED else None
 
     @cached_property
     def elements(self) -> frozenset[int]:
@@ -136,83 +166,82 @@ class KimPotential:
             for row in todo:
                 self._label_into(labels, part, int(row))
             return labels
-        pairs = batch.pairs(self.reach)
         codes = self._codes_of(part.numbers)
-        self._make_room(pairs, atomic_energies=atomic_energies and self.tells_atomic_energies)
-        virial = np.zeros((len(part), 3, 3))
-        for row in map(int, todo):
-            atoms = slice(part.offsets[row], part.offsets[row + 1])
-            try:
-                if (codes[atoms] == _UNKNOWN).any():
-                    refuse_unknown_elements(self.name, part.numbers[atoms], self.elements)
-                labels.energy[row] = self._compute_row(pairs, row, codes, part.offsets)
-            except (RuntimeError, ValueError) as error:
-                labels.errors[row] = reason_of(error)
-                continue
-            fold(
-                pairs,
-                row,
-                part.offsets,
-                self._particles,
-                labels.forces,
-                virial[row],
-                labels.atomic_energy,
-            )
-        _set_stress(labels, part, virial)
-        if not (atomic_energies and self.tells_atomic_energies):
-            labels.atomic_energy[:] = np.nan
-        return labels
-
-    def _compute_row(self, pairs: "Pairs", row: int, codes: Codes, offsets: IntArray) -> float:
-        """Let the model compute one configuration; the forces are where it was told to put them."""
-        particles = self._particles
-        assert particles is not None
-        if load(
-            pairs,
-            row,
+        unknown = np.flatnonzero(codes == _UNKNOWN)
+        strangers = set(map(int, np.searchsorted(part.offsets, unknown, side="right") - 1))
+        particles = make_particles(
+            batch.pairs(self.reach),
+            part.offsets,
             codes,
-            offsets,
             float(self._cutoffs[0]),
             self.cutoff,
-            self._images_need_neighbours,
-            particles,
-        ):
-            raise RuntimeError("two atoms are in one place")
-        self._model.compute(self._arguments)
-        return float(particles.energy[0])
-
-    def _make_room(self, pairs: "Pairs", *, atomic_energies: bool) -> None:
-        """Give the model memory that the largest of these configurations fits into."""
-        room = largest(pairs)
-        particles = self._particles
-        if (
-            particles is None
-            or room[0] > len(particles.codes)
-            or room[1] > len(particles.neighbours)
-        ):
-            particles = self._particles = Particles.empty(*(2 * size for size in room))
-        names = kimpy.compute_argument_name
-        pointers = (
-            (names.numberOfParticles, particles.number),
-            (names.particleSpeciesCodes, particles.codes),
-            (names.particleContributing, particles.contributing),
-            (names.coordinates, particles.positions),
-            (names.partialEnergy, particles.energy),
-            (names.partialForces, particles.forces),
+            of_images=self._images_need_neighbours,
         )
-        for name, array in pointers:
-            self._arguments.set_argument_pointer(name, array)
+        atomic_energies = atomic_energies and self.tells_atomic_energies
+        desk = self._clear_desk(particles, atomic_energies=atomic_energies)
+        for row in map(int, todo):
+            try:
+                if row in strangers:
+                    refuse_unknown_elements(self.name, part.atoms(row).numbers, self.elements)
+                self._compute_row(desk, particles, row)
+                labels.energy[row] = particles.energy[row]
+            except (RuntimeError, ValueError) as error:
+                labels.errors[row] = reason_of(error)
+        forces, energies, virial = fold(particles, len(part.numbers))
+        labels.forces[:] = forces
         if atomic_energies:
-            self._arguments.set_argument_pointer(
-                names.partialParticleEnergy, particles.particle_energy
-            )
+            labels.atomic_energy[:] = energies
+        _set_stress(labels, part, virial)
+        return labels
+
+    def _compute_row(self, desk: _Desk, particles: "Particles", row: int) -> None:
+        """Let the model compute one configuration of these.
+
+        It reads and writes on a desk that stays where it is: telling KIM of a new place for each
+        array takes longer than some models need to compute.
+        """
+        if particles.collided[row]:
+            raise RuntimeError("two atoms are in one place")
+        start, stop = int(particles.offsets[row]), int(particles.offsets[row + 1])
+        n = stop - start
+        desk.number[0] = n
+        desk.codes[:n] = particles.codes[start:stop]
+        desk.contributing[:n] = particles.contributing[start:stop]
+        desk.positions[:n] = particles.positions[start:stop]
+        # Some models add to what is there, or leave out what is not an atom.
+        desk.forces[:n] = 0.0
+        desk.lists[: 2 * n + 2] = particles.lists[2 * (row + start) : 2 * (row + stop) + 2]
+        if self._told_atomic_energies:
+            desk.atomic_energy[:n] = 0.0
+        self._model.compute(self._arguments)
+        particles.energy[row] = desk.energy[0]
+        particles.forces[start:stop] = desk.forces[:n]
+        if self._told_atomic_energies:
+            particles.atomic_energy[start:stop] = desk.atomic_energy[:n]
+
+    def _clear_desk(self, particles: "Particles", *, atomic_energies: bool) -> _Desk:
+        """Tell the model where to read and to write; the largest configuration must fit."""
+        most = int(np.diff(particles.offsets).max(initial=1))
+        if self._desk is None or most > len(self._desk.codes):
+            self._desk = _Desk.of(2 * most)
+        desk, point = self._desk, self._arguments.set_argument_pointer
+        point(_NAMES.numberOfParticles, desk.number)
+        point(_NAMES.particleSpeciesCodes, desk.codes)
+        point(_NAMES.particleContributing, desk.contributing)
+        point(_NAMES.coordinates, desk.positions)
+        point(_NAMES.partialEnergy, desk.energy)
+        point(_NAMES.partialForces, desk.forces)
+        self._told_atomic_energies = atomic_energies
+        if atomic_energies:
+            point(_NAMES.partialParticleEnergy, desk.atomic_energy)
         elif self.tells_atomic_energies:
-            self._arguments.set_argument_null_pointer(names.partialParticleEnergy)
+            self._arguments.set_argument_null_pointer(_NAMES.partialParticleEnergy)
         self._arguments.set_callback_pointer(
             kimpy.compute_callback_name.GetNeighborList,
-            _capsule(callback_address()),
-            _capsule(particles.lists.ctypes.data),
+            self._callback,
+            _new_capsule(desk.lists.ctypes.data, None, None),
         )
+        return desk
 
     def _label_into(self, labels: BatchLabels, part: Configurations, row: int) -> None:
         """Label one configuration on kimpy's own lists."""
@@ -289,6 +318,9 @@ class KimPotential:
         )
         for argument, array in arrays:
             self._arguments.set_argument_pointer(argument, array)
+        if self.tells_atomic_energies:
+            # Left pointing at the memory of a batch, which may be shorter.
+            self._arguments.set_argument_null_pointer(name.partialParticleEnergy)
         self._model.compute(self._arguments)
         return float(energy[0]), forces
 
@@ -413,12 +445,7 @@ def _set_stress(labels: BatchLabels, part: Configurations, virial: FloatArray) -
     labels.stress[told] = s[told][:, [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
 
 
-def _capsule(address: int) -> object:
-    """Return an address as kimpy takes it."""
-    capsule: object = _new_capsule(address, None, None)
-    return capsule
-
-
+# An address as kimpy takes it.
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]

@@ -4,7 +4,7 @@ KIM models know no periodic cell: the images of the atoms within the model's rea
 particles, and a callback tells the model each particle's neighbours. kimpy's own functions for
 that take as long as a fast model itself. Here images and pairs of a whole set of configurations
 are found once, for the model that reaches furthest (:func:`find_pairs`); each model then gets its
-own share of them (:func:`load`), which is only a walk over the pairs.
+own share of them (:func:`make_particles`), which is only a walk over the pairs.
 """
 
 from typing import NamedTuple
@@ -17,6 +17,9 @@ from aiida_eipnn.science.arrays import FloatArray, IntArray
 
 # Atoms closer than this, in Å, are one and the same: KIM's own limit.
 COLLISION = 1e-5
+
+# Images in a cube of the cutoff's size from which finer cells pay.
+CROWDED = 8.0
 
 # Length of the header of the lists that the callback reads: how many particles, where the list is.
 _HEADER = 2
@@ -54,62 +57,40 @@ class Pairs(NamedTuple):
 
 
 class Particles(NamedTuple):
-    """What a KIM model reads and writes, in memory that stays where it is.
+    """What a KIM model reads and writes, for ``n`` configurations with ``P`` particles in all.
 
     Parameters
     ----------
-    number, codes, contributing, positions, energy, forces, particle_energy
-        KIM's compute arguments of these names.
-    source
-        Which image each particle is.
-    place
-        Which particle each image is, -1 where it is none.
+    offsets
+        The particles of configuration ``i`` are rows ``offsets[i]`` to ``offsets[i + 1]``.
+        Shape ``(n + 1,)``.
+    number, energy
+        KIM's compute arguments of these names. Shape ``(n,)``.
+    codes, contributing, positions, forces, atomic_energy
+        As well. Shape ``(P,)`` or ``(P, 3)``.
+    atom_of
+        Which atom each particle is or is an image of. Shape ``(P,)``.
     lists
-        For the callback: the number of particles, the address of ``neighbours``, and then for each
-        particle how many neighbours it has and where they begin.
+        For the callback, from ``2 * (i + offsets[i])`` on: the number of particles, the address of
+        ``neighbours``, and then for each particle how many neighbours it has and where they begin.
     neighbours
         The neighbours of all particles, one after the other.
+    collided
+        Where two atoms are in one place. Shape ``(n,)``.
     """
 
+    offsets: IntArray
     number: NDArray[np.int32]
+    energy: FloatArray
     codes: NDArray[np.int32]
     contributing: NDArray[np.int32]
     positions: FloatArray
-    energy: FloatArray
     forces: FloatArray
-    particle_energy: FloatArray
-    source: NDArray[np.int32]
-    place: NDArray[np.int32]
+    atomic_energy: FloatArray
+    atom_of: NDArray[np.int64]
     lists: IntArray
     neighbours: NDArray[np.int32]
-
-    @classmethod
-    def empty(cls, n_particles: int, n_pairs: int) -> "Particles":
-        """Return memory for so many particles and pairs."""
-        neighbours = np.zeros(max(n_pairs, 1), dtype=np.int32)
-        lists = np.zeros(_HEADER + 2 * n_particles, dtype=np.int64)
-        lists[1] = neighbours.ctypes.data
-        return cls(
-            number=np.zeros(1, dtype=np.int32),
-            codes=np.zeros(n_particles, dtype=np.int32),
-            contributing=np.zeros(n_particles, dtype=np.int32),
-            positions=np.zeros((n_particles, 3)),
-            energy=np.zeros(1),
-            forces=np.zeros((n_particles, 3)),
-            particle_energy=np.zeros(n_particles),
-            source=np.zeros(n_particles, dtype=np.int32),
-            place=np.zeros(n_particles, dtype=np.int32),
-            lists=lists,
-            neighbours=neighbours,
-        )
-
-
-def largest(pairs: Pairs) -> tuple[int, int]:
-    """Return the most images and the most pairs of one configuration."""
-    if len(pairs.image_offsets) < 2:
-        return 0, 0
-    n_pairs = np.diff(pairs.pair_offsets[pairs.image_offsets])
-    return int(np.diff(pairs.image_offsets).max()), int(n_pairs.max())
+    collided: NDArray[np.bool_]
 
 
 def find_pairs(
@@ -249,7 +230,7 @@ def _find_images(cells, reach, fractional, wrapped, offsets, cutoff):
                         atom_of[count] = atom - start
                         count += 1
         image_offsets[row + 1] = count
-    return image_offsets, positions[:count].copy(), atom_of[:count].copy()
+    return image_offsets, positions[:count], atom_of[:count]
 
 
 @njit(cache=True)
@@ -261,28 +242,42 @@ def _find_neighbours(image_offsets, positions, n_atoms, cutoff, of_images):
     neighbour = np.empty(room, dtype=np.int32)
     squared = np.empty(room)
     limit = cutoff * cutoff
-    width = 0.5 * cutoff
     order = np.empty(n_images, dtype=np.int32)
     ordered = np.empty((3, n_images))
     used = np.empty(n_images, dtype=np.bool_)
     cell_of = np.empty(n_images, dtype=np.int64)
-    lo = np.empty(3)
+    lo, hi = np.empty(3), np.empty(3)
     size = np.empty(3, dtype=np.int64)
     count = 0
     for row in range(len(n_atoms)):
         start, stop = image_offsets[row], image_offsets[row + 1]
+        if start == stop:
+            continue
+        volume = 1.0
+        for k in range(3):
+            low, high = positions[start, k], positions[start, k]
+            for image in range(start + 1, stop):
+                value = positions[image, k]
+                if value < low:
+                    low = value
+                if value > high:
+                    high = value
+            lo[k], hi[k] = low, high
+            volume *= high - low + 1e-3
+        # Small cells leave out more pairs that are too far apart; empty ones cost more than that.
+        reach = 2 if (stop - start) * cutoff**3 > CROWDED * volume else 1
+        # A little wider, so that rounding puts no pair into cells further apart than that.
+        width = cutoff / reach * (1 + 1e-9)
+        per_width = 1.0 / width
         total = 1
         for k in range(3):
-            lo[k], hi = np.inf, -np.inf
-            for image in range(start, stop):
-                lo[k], hi = min(lo[k], positions[image, k]), max(hi, positions[image, k])
-            size[k] = max(1, min(64, int((hi - lo[k]) / width) + 1))
+            size[k] = max(1, min(64, int((hi[k] - lo[k]) / width) + 1))
             total *= size[k]
         first = np.zeros(total + 1, dtype=np.int64)
         for image in range(start, stop):
-            x = min(size[0] - 1, int((positions[image, 0] - lo[0]) / width))
-            y = min(size[1] - 1, int((positions[image, 1] - lo[1]) / width))
-            z = min(size[2] - 1, int((positions[image, 2] - lo[2]) / width))
+            x = min(size[0] - 1, np.int64((positions[image, 0] - lo[0]) * per_width))
+            y = min(size[1] - 1, np.int64((positions[image, 1] - lo[1]) * per_width))
+            z = min(size[2] - 1, np.int64((positions[image, 2] - lo[2]) * per_width))
             cell_of[image] = (x * size[1] + y) * size[2] + z
             first[cell_of[image] + 1] += 1
         for cell in range(total):
@@ -319,9 +314,9 @@ def _find_neighbours(image_offsets, positions, n_atoms, cutoff, of_images):
             cy = (cell // size[2]) % size[1]
             cx = cell // (size[2] * size[1])
             # The last cell along an axis may be wider, where there would be too many of them.
-            z_from, z_to = max(0, cz - 2), min(size[2] - 1, cz + 2)
-            for x in range(max(0, cx - 2), min(size[0] - 1, cx + 2) + 1):
-                for y in range(max(0, cy - 2), min(size[1] - 1, cy + 2) + 1):
+            z_from, z_to = max(0, cz - reach), min(size[2] - 1, cz + reach)
+            for x in range(max(0, cx - reach), min(size[0] - 1, cx + reach) + 1):
+                for y in range(max(0, cy - reach), min(size[1] - 1, cy + reach) + 1):
                     line = (x * size[1] + y) * size[2]
                     for at in range(first[line + z_from], first[line + z_to + 1]):
                         dx = ordered[0, at] - px
@@ -335,84 +330,134 @@ def _find_neighbours(image_offsets, positions, n_atoms, cutoff, of_images):
             pair_offsets[image + 1] = count
         for image in range(last, stop):
             pair_offsets[image + 1] = count
-    return pair_offsets, neighbour[:count].copy(), squared[:count].copy()
+    return pair_offsets, neighbour[:count], squared[:count]
 
 
-@njit(cache=True)
-def load(pairs, row, codes, offsets, cutoff, influence, of_images, particles):
-    """Put one configuration where a KIM model reads it; return whether two atoms are in one place.
+def make_particles(
+    pairs: Pairs,
+    offsets: IntArray,
+    codes: NDArray[np.int32],
+    cutoff: float,
+    influence: float,
+    *,
+    of_images: bool,
+) -> Particles:
+    """Return what a model reads: images within its influence, and pairs within its cutoff.
 
-    Only images within the model's influence distance of an atom become particles, and only pairs
-    within its cutoff neighbours.
+    Parameters
+    ----------
+    pairs
+        From :func:`find_pairs`, which may reach further.
+    offsets
+        The atoms of configuration ``i`` are rows ``offsets[i]`` to ``offsets[i + 1]``.
+    codes
+        The model's species code of each atom. Shape ``(N,)``.
+    cutoff, influence
+        Of the model, in Å.
+    of_images
+        Whether it asks for neighbours of images that are not atoms.
     """
-    start, stop = pairs.image_offsets[row], pairs.image_offsets[row + 1]
-    n_atoms = offsets[row + 1] - offsets[row]
-    limit, reach = cutoff * cutoff, influence * influence
-    place, source, lists = particles.place, particles.source, particles.lists
-    neighbours = particles.neighbours
-    for image in range(n_atoms):
-        place[image] = image
-        source[image] = image
-    for image in range(n_atoms, stop - start):
-        place[image] = -1
-    n_particles = n_atoms
-    count = 0
-    for atom in range(n_atoms):
-        lists[_HEADER + 2 * atom + 1] = count
-        for at in range(pairs.pair_offsets[start + atom], pairs.pair_offsets[start + atom + 1]):
-            squared = pairs.squared[at]
-            if squared < reach:
-                other = pairs.neighbour[at]
-                if place[other] < 0:
-                    place[other] = n_particles
-                    source[n_particles] = other
-                    n_particles += 1
-                if squared < limit:
-                    neighbours[count] = place[other]
-                    count += 1
-                    if squared < COLLISION * COLLISION:
-                        return True
-        lists[_HEADER + 2 * atom] = count - lists[_HEADER + 2 * atom + 1]
-    for particle in range(n_atoms, n_particles):
-        lists[_HEADER + 2 * particle + 1] = count
-        if of_images:
-            image = start + source[particle]
-            for at in range(pairs.pair_offsets[image], pairs.pair_offsets[image + 1]):
-                other = pairs.neighbour[at]
-                if place[other] >= 0 and pairs.squared[at] < limit:
-                    neighbours[count] = place[other]
-                    count += 1
-        lists[_HEADER + 2 * particle] = count - lists[_HEADER + 2 * particle + 1]
-    for particle in range(n_particles):
-        image = start + source[particle]
-        # Some models add to what is there, or leave out what is not an atom.
-        particles.particle_energy[particle] = 0.0
-        for k in range(3):
-            particles.forces[particle, k] = 0.0
-            particles.positions[particle, k] = pairs.positions[image, k]
-        particles.codes[particle] = codes[offsets[row] + pairs.atom_of[image]]
-        particles.contributing[particle] = 1 if particle < n_atoms else 0
-    particles.number[0] = n_particles
-    lists[0] = n_particles
-    return False
+    return Particles(*_make_particles(pairs, offsets, codes, cutoff, influence, of_images))
 
 
 @njit(cache=True)
-def fold(pairs, row, offsets, particles, forces, virial, atomic_energy):
-    """Add what belongs to images to their atoms; sum up positions times forces."""
-    start = pairs.image_offsets[row]
-    for atom in range(offsets[row], offsets[row + 1]):
-        forces[atom] = 0.0
-        atomic_energy[atom] = 0.0
-    virial[:] = 0.0
-    for particle in range(particles.number[0]):
-        atom = offsets[row] + pairs.atom_of[start + particles.source[particle]]
-        atomic_energy[atom] += particles.particle_energy[particle]
-        for k in range(3):
-            force = particles.forces[particle, k]
-            forces[atom, k] += force
-            for axis in range(3):
-                virial[axis, k] += particles.positions[particle, axis] * force
+def _make_particles(pairs, offsets, codes, cutoff, influence, of_images):
+    n = len(offsets) - 1
+    starts = np.zeros(n + 1, dtype=np.int64)
+    collided = np.zeros(n, dtype=np.bool_)
+    limit, reach = cutoff * cutoff, influence * influence
+    most = len(pairs.positions)
+    place = np.full(most, -1, dtype=np.int32)
+    source = np.empty(most, dtype=np.int64)
+    lists = np.empty(_HEADER * (n + most), dtype=np.int64)
+    neighbours = np.empty(len(pairs.neighbour) + 1, dtype=np.int32)
+    count = 0
+    for row in range(n):
+        start = pairs.image_offsets[row]
+        first = starts[row]
+        head = _HEADER * (row + first)
+        n_atoms = offsets[row + 1] - offsets[row]
+        for atom in range(n_atoms):
+            place[start + atom] = atom
+            source[first + atom] = start + atom
+        n_particles = n_atoms
+        for atom in range(n_atoms):
+            begin = count
+            for at in range(pairs.pair_offsets[start + atom], pairs.pair_offsets[start + atom + 1]):
+                squared = pairs.squared[at]
+                if squared < reach:
+                    image = start + pairs.neighbour[at]
+                    if place[image] < 0:
+                        place[image] = n_particles
+                        source[first + n_particles] = image
+                        n_particles += 1
+                    neighbours[count] = place[image]
+                    count += squared < limit
+                    collided[row] |= squared < COLLISION * COLLISION
+            lists[head + _HEADER + 2 * atom] = count - begin
+            lists[head + _HEADER + 2 * atom + 1] = begin
+        for particle in range(n_atoms, n_particles):
+            begin = count
+            if of_images:
+                at_image = source[first + particle]
+                for at in range(pairs.pair_offsets[at_image], pairs.pair_offsets[at_image + 1]):
+                    other = place[start + pairs.neighbour[at]]
+                    neighbours[count] = other
+                    count += (other >= 0) & (pairs.squared[at] < limit)
+            lists[head + _HEADER + 2 * particle] = count - begin
+            lists[head + _HEADER + 2 * particle + 1] = begin
+        lists[head] = n_particles
+        starts[row + 1] = first + n_particles
+    total = starts[n]
+    positions = np.empty((total, 3))
+    kinds = np.empty(total, dtype=np.int32)
+    contributing = np.empty(total, dtype=np.int32)
+    atom_of = np.empty(total, dtype=np.int64)
+    number = np.empty(n, dtype=np.int32)
+    for row in range(n):
+        lists[_HEADER * (row + starts[row]) + 1] = neighbours.ctypes.data
+        number[row] = starts[row + 1] - starts[row]
+        for particle in range(starts[row], starts[row + 1]):
+            image = source[particle]
+            atom = offsets[row] + pairs.atom_of[image]
+            atom_of[particle] = atom
+            kinds[particle] = codes[atom]
+            contributing[particle] = particle - starts[row] < offsets[row + 1] - offsets[row]
+            for k in range(3):
+                positions[particle, k] = pairs.positions[image, k]
+    # Some models add to what is there, or leave out what is not an atom: so it begins with zeros.
+    return (
+        starts,
+        number,
+        np.zeros(n),
+        kinds,
+        contributing,
+        positions,
+        np.zeros((total, 3)),
+        np.zeros(total),
+        atom_of,
+        lists,
+        neighbours,
+        collided,
+    )
+
+
+@njit(cache=True)
+def fold(particles, n_atoms):
+    """Return forces and energies of atoms, their images' added, and positions times forces."""
+    forces = np.zeros((n_atoms, 3))
+    atomic_energy = np.zeros(n_atoms)
+    virial = np.zeros((len(particles.number), 3, 3))
+    for row in range(len(particles.number)):
+        for particle in range(particles.offsets[row], particles.offsets[row + 1]):
+            atom = particles.atom_of[particle]
+            atomic_energy[atom] += particles.atomic_energy[particle]
+            for k in range(3):
+                force = particles.forces[particle, k]
+                forces[atom, k] += force
+                for axis in range(3):
+                    virial[row, axis, k] += particles.positions[particle, axis] * force
+    return forces, atomic_energy, virial
 
 
 @njit(cache=True)
