@@ -99,38 +99,34 @@ class Batch:
         self._shared = share_reaches(reaches)
         self._pairs: dict[Reach, Pairs] = {}
         self._cells: FloatArray | None = None
-        self._sound: BoolArray | None = None
-        self._roomy = self._find_roomy()
+        self._radii = MIN_CONTACT * covalent_radii[configurations.numbers]
+        self._ordinary = self._find_ordinary()
+        self._extraordinary_faults = self._look_closer()
+        # Whose positions are numbers and whose cells have a volume, and not too little of it.
+        self._sound = np.ones(len(self), dtype=bool)
+        self._sound[list(self._extraordinary_faults)] = False
 
     def __len__(self) -> int:
         return len(self.configurations)
 
-    @property
-    def sound(self) -> BoolArray:
-        """Where positions are numbers and cells have a volume. Shape ``(n,)``."""
-        if self._sound is None:
-            self._sound = ~np.isin(np.arange(len(self)), list(self._shapeless()))
-        return self._sound
-
     def faults(self) -> dict[int, str]:
         """Return the rows that no EIP is to be asked about, with the reason."""
-        faults = self._shapeless()
-        self._sound = ~np.isin(np.arange(len(self)), list(faults))
-        return faults | dict.fromkeys(self._overlapping(), OVERLAP)
+        return self._extraordinary_faults | dict.fromkeys(self._find_overlapping(), OVERLAP)
 
     def pairs(self, reach: Reach) -> "Pairs":
-        """Return images and pairs for an EIP; rows that are not sound have none."""
+        """Return images and pairs for an EIP; what has no geometry has none."""
         from aiida_eipnn.science.eip.neighbours import find_pairs
 
         shared = self._shared.get(reach, reach)
         if shared not in self._pairs:
-            part = self.configurations
-            sound = self.sound
-            # What has no shape gets one that does no harm: it is never labelled.
-            positions = np.where(np.repeat(sound, part.n_atoms)[:, None], part.positions, 0.0)
+            part, positions = self.configurations, self.configurations.positions
+            if not self._sound.all():
+                # What has no geometry gets one that does no harm: it is never labelled.
+                lost = ~np.repeat(self._sound, part.n_atoms)
+                positions = np.where(lost[:, None], 0.0, positions)
             self._pairs[shared] = find_pairs(
-                self._complete_cells(sound),
-                part.pbc & sound[:, None],
+                self._complete_cells(),
+                part.pbc & self._sound[:, None],
                 np.ascontiguousarray(positions),
                 part.offsets,
                 shared.influence,
@@ -138,58 +134,53 @@ class Batch:
             )
         return self._pairs[shared]
 
-    def _complete_cells(self, sound: BoolArray) -> FloatArray:
+    def _complete_cells(self) -> FloatArray:
         """Return cells that can be inverted, whatever is periodic."""
         if self._cells is None:
-            cells = np.array(self.configurations.cells)
-            for row in np.flatnonzero(~self.configurations.pbc.all(axis=1) | ~sound):
+            part, cells = self.configurations, np.array(self.configurations.cells)
+            for row in np.flatnonzero(~self._ordinary):
                 # Only vectors along which it is periodic count; clusters may come without any.
-                keep = self.configurations.pbc[row] & sound[row]
+                keep = part.pbc[row] & self._sound[row]
                 cells[row] = Cell(np.where(keep[:, None], cells[row], 0.0)).complete().array
             self._cells = cells
         return self._cells
 
-    def _shapeless(self) -> dict[int, str]:
-        """Return the rows without a geometry, with the reason."""
+    def _find_ordinary(self) -> BoolArray:
+        """Return where a glance says that there is a geometry, periodic and with enough room."""
+        part = self.configurations
+        spheres = np.concatenate([[0.0], np.cumsum(4 / 3 * np.pi * self._radii**3)])
+        filled = spheres[part.offsets[1:]] - spheres[part.offsets[:-1]]
+        with np.errstate(invalid="ignore"):
+            volumes = np.abs(np.linalg.det(part.cells))
+            ordinary = (volumes > _SMALL_VOLUME * part.n_atoms) & (part.n_atoms > 0)
+            # Collapsed cells have more images than the memory holds: they must not get into a list.
+            ordinary &= (filled < _CLOSE_PACKING * volumes) & np.isfinite(volumes)
+        lost = np.flatnonzero(~np.isfinite(part.positions).all(axis=1))
+        ordinary[np.searchsorted(part.offsets, lost, side="right") - 1] = False
+        return np.asarray(ordinary & part.pbc.all(axis=1))
+
+    def _look_closer(self) -> dict[int, str]:
+        """Return which of those that are not ordinary must not be labelled, and why."""
         faults = {}
-        for row in np.flatnonzero(~self._roomy):
-            if fault := geometry_fault(self.configurations.atoms(int(row)), min_contact=0.0):
-                faults[int(row)] = fault
+        for row in map(int, np.flatnonzero(~self._ordinary)):
+            atoms = self.configurations.atoms(row)
+            if fault := geometry_fault(atoms, min_contact=0.0):
+                faults[row] = fault
+            elif overlap(atoms) is not None:
+                faults[row] = OVERLAP
         return faults
 
-    def _find_roomy(self) -> BoolArray:
-        """Return where it is clear at a glance that there is a geometry. Shape ``(n,)``."""
+    def _find_overlapping(self) -> list[int]:
+        """Return which of the ordinary ones have two atoms that are too close."""
+        reach = self._reach_for(2 * float(self._radii.max(initial=0.0)))
         part = self.configurations
-        finite = np.isfinite(part.cells).all(axis=(1, 2)) & (part.n_atoms > 0)
-        bad_atoms = np.flatnonzero(~np.isfinite(part.positions).all(axis=1))
-        finite[np.searchsorted(part.offsets, bad_atoms, side="right") - 1] = False
-        volumes = np.abs(np.linalg.det(np.where(finite[:, None, None], part.cells, 0.0)))
-        roomy: BoolArray = volumes > _SMALL_VOLUME * part.n_atoms
-        return finite & roomy & part.pbc.all(axis=1)
-
-    def _overlapping(self) -> list[int]:
-        """Return the rows in which two atoms are too close."""
-        part = self.configurations
-        radii = covalent_radii[part.numbers] * MIN_CONTACT
-        volumes = np.abs(np.linalg.det(np.nan_to_num(part.cells)))
-        rows_of_atoms = np.repeat(np.arange(len(self)), part.n_atoms)
-        filled = np.bincount(rows_of_atoms, 4 / 3 * np.pi * radii**3, minlength=len(self))
-        # Collapsed cells have more images than the memory holds: they must not get into a list.
-        at_ease = self.sound & self._roomy & (filled < _CLOSE_PACKING * volumes)
-        close = [
-            int(row)
-            for row in np.flatnonzero(self.sound & ~at_ease)
-            if overlap(part.atoms(int(row))) is not None
-        ]
-        self._sound = self.sound & ~np.isin(np.arange(len(self)), close)
-        reach = self._reach_for(2 * float(radii.max(initial=0.0)))
         if reach is None:
-            rows = np.flatnonzero(at_ease).tolist()
-            return close + [row for row in rows if overlap(part.atoms(row)) is not None]
+            rows = map(int, np.flatnonzero(self._ordinary))
+            return [row for row in rows if overlap(part.atoms(row)) is not None]
         from aiida_eipnn.science.eip.neighbours import find_close
 
-        found = find_close(self.pairs(reach), part.offsets, radii) & at_ease
-        return [*close, *map(int, np.flatnonzero(found))]
+        close = find_close(self.pairs(reach), part.offsets, self._radii)
+        return np.flatnonzero(close & self._ordinary).tolist()
 
     def _reach_for(self, distance: float) -> Reach | None:
         """Return a list that is needed anyway and reaches so far, if there is one."""

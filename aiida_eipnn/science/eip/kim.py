@@ -187,11 +187,12 @@ class KimPotential:
                 labels.energy[row] = particles.energy[row]
             except (RuntimeError, ValueError) as error:
                 labels.errors[row] = reason_of(error)
-        forces, energies, virial = fold(particles, len(part.numbers))
+        forces, energies, stress = fold(particles, len(part.numbers), part.cells, part.pbc)
+        told = np.isfinite(labels.energy)
+        labels.stress[told] = stress[told]
         labels.forces[:] = forces
         if atomic_energies:
             labels.atomic_energy[:] = energies
-        _set_stress(labels, part, virial)
         return labels
 
     def _compute_row(self, desk: _Desk, particles: "Particles", row: int) -> None:
@@ -434,15 +435,6 @@ def _read_value(tokens: list[str]) -> Any:
         items.append(_read_value(tokens))
     tokens.pop()
     return items if token == "[" else dict(zip(items[::2], items[1::2], strict=True))
-
-
-def _set_stress(labels: BatchLabels, part: Configurations, virial: FloatArray) -> None:
-    """Turn sums of positions times forces into stress where there is a volume."""
-    periodic = part.pbc.all(axis=1)
-    volumes = np.where(periodic, np.abs(np.linalg.det(part.cells)), np.nan)
-    s = -0.5 * (virial + virial.transpose(0, 2, 1)) / volumes[:, None, None]
-    told = np.isfinite(labels.energy)
-    labels.stress[told] = s[told][:, [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
 
 
 # An address as kimpy takes it.

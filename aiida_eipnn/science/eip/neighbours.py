@@ -120,9 +120,7 @@ def find_pairs(
     of_images
         Also find the pairs of images that are not atoms: some models ask for them.
     """
-    inverse = np.linalg.inv(cells)
-    reach = np.where(pbc, cutoff * np.linalg.norm(inverse, axis=1), 0.0)
-    fractional, wrapped = _wrap(cells, inverse, pbc, positions, offsets)
+    reach, fractional, wrapped = _wrap(cells, np.linalg.inv(cells), pbc, positions, offsets, cutoff)
     image_offsets, image_positions, atom_of = _find_images(
         cells, reach, fractional, wrapped, offsets, cutoff
     )
@@ -133,11 +131,18 @@ def find_pairs(
 
 
 @njit(cache=True)
-def _wrap(cells, inverse, pbc, positions, offsets):
-    """Return fractional and Cartesian positions with every atom in its cell."""
+def _wrap(cells, inverse, pbc, positions, offsets, cutoff):
+    """Return the cutoff in cells, and fractional and Cartesian positions within the cell."""
     fractional = np.empty_like(positions)
     wrapped = np.empty_like(positions)
+    reach = np.zeros((len(cells), 3))
     for row in range(len(cells)):
+        for axis in range(3):
+            if pbc[row, axis]:
+                square = 0.0
+                for k in range(3):
+                    square += inverse[row, k, axis] ** 2
+                reach[row, axis] = cutoff * np.sqrt(square)
         for atom in range(offsets[row], offsets[row + 1]):
             for axis in range(3):
                 wrapped[atom, axis] = positions[atom, axis]
@@ -152,7 +157,7 @@ def _wrap(cells, inverse, pbc, positions, offsets):
                         fractional[atom, axis] -= shift
                         for k in range(3):
                             wrapped[atom, k] -= shift * cells[row, axis, k]
-    return fractional, wrapped
+    return reach, fractional, wrapped
 
 
 @njit(cache=True)
@@ -160,7 +165,7 @@ def _find_images(cells, reach, fractional, wrapped, offsets, cutoff):
     """Return the atoms of each configuration, and after them the images within the cutoff."""
     n = len(cells)
     image_offsets = np.zeros(n + 1, dtype=np.int64)
-    room = 16 * len(wrapped) + 64
+    room = 24 * len(wrapped) + 4096
     positions = np.empty((room, 3))
     atom_of = np.empty(room, dtype=np.int32)
     lo, hi = np.empty(3), np.empty(3)
@@ -238,7 +243,7 @@ def _find_neighbours(image_offsets, positions, n_atoms, cutoff, of_images):
     """Return the pairs of atoms with images, and of images with images where they are asked for."""
     n_images = len(positions)
     pair_offsets = np.zeros(n_images + 1, dtype=np.int64)
-    room = 64 * n_images + 64
+    room = 48 * (n_images if of_images else n_atoms.sum()) + n_images
     neighbour = np.empty(room, dtype=np.int32)
     squared = np.empty(room)
     limit = cutoff * cutoff
@@ -443,12 +448,14 @@ def _make_particles(pairs, offsets, codes, cutoff, influence, of_images):
 
 
 @njit(cache=True)
-def fold(particles, n_atoms):
-    """Return forces and energies of atoms, their images' added, and positions times forces."""
+def fold(particles, n_atoms, cells, pbc):
+    """Return forces and energies of atoms, with what belongs to their images, and the stress."""
     forces = np.zeros((n_atoms, 3))
     atomic_energy = np.zeros(n_atoms)
-    virial = np.zeros((len(particles.number), 3, 3))
+    stress = np.full((len(particles.number), 6), np.nan)
+    virial = np.empty((3, 3))
     for row in range(len(particles.number)):
+        virial[:] = 0.0
         for particle in range(particles.offsets[row], particles.offsets[row + 1]):
             atom = particles.atom_of[particle]
             atomic_energy[atom] += particles.atomic_energy[particle]
@@ -456,8 +463,14 @@ def fold(particles, n_atoms):
                 force = particles.forces[particle, k]
                 forces[atom, k] += force
                 for axis in range(3):
-                    virial[row, axis, k] += particles.positions[particle, axis] * force
-    return forces, atomic_energy, virial
+                    virial[axis, k] += particles.positions[particle, axis] * force
+        if pbc[row, 0] and pbc[row, 1] and pbc[row, 2]:
+            volume = abs(np.linalg.det(cells[row]))
+            for k in range(3):
+                i, j = (k + 1) % 3, (k + 2) % 3
+                stress[row, k] = -virial[k, k] / volume
+                stress[row, 3 + k] = -0.5 * (virial[i, j] + virial[j, i]) / volume
+    return forces, atomic_energy, stress
 
 
 @njit(cache=True)
