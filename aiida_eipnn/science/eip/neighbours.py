@@ -253,7 +253,8 @@ def _find_neighbours(image_offsets, positions, n_atoms, cutoff, of_images):
     cell_of = np.empty(n_images, dtype=np.int64)
     lo, hi = np.empty(3), np.empty(3)
     size = np.empty(3, dtype=np.int64)
-    count = 0
+    # Unsigned, as all indices of the innermost loop: numba looks whether others are negative.
+    count = np.uint64(0)
     for row in range(len(n_atoms)):
         start, stop = image_offsets[row], image_offsets[row + 1]
         if start == stop:
@@ -300,13 +301,13 @@ def _find_neighbours(image_offsets, positions, n_atoms, cutoff, of_images):
         for image in range(start, last):
             if image == start + n_atoms[row]:
                 # From here on images that are not atoms: no model sees those that no atom reaches.
-                for at in range(pair_offsets[start], count):
+                for at in range(pair_offsets[start], np.int64(count)):
                     used[start + neighbour[at]] = True
             if image >= start + n_atoms[row] and not used[image]:
                 pair_offsets[image + 1] = count
                 continue
-            if count + (stop - start) >= room:
-                room = 2 * (count + (stop - start)) + 1
+            if np.int64(count) + (stop - start) >= room:
+                room = 2 * (np.int64(count) + stop - start) + 1
                 more = np.empty(room, dtype=np.int32)
                 more[:count] = neighbour[:count]
                 neighbour = more
@@ -323,7 +324,8 @@ def _find_neighbours(image_offsets, positions, n_atoms, cutoff, of_images):
             for x in range(max(0, cx - reach), min(size[0] - 1, cx + reach) + 1):
                 for y in range(max(0, cy - reach), min(size[1] - 1, cy + reach) + 1):
                     line = (x * size[1] + y) * size[2]
-                    for at in range(first[line + z_from], first[line + z_to + 1]):
+                    begin = np.uint64(first[line + z_from])
+                    for at in range(begin, np.uint64(first[line + z_to + 1])):
                         dx = ordered[0, at] - px
                         dy = ordered[1, at] - py
                         dz = ordered[2, at] - pz
@@ -331,7 +333,13 @@ def _find_neighbours(image_offsets, positions, n_atoms, cutoff, of_images):
                         # Written in any case and kept by counting: a branch here costs more.
                         neighbour[count] = order[at]
                         squared[count] = distance
-                        count += (distance < limit) & (order[at] != image - start)
+                        count += np.uint64(distance < limit)
+            # It has found itself too; the last one takes that place.
+            count -= np.uint64(1)
+            for at in range(np.uint64(pair_offsets[image]), count):
+                if neighbour[at] == image - start:
+                    neighbour[at], squared[at] = neighbour[count], squared[count]
+                    break
             pair_offsets[image + 1] = count
         for image in range(last, stop):
             pair_offsets[image + 1] = count
