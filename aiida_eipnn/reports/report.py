@@ -1,5 +1,6 @@
 """The report of a loop: one HTML file that needs nothing else, neither network nor this package."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime

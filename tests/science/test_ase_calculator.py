@@ -98,7 +98,7 @@ def test_elements_are_those_that_the_calculator_tells():
     assert 14 not in open_potential(EMT_NAME).elements
     assert open_potential("ase:odd_calculators:make_for_copper").elements == {29}
     assert open_potential(SPRING).elements == set(range(1, 119))
-    with pytest.raises(ValueError, match="does not know Si; .*it knows H, C"):
+    with pytest.raises(ValueError, match=r"does not know Si; .*it knows H, C"):
         open_potential(EMT_NAME).label(bulk("Si"))
 
 
