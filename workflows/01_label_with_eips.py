@@ -17,7 +17,7 @@ options = launch.parser(__doc__)
 launch.add_job_code(options)
 launch.add_protocol(options)
 options.add_argument("--pool", type=Path, help="extended XYZ file with the configurations")
-options.add_argument("--eip", action="append", default=[], help="KIM id; repeat for each EIP")
+options.add_argument("--eip", action="append", default=[], help="name of an EIP; repeat for each")
 given = options.parse_args()
 
 code, overrides = launch.code_of(given.job_code), launch.overrides_of(given.overrides)

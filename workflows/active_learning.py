@@ -23,7 +23,7 @@ launch.add_protocol(options)
 options.add_argument("--structure", type=Path, help="seed structure (any format of ASE)")
 options.add_argument("--pool", type=Path, help="extended XYZ file with a pool of your own")
 options.add_argument("--known", type=Path, help="extended XYZ file with DFT labels you have")
-options.add_argument("--eip", action="append", default=[], help="KIM id; repeat for each EIP")
+options.add_argument("--eip", action="append", default=[], help="name of an EIP; repeat for each")
 options.add_argument("--report", type=Path, help="write the report here when it is done")
 given = options.parse_args()
 

@@ -111,7 +111,7 @@ def add_eips(spec: CalcJobProcessSpec) -> None:
         valid_type=List,
         serializer=to_aiida_type,
         validator=validate_eips,
-        help="Names of the EIPs: extended KIM ids.",
+        help="Names of the EIPs, as open_potential takes them: KIM ids or any other.",
     )
 
 

@@ -10,7 +10,7 @@ class LabelsData(ScienceData):
     """Labels, joined to configurations by id.
 
     The attribute ``level`` says how they were made: for DFT the fingerprint of the calculation,
-    for EIPs the empty dictionary (the sources are KIM ids, which say all).
+    for EIPs the empty dictionary (the names of the sources say all).
     """
 
     value_class = Labels

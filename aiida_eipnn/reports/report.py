@@ -1,5 +1,6 @@
 """The report of a loop: one HTML file that needs nothing else, neither network nor this package."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -519,8 +520,9 @@ def day(moment: datetime) -> str:
 
 
 def short_name(name: str) -> str:
-    """Return the readable part of an extended KIM id."""
-    return name.split("__")[0].replace("_", " ")
+    """Return the readable part of an extended KIM id; any other name as it is."""
+    found = re.fullmatch(r"(.+)__[A-Z]{2}_\d{12}_\d{3}", name)
+    return found[1].replace("_", " ") if found else name
 
 
 def _reached(last: Iteration) -> str:

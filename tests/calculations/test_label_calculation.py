@@ -32,6 +32,24 @@ def test_all_eips_label_all_configurations_in_one_job(kim, job_code, pool):
     assert (labels.energy[:, 0] / 2).min() == pytest.approx(-4.3, abs=0.1)
 
 
+def test_names_with_settings_arrive_whole_in_every_node(job_code, pool):
+    eips = [
+        "stillinger-weber",
+        "stillinger-weber[hauch-1999,lambda=80.5]",
+        "lennard-jones[epsilon=0.4,sigma=2.1]",
+        "ase:ase.calculators.emt:EMT[asap_cutoff=True]",
+    ]
+    outputs, node = run_get_node(
+        LabelCalculation, code=job_code, configurations={"pool": pool}, eips=eips
+    )
+
+    assert node.is_finished_ok, node.exit_message
+    assert node.inputs.eips.get_list() == eips
+    assert outputs["labels"].base.attributes.get("sources") == eips
+    assert outputs["labels"].value().ok.all(axis=0).tolist() == [True, True, True, False]
+    assert list(outputs["metrics"].get_dict()["eips"]) == eips
+
+
 def test_a_model_that_is_not_installed_is_recorded_and_the_others_go_on(kim, job_code, pool):
     outputs, node = run_get_node(
         LabelCalculation, code=job_code, configurations={"pool": pool}, eips=[SW, MISSING]

@@ -1,6 +1,7 @@
 """The label job on a folder, without AiiDA."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -102,6 +103,42 @@ def test_metrics_count_labels_and_say_where_an_eip_comes_from(tmp_path):
     (reason,) = unknown["reasons"]
     assert "is not installed; close to it are" in reason
     assert unknown["reasons"][reason] == 3
+
+
+def test_a_job_labels_without_kim_and_says_what_a_kim_model_would_need(tmp_path):
+    """In an interpreter of its own, whose processes cannot import kimpy either."""
+    (tmp_path / "kimpy.py").write_text("raise ModuleNotFoundError('blocked', name='kimpy')")
+    folder = tmp_path / "job"
+    write_pool(folder, pool=pool_of(3), copper=pool_of(2, symbol="Cu"))
+    eips = (
+        LJ,
+        "stillinger-weber",
+        "stillinger-weber[hauch-1999,lambda=80]",
+        "ase:ase.calculators.emt:EMT[asap_cutoff=True]",
+        SW,
+    )
+    spec.write_job(folder / spec.JOB, LabelJob(eips=eips))
+    paths = [str(tmp_path), *filter(None, sys.path)]
+
+    done = subprocess.run(
+        [sys.executable, "-m", "aiida_eipnn.jobs"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    labels, eips_of = read_labels(folder), read_metrics(folder)["eips"]
+    assert labels.sources.tolist() == list(eips_of) == list(eips)
+    of_copper = np.isin(labels.ids, pool_of(2, symbol="Cu").ids)
+    assert labels.ok[~of_copper].all(axis=0).tolist() == [True, True, True, False, False]
+    assert labels.ok[of_copper].all(axis=0).tolist() == [True, False, False, True, False]
+    assert eips_of[eips[1]]["metadata"]["year"] == 1985
+    assert eips_of[eips[3]]["metadata"]["family"] == "EMT"
+    (reason,) = eips_of[SW]["reasons"]
+    assert "need kimpy, which is not installed; pip install aiida-eipnn[kim]" in reason
 
 
 def test_a_job_that_runs_out_of_time_goes_on_from_its_checkpoint(tmp_path, monkeypatch):

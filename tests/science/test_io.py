@@ -198,6 +198,8 @@ def test_a_label_that_is_no_number_is_refused(tmp_path):
         ("_own", "_own"),
         ("lennard-jones[sigma=2.1]", "lennard-jones_sigma_2.1"),
         ("python:module:callable", "python_module_callable"),
+        ("stillinger-weber[hauch-1999,A=16]", "stillinger-weber_hauch-1999_A_16"),
+        ("ase:ase.calculators.emt:EMT[cut=(1, 2)]", "ase_ase.calculators.emt_EMT_cut_1_2"),
         ("2body", "_2body"),
     ],
 )

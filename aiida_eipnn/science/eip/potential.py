@@ -3,12 +3,17 @@
 A name is one of
 
 - a KIM model id, ``SW_StillingerWeber_1985_Si__MO_405512056662_005`` (needs ``kimpy``);
-- an analytic potential, ``lennard-jones`` or ``lennard-jones[epsilon=0.2,sigma=2.1,cutoff=5]``;
+- an analytic potential, ``lennard-jones[epsilon=0.2,sigma=2.1,cutoff=5]`` or
+  ``stillinger-weber``, ``stillinger-weber[hauch-1999]``, ``stillinger-weber[lambda=50]``;
+- ``ase:module:callable``: an ASE calculator, made by a class or function with the settings in
+  brackets: ``ase:ase.calculators.emt:EMT[asap_cutoff=True]``;
 - ``python:module:callable``: what the callable returns, for potentials of your own.
+
+All but the first need no KIM. :mod:`~aiida_eipnn.science.eip.names` reads the brackets.
 """
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -18,9 +23,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.data import chemical_symbols
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
-
-PYTHON = "python:"
-ANALYTIC = "lennard-jones"
+from aiida_eipnn.science.eip.names import ASE, LENNARD_JONES, PYTHON, STILLINGER_WEBER
 
 
 class Label(NamedTuple):
@@ -87,7 +90,7 @@ class EmpiricalPotential(Protocol):
 
     @property
     def cutoff(self) -> float:
-        """Distance beyond which an atom has no influence on another, in Å."""
+        """Distance beyond which an atom has no influence on another, in Å; infinite if unknown."""
 
     @property
     def description(self) -> PotentialDescription:
@@ -116,10 +119,19 @@ def open_potential(name: str) -> EmpiricalPotential:
     # Each kind is loaded only when it is asked for: kimpy is an optional dependency.
     if name.startswith(PYTHON):
         return _call(name)
-    if name.startswith(ANALYTIC):
+    if name.startswith(LENNARD_JONES):
         from aiida_eipnn.science.eip.analytic import open_lennard_jones
 
         return open_lennard_jones(name)
+    if name.startswith(STILLINGER_WEBER):
+        from aiida_eipnn.science.eip.analytic import open_stillinger_weber
+
+        return open_stillinger_weber(name)
+    if name.startswith(ASE):
+        from aiida_eipnn.science.eip.ase_calculator import open_ase_calculator
+
+        return open_ase_calculator(name)
+    _require_kimpy(name)
     from aiida_eipnn.science.eip.kim import open_kim_potential
 
     return open_kim_potential(name)
@@ -128,15 +140,23 @@ def open_potential(name: str) -> EmpiricalPotential:
 def describe_potential(name: str) -> PotentialDescription:
     """Say where the EIP of that name comes from, without the network.
 
-    A KIM model is not opened for it: what is installed beside the model is read.
+    A KIM model is not opened for it: what is installed beside the model is read. Nor is an ASE
+    calculator made, which may load much.
 
     Raises
     ------
     ValueError
         If there is no such potential.
+    ModuleNotFoundError
+        If it is a KIM model and ``kimpy`` is not installed.
     """
-    if name.startswith((PYTHON, ANALYTIC)):
+    if name.startswith((PYTHON, LENNARD_JONES, STILLINGER_WEBER)):
         return open_potential(name).description
+    if name.startswith(ASE):
+        from aiida_eipnn.science.eip.ase_calculator import describe_ase_calculator
+
+        return describe_ase_calculator(name)
+    _require_kimpy(name)
     from aiida_eipnn.science.eip.kim import describe_kim_model
 
     return describe_kim_model(name)
@@ -206,16 +226,47 @@ class EipCalculator(Calculator):
             self.results["stress"] = stress
 
 
-def _call(name: str) -> EmpiricalPotential:
-    """Open ``python:module:callable``."""
+def find_callable(name: str, target: str) -> Callable[..., Any]:
+    """Return the callable of a name, given its part ``module:callable``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such module, or nothing of that name in it.
+    TypeError
+        If it cannot be called.
+    """
     try:
-        module, attribute = name.removeprefix(PYTHON).split(":")
-        potential = getattr(importlib.import_module(module), attribute)()
+        module, attribute = target.split(":")
+        found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     except (ValueError, ImportError, AttributeError) as error:
         raise ValueError(
-            f"cannot open {name}: {error}; write python:module:callable, with a callable of that "
-            "module that returns a potential"
+            f"cannot open {name}: {error}; write {name.partition(':')[0]}:module:callable"
         ) from error
+    if not callable(found):
+        raise TypeError(f"cannot open {name}: {attribute} cannot be called; name what can")
+    return found
+
+
+def _require_kimpy(name: str) -> None:
+    try:
+        importlib.import_module("kimpy")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{name} must be a KIM model, and these need {error.name}, which is not installed; "
+            f"pip install aiida-eipnn[kim], or name an EIP without KIM: {LENNARD_JONES}, "
+            f"{STILLINGER_WEBER}, {ASE}module:callable or {PYTHON}module:callable",
+            name=error.name,
+        ) from error
+
+
+def _call(name: str) -> EmpiricalPotential:
+    """Open ``python:module:callable``."""
+    make = find_callable(name, name.removeprefix(PYTHON))
+    try:
+        potential = make()
+    except Exception as error:  # what others wrote may raise anything
+        raise ValueError(f"cannot open {name}: {type(error).__name__}: {error}") from error
     if not isinstance(potential, EmpiricalPotential):
         raise TypeError(
             f"{name} returned a {type(potential).__name__}, which lacks part of EmpiricalPotential "
