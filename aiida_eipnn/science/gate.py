@@ -240,6 +240,8 @@ RATIO_RANGE = (0.08, 5.0)
 # 1.3 on sound sets, at most 0.1 or at least 3.4 with a mistaken unit.
 MEDIAN_RANGE = (0.12, 3.0)
 MEDIAN_EIPS = 3
+# Ratio of the forces' ratio to the energies', with the same EIP: 0.4 to 1.4 on sound sets.
+TOGETHER_RANGE = (0.15, 4.0)
 # The usual ratio of a sound set: EIPs are too stiff. Units are named after division by it.
 USUAL_RATIO = 0.75
 CLEAR_AGREEMENT = 0.5
@@ -286,9 +288,11 @@ def check_labels(configurations: Configurations, labels: Labels, eip_labels: Lab
     labels = labels.take(labels.rows_of(both))
     eip_labels = eip_labels.take(eip_labels.rows_of(both))
 
-    forces = _compare_forces(labels, eip_labels)
-    energy = _compare_energies(configurations, labels, eip_labels, labels.n_atoms)
-    as_they_are = _compare_energies(configurations, labels, eip_labels, np.ones(len(labels)))
+    forces, energy = _fit_together(
+        [_compare_forces(labels, eip_labels, source) for source in _sources(eip_labels)],
+        _compare_energies(configurations, labels, eip_labels, labels.n_atoms),
+    )
+    as_they_are = _best(_compare_energies(configurations, labels, eip_labels, np.ones(len(labels))))
     verdict, text = _judge(forces, energy, as_they_are, labels)
     return GateReport(
         verdict=verdict,
@@ -425,11 +429,31 @@ class _Comparison(NamedTuple):
         return self.clear and not self.sized
 
 
-def _compare_forces(labels: Labels, eip_labels: Labels) -> _Comparison:
-    return _best([_compare_forces_with(labels, eip_labels, k) for k in _sources(eip_labels)])
+def _fit_together(
+    of_forces: list[_Comparison], of_energies: list[_Comparison]
+) -> tuple[_Comparison, _Comparison]:
+    """Return the best comparisons; where forces and energies differ in unit, one is not sized.
+
+    An EIP that exaggerates does so in both, so the ratio of the two ratios scatters far less than
+    each, and a single poor EIP can tell that one of the units is wrong.
+    """
+    forces, energy = _best(of_forces), _best(of_energies)
+    by_name = {item.source: item for item in of_energies if item.clear and item.source}
+    ratios = [
+        item.ratio / by_name[item.source].ratio
+        for item in of_forces
+        if item.clear and item.source in by_name
+    ]
+    if energy.n < OUTLIER_CONFIGURATIONS or not ratios or not (forces.clear and energy.clear):
+        return forces, energy
+    if TOGETHER_RANGE[0] <= np.median(ratios) <= TOGETHER_RANGE[1]:
+        return forces, energy
+    if abs(_distance(forces.ratio, 1.0)) > abs(_distance(energy.ratio, 1.0)):
+        return forces._replace(sized=False), energy
+    return forces, energy._replace(sized=False)
 
 
-def _compare_forces_with(labels: Labels, eip_labels: Labels, source: int) -> _Comparison:
+def _compare_forces(labels: Labels, eip_labels: Labels, source: int) -> _Comparison:
     reference, eip = labels.forces[0], eip_labels.forces[source]
     length, eip_length = (
         np.sqrt(_dot(reference, reference, labels)),
@@ -460,7 +484,7 @@ def _compare_energies(
     labels: Labels,
     eip_labels: Labels,
     divisor: IntArray | FloatArray,
-) -> _Comparison:
+) -> list[_Comparison]:
     """Compare energies per atom; those of the labels are had by division by ``divisor``."""
     reference = labels.energy[:, 0] / divisor
     fractions = element_fractions(configurations, np.array(configurations.elements))
@@ -485,7 +509,7 @@ def _compare_energies(
                 RATIO_RANGE[0] <= ratio <= RATIO_RANGE[1],
             )
         )
-    return _best(comparisons)
+    return comparisons
 
 
 def _best(comparisons: list[_Comparison]) -> _Comparison:
@@ -498,7 +522,7 @@ def _best(comparisons: list[_Comparison]) -> _Comparison:
     best = max(usable, key=lambda item: abs(item.agreement))
     near = [item for item in usable if abs(item.agreement) >= 0.9 * abs(best.agreement)]
     clear = [item for item in near if item.clear]
-    if len(clear) >= MEDIAN_EIPS:
+    if len(clear) >= MEDIAN_EIPS and best.n >= OUTLIER_CONFIGURATIONS:
         ratio = float(np.median([item.ratio for item in clear]))
         return best._replace(ratio=ratio, sized=MEDIAN_RANGE[0] <= ratio <= MEDIAN_RANGE[1])
     return best if best.sized or not best.clear else next((i for i in near if i.sized), best)
