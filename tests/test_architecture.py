@@ -40,6 +40,7 @@ NEEDS_VESIN = {
     "aiida_eipnn.science.dynamics",
     "aiida_eipnn.science.eip.analytic",
     "aiida_eipnn.science.eip.engine",
+    "aiida_eipnn.science.duplicates",
     "aiida_eipnn.science.gate",
     "aiida_eipnn.science.io",
     "aiida_eipnn.science.pool",

@@ -1,6 +1,6 @@
 """Calcfunctions that steer the loop: split, check, acquire, assess."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 from aiida.engine import ExitCode, calcfunction
 from aiida.orm import Dict, Int
 
-from aiida_eipnn.calculations.dft import same_level
+from aiida_eipnn.calculations.dft import MAX_FORCE, same_level
 from aiida_eipnn.data.choice import Choice, ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.finite import finite
@@ -18,7 +18,7 @@ from aiida_eipnn.science import acquisition
 from aiida_eipnn.science.arrays import IntArray, StrArray
 from aiida_eipnn.science.configurations import Configurations, ragged_rows, rows_of
 from aiida_eipnn.science.convergence import IterationRecord, StopCriteria, stop_reason
-from aiida_eipnn.science.gate import PROBLEMS, check_labels, keep_valid
+from aiida_eipnn.science.gate import PROBLEMS, GateReport, keep_valid, refuse_labels
 from aiida_eipnn.science.labels import Labels, join_labels
 from aiida_eipnn.science.metrics import errors, errors_by_type, prediction_errors
 from aiida_eipnn.science.predictions import Predictions
@@ -93,26 +93,63 @@ def split_pool(
 def check_given_labels(
     configurations: ConfigurationsData, labels: LabelsData, eip_labels: LabelsData
 ) -> dict[str, Any] | ExitCode:
-    """Hold given labels against the EIPs: wrong units or signs are an error, outliers are dropped.
+    """Hold given labels against the gate: wrong units or signs are an error.
 
-    See :func:`aiida_eipnn.science.gate.check_labels`.
+    A single label that is refused becomes a row without a label, with the reason; see
+    :func:`aiida_eipnn.science.gate.refuse_labels`.
     """
     given = labels.value()
-    report = check_labels(configurations.value(), given, eip_labels.value())
+    kept, report = refuse_labels(configurations.value(), given, eip_labels.value())
     if report.verdict in PROBLEMS:
         return ExitCode(310, report.text)
-    refused = {failure.id for failure in report.refused}
-    kept = given.take([row for row, name in enumerate(given.ids) if str(name) not in refused])
-    facts = {
-        "verdict": str(report.verdict),
-        "text": report.text,
-        "refused": [failure._asdict() for failure in report.refused],
-    }
     return {
-        "labels": LabelsData.from_value(kept, level=labels.level),
+        "labels": LabelsData.from_value(kept, level=labels.level, **_gate_facts(report)),
         "choice": ChoiceData.from_value(Choice.from_ids(given.ids), strategy=KNOWN),
-        "report": Dict(facts),
+        "report": Dict(
+            {
+                "verdict": str(report.verdict),
+                "text": f"{report.text}; {report.summary}",
+                "refused": [failure._asdict() for failure in report.refused],
+            }
+        ),
     }
+
+
+@calcfunction
+def refuse_dft_labels(
+    pool: ConfigurationsData, labels: LabelsData, eip_labels: LabelsData, **known: LabelsData
+) -> LabelsData:
+    """Return new DFT labels without those that the gate refuses; see :func:`judge_dft_labels`."""
+    kept, report = judge_dft_labels(pool, labels, eip_labels, list(known.values()))
+    return LabelsData.from_value(kept, level=labels.level, **_gate_facts(report))
+
+
+def judge_dft_labels(
+    pool: ConfigurationsData,
+    labels: LabelsData,
+    eip_labels: LabelsData,
+    known: Sequence[LabelsData] = (),
+) -> tuple[Labels, GateReport]:
+    """Judge new DFT labels of the pool beside those of the pool that are known already.
+
+    ``known`` makes the judgement firmer and is not judged again.
+    """
+    new, configurations = labels.value(), pool.value()
+    others = [node.value() for node in known]
+    others = [part.take(np.flatnonzero(np.isin(part.ids, configurations.ids))) for part in others]
+    together = join_labels([*others, new]) if others else new
+    kept, report = refuse_labels(
+        configurations, together, eip_labels.value(), min_contact=0.0, force_limit=MAX_FORCE
+    )
+    here = set(new.ids.tolist())
+    refused = tuple(failure for failure in report.refused if failure.id in here)
+    return kept.take(kept.rows_of(new.ids)), replace(report, refused=refused)
+
+
+def _gate_facts(report: GateReport) -> dict[str, Any]:
+    """Return what the node of labels says about the gate."""
+    reasons = {failure.id: failure.reason for failure in report.refused}
+    return {"gate": {"verdict": str(report.verdict), "text": report.summary, "reasons": reasons}}
 
 
 @calcfunction

@@ -1,6 +1,7 @@
 """Refuse what cannot be right, before anyone trains on it or pays DFT for it."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -9,9 +10,18 @@ from ase import Atoms
 from ase.data import covalent_radii
 from vesin import NeighborList
 
-from aiida_eipnn.science.arrays import FloatArray
+from aiida_eipnn.science.arrays import BoolArray, FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.duplicates import find_duplicates
 from aiida_eipnn.science.labels import Failure, Labels
+from aiida_eipnn.science.outliers import (
+    LIMIT_NOT_FINITE,
+    mark_refused,
+    residual,
+    spread,
+    stray_energies,
+    strongest_forces,
+)
 from aiida_eipnn.science.reference import element_fractions
 from aiida_eipnn.science.uncertainty import spearman
 
@@ -145,7 +155,7 @@ class GateReport:
     text
         The same for people: what was found and what to do.
     refused
-        Labels to leave out: not finite, or far from what every EIP says.
+        Labels to leave out, with the reason.
     n_judged
         Configurations that the verdict rests on.
     forces_agreement
@@ -169,9 +179,33 @@ class GateReport:
     energy_ratio: float
 
     @property
+    def summary(self) -> str:
+        """How many labels were refused, by kind, on one line."""
+        if not self.refused:
+            return "no label refused"
+        kinds = Counter(_kind(failure.reason) for failure in self.refused)
+        counted = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
+        return f"{len(self.refused)} labels refused ({counted})"
+
+    @property
     def problem(self) -> str | None:
         """The text where the whole set must be refused, else ``None``."""
         return self.text if self.verdict in PROBLEMS else None
+
+
+# Words by which the reasons of the gate are counted, the first that occurs decides.
+KINDS = {
+    "conflict": "conflicting duplicates",
+    "same geometry": "duplicates",
+    "overlap": "overlapping atoms",
+    "not finite": "not finite",
+    "force": "strong forces",
+    "energy": "stray energies",
+}
+
+
+def _kind(reason: str) -> str:
+    return next((kind for word, kind in KINDS.items() if word in reason), "invalid geometries")
 
 
 # Value found where the true value is 1 eV/Å, or 1 eV.
@@ -202,6 +236,14 @@ MIN_JUDGED = 5
 # Sound data gave median ratios of 0.07 (crushed random crystals against a poor EIP; 0.4 and more
 # with good ones) to 1.3; a unit mistake is a factor of 13.6 at least.
 RATIO_RANGE = (0.08, 5.0)
+# Where three EIPs or more agree in direction, the median of their ratios is less scattered: 0.25 to
+# 1.3 on sound sets, at most 0.1 or at least 3.4 with a mistaken unit.
+MEDIAN_RANGE = (0.12, 3.0)
+MEDIAN_EIPS = 3
+# Ratio of the forces' ratio to the energies', with the same EIP: 0.4 to 1.4 on sound sets.
+TOGETHER_RANGE = (0.15, 4.0)
+# The usual ratio of a sound set: EIPs are too stiff. Units are named after division by it.
+USUAL_RATIO = 0.75
 CLEAR_AGREEMENT = 0.5
 # Forces in eV/Å of an EIP that say something: below they are noise, above it is in its
 # repulsive wall.
@@ -246,9 +288,12 @@ def check_labels(configurations: Configurations, labels: Labels, eip_labels: Lab
     labels = labels.take(labels.rows_of(both))
     eip_labels = eip_labels.take(eip_labels.rows_of(both))
 
-    forces = _compare_forces(labels, eip_labels)
-    energy = _compare_energies(configurations, labels, eip_labels)
-    verdict, text = _judge(forces, energy, labels)
+    forces, energy = _fit_together(
+        [_compare_forces(labels, eip_labels, source) for source in _sources(eip_labels)],
+        _compare_energies(configurations, labels, eip_labels, labels.n_atoms),
+    )
+    as_they_are = _best(_compare_energies(configurations, labels, eip_labels, np.ones(len(labels))))
+    verdict, text = _judge(forces, energy, as_they_are, labels)
     return GateReport(
         verdict=verdict,
         text=text,
@@ -259,6 +304,107 @@ def check_labels(configurations: Configurations, labels: Labels, eip_labels: Lab
         energy_agreement=energy.agreement,
         energy_ratio=energy.ratio,
     )
+
+
+# The same geometry labelled twice may differ by this much, in eV/atom, and still count as one.
+SAME_ENERGY = 1e-3
+
+
+def refuse_labels(
+    configurations: Configurations,
+    labels: Labels,
+    eip_labels: Labels | None = None,
+    *,
+    min_contact: float = MIN_CONTACT,
+    force_limit: float = np.inf,
+) -> tuple[Labels, GateReport]:
+    """Refuse every label that must not enter a data set, and say why.
+
+    Refused are labels that are not finite; of invalid geometries (:func:`geometry_fault`); with a
+    force above the limit; with an energy per atom far out of its own set on either side
+    (:func:`~.outliers.stray_energies`) or far from what three EIPs say (:func:`check_labels`); and
+    of a geometry that came before (:func:`~.duplicates.find_duplicates`), with a note where the
+    two energies differ. Units and signs of the whole set are judged by the verdict of the report;
+    where that is a problem (:attr:`GateReport.problem`) use no label of the set.
+
+    Parameters
+    ----------
+    configurations
+        Must contain every configuration of ``labels``.
+    labels
+        Of any number of sources; verdict and comparison with EIPs are about the first.
+    eip_labels
+        Labels by EIPs, where there are some.
+    min_contact
+        As for :func:`geometry_fault`.
+    force_limit
+        In eV/Å; by default any, for DFT of strongly compressed crystals is sound.
+
+    Returns
+    -------
+    tuple of Labels and GateReport
+        The rows as they came, refused ones missing with the reason, and the report, whose
+        ``refused`` lists them.
+    """
+    part = configurations.take(configurations.rows_of(labels.ids))
+    shape = labels.energy.shape
+    strongest = strongest_forces(labels)
+    finite = np.isfinite(labels.energy) & np.isfinite(strongest)
+    faults: list[tuple[BoolArray, str]] = [(~finite, LIMIT_NOT_FINITE)]
+    sound = np.ones(len(labels), dtype=bool)
+    for row in range(len(labels)):
+        if fault := geometry_fault(part.atoms(row), min_contact):
+            sound[row] = False
+            faults.append((_cells(shape, row), fault))
+    strong = finite & (strongest > force_limit)
+    faults.append((strong, f"a force is above {force_limit:g} eV/Å"))
+    stray = stray_energies(part, labels.energy, labels.ok & finite & ~strong & sound[:, None])
+    faults += [
+        (
+            _cells(shape, int(row), int(column)),
+            f"its energy is {stray[row, column]:+.3g} eV/atom from the median of its set",
+        )
+        for row, column in np.argwhere(stray != 0)
+    ]
+    kept = mark_refused(labels, faults)
+    report = check_labels(part, kept, kept.take([]) if eip_labels is None else eip_labels)
+    rows = {str(name): row for row, name in enumerate(labels.ids.tolist())}
+    alone = [(_cells(shape, rows[item.id], 0), item.reason) for item in report.refused]
+    kept = mark_refused(kept, alone)
+    kept = mark_refused(kept, _duplicate_faults(part, kept))
+    before = set(labels.failures())
+    refused = tuple(item for item in kept.failures() if item not in before)
+    return kept, replace(report, refused=refused)
+
+
+def _duplicate_faults(
+    configurations: Configurations, labels: Labels
+) -> list[tuple[BoolArray, str]]:
+    """Return what says again, or says otherwise, what an earlier row says."""
+    rows = np.flatnonzero(labels.ok.any(axis=1))
+    first = rows[find_duplicates(configurations.take(rows))]
+    per_atom = labels.energy / labels.n_atoms[:, None]
+    faults = []
+    for row, earlier in zip(rows.tolist(), first.tolist(), strict=True):
+        if row == earlier:
+            continue
+        both = labels.ok[row] & labels.ok[earlier]
+        difference = np.abs(per_atom[row] - per_atom[earlier])
+        for column in np.flatnonzero(both).tolist():
+            text = f"it has the same geometry as {labels.ids[earlier]}, which came earlier"
+            if difference[column] > SAME_ENERGY:
+                text += (
+                    f", and conflicts with it: the energies differ by {difference[column]:.3g} "
+                    "eV/atom; find out which of the two is right"
+                )
+            faults.append((_cells(labels.energy.shape, row, column), text))
+    return faults
+
+
+def _cells(shape: tuple[int, ...], row: int, column: int | slice = slice(None)) -> BoolArray:
+    cells = np.zeros(shape, dtype=bool)
+    cells[row, column] = True
+    return cells
 
 
 class _Comparison(NamedTuple):
@@ -283,11 +429,31 @@ class _Comparison(NamedTuple):
         return self.clear and not self.sized
 
 
-def _compare_forces(labels: Labels, eip_labels: Labels) -> _Comparison:
-    return _best([_compare_forces_with(labels, eip_labels, k) for k in _sources(eip_labels)])
+def _fit_together(
+    of_forces: list[_Comparison], of_energies: list[_Comparison]
+) -> tuple[_Comparison, _Comparison]:
+    """Return the best comparisons; where forces and energies differ in unit, one is not sized.
+
+    An EIP that exaggerates does so in both, so the ratio of the two ratios scatters far less than
+    each, and a single poor EIP can tell that one of the units is wrong.
+    """
+    forces, energy = _best(of_forces), _best(of_energies)
+    by_name = {item.source: item for item in of_energies if item.clear and item.source}
+    ratios = [
+        item.ratio / by_name[item.source].ratio
+        for item in of_forces
+        if item.clear and item.source in by_name
+    ]
+    if energy.n < OUTLIER_CONFIGURATIONS or not ratios or not (forces.clear and energy.clear):
+        return forces, energy
+    if TOGETHER_RANGE[0] <= np.median(ratios) <= TOGETHER_RANGE[1]:
+        return forces, energy
+    if abs(_distance(forces.ratio, 1.0)) > abs(_distance(energy.ratio, 1.0)):
+        return forces._replace(sized=False), energy
+    return forces, energy._replace(sized=False)
 
 
-def _compare_forces_with(labels: Labels, eip_labels: Labels, source: int) -> _Comparison:
+def _compare_forces(labels: Labels, eip_labels: Labels, source: int) -> _Comparison:
     reference, eip = labels.forces[0], eip_labels.forces[source]
     length, eip_length = (
         np.sqrt(_dot(reference, reference, labels)),
@@ -314,9 +480,13 @@ def _compare_forces_with(labels: Labels, eip_labels: Labels, source: int) -> _Co
 
 
 def _compare_energies(
-    configurations: Configurations, labels: Labels, eip_labels: Labels
-) -> _Comparison:
-    reference = labels.energy[:, 0] / labels.n_atoms
+    configurations: Configurations,
+    labels: Labels,
+    eip_labels: Labels,
+    divisor: IntArray | FloatArray,
+) -> list[_Comparison]:
+    """Compare energies per atom; those of the labels are had by division by ``divisor``."""
+    reference = labels.energy[:, 0] / divisor
     fractions = element_fractions(configurations, np.array(configurations.elements))
     comparisons = []
     for source in _sources(eip_labels):
@@ -325,11 +495,11 @@ def _compare_energies(
             comparisons.append(_Comparison(int(used.sum())))
             continue
         eip = (eip_labels.energy[:, source] / labels.n_atoms)[used]
-        ours = _residual(fractions[used], reference[used])
-        theirs = _residual(fractions[used], eip)
-        if min(_spread(ours), _spread(theirs)) < MIN_SPREAD:
+        ours = residual(fractions[used], reference[used])
+        theirs = residual(fractions[used], eip)
+        if min(spread(ours), spread(theirs)) < MIN_SPREAD:
             continue
-        ratio = _spread(ours) / _spread(theirs)
+        ratio = spread(ours) / spread(theirs)
         comparisons.append(
             _Comparison(
                 int(used.sum()),
@@ -339,7 +509,7 @@ def _compare_energies(
                 RATIO_RANGE[0] <= ratio <= RATIO_RANGE[1],
             )
         )
-    return _best(comparisons)
+    return comparisons
 
 
 def _best(comparisons: list[_Comparison]) -> _Comparison:
@@ -351,23 +521,49 @@ def _best(comparisons: list[_Comparison]) -> _Comparison:
     usable = [item for item in usable if item.agreement >= CLEAR_AGREEMENT] or usable
     best = max(usable, key=lambda item: abs(item.agreement))
     near = [item for item in usable if abs(item.agreement) >= 0.9 * abs(best.agreement)]
+    clear = [item for item in near if item.clear]
+    if len(clear) >= MEDIAN_EIPS and best.n >= OUTLIER_CONFIGURATIONS:
+        ratio = float(np.median([item.ratio for item in clear]))
+        return best._replace(ratio=ratio, sized=MEDIAN_RANGE[0] <= ratio <= MEDIAN_RANGE[1])
     return best if best.sized or not best.clear else next((i for i in near if i.sized), best)
 
 
-def _judge(forces: _Comparison, energy: _Comparison, labels: Labels) -> tuple[Verdict, str]:
+def _fits_per_atom(energy: _Comparison, as_they_are: _Comparison) -> bool:
+    """Return whether the energies make most sense if they are energies per atom already."""
+    if not (as_they_are.clear and as_they_are.sized and as_they_are.agreement > 0):
+        return False
+    if not (energy.wrong_unit or not energy.clear):
+        return False
+    if as_they_are.agreement > abs(energy.agreement) + 0.05:
+        return True
+    # With one number of atoms throughout, a unit explains the same: the closer factor decides.
+    nearest = min(abs(_distance(energy.ratio, unit)) for unit in ENERGY_UNITS.values())
+    close = abs(_distance(as_they_are.ratio, 1.0)) < nearest
+    return close and as_they_are.agreement > abs(energy.agreement) - 0.05
+
+
+def _distance(ratio: float, unit: float) -> float:
+    """Return how far a ratio is from what a unit lets expect, as a logarithm."""
+    return float(np.log(ratio / USUAL_RATIO / unit))
+
+
+def _judge(
+    forces: _Comparison, energy: _Comparison, as_they_are: _Comparison, labels: Labels
+) -> tuple[Verdict, str]:
     if max(forces.n, energy.n) < MIN_JUDGED:
         return Verdict.TOO_FEW, (
             f"too few to judge: {max(forces.n, energy.n)} configurations can be compared with "
             f"EIPs, {MIN_JUDGED} are needed"
         )
-    if _per_atom(labels):
+    if forces.wrong_unit:
+        return Verdict.WRONG_UNIT, _unit_text("forces", forces, FORCE_UNITS)
+    if _per_atom(labels) or _fits_per_atom(energy, as_they_are):
         return Verdict.PER_ATOM, (
-            "the energies do not grow with the number of atoms, so they seem to be per atom; give "
-            "total energies: multiply each by its number of atoms"
+            "the energies fit the EIPs' energies per atom, not their total energies, so they seem "
+            "to be per atom: give total energies, multiply each by its number of atoms"
         )
-    for what, found, units in (("forces", forces, FORCE_UNITS), ("energies", energy, ENERGY_UNITS)):
-        if found.wrong_unit:
-            return Verdict.WRONG_UNIT, _unit_text(what, found, units)
+    if energy.wrong_unit:
+        return Verdict.WRONG_UNIT, _unit_text("energies", energy, ENERGY_UNITS)
     if forces.clear and forces.agreement < 0:
         return Verdict.WRONG_SIGN, (
             f"the forces point against those of {forces.source} (median cosine "
@@ -393,22 +589,30 @@ def _judge(forces: _Comparison, energy: _Comparison, labels: Labels) -> tuple[Ve
 
 
 def _unit_text(what: str, found: _Comparison, units: dict[str, float]) -> str:
-    close = sorted(units, key=lambda name: abs(np.log(found.ratio / units[name])))[:2]
+    close = sorted(units, key=lambda name: abs(_distance(found.ratio, units[name])))
+    # EIPs differ by more than some units do: what else it may be is named too.
+    likely = [name for name in close[:4] if abs(_distance(found.ratio, units[name])) < np.log(2.2)]
+    named = " or ".join(f"{name} ({_cure(units[name])})" for name in likely or close[:2])
+    sign = ", and of the wrong sign" if found.agreement < 0 else ""
     expected = "eV/Å" if units is FORCE_UNITS else "eV"
     return (
-        f"the {what} are {found.ratio:.3g} times those of {found.source}, with which they agree "
-        f"in direction ({found.agreement:.2f}); they seem to be in {close[0]} "
-        f"(factor {units[close[0]]:.3g}) or {close[1]} ({units[close[1]]:.3g}): give {expected}"
+        f"the {what} are {found.ratio:.3g} times those of EIPs such as {found.source}, with which "
+        f"they agree in direction ({found.agreement:.2f}): they seem to be in {named}{sign}; "
+        f"give {expected}"
     )
+
+
+def _cure(factor: float) -> str:
+    return f"multiply by {1 / factor:.4g}" if factor < 1 else f"divide by {factor:.4g}"
 
 
 def _per_atom(labels: Labels) -> bool:
     energy = labels.energy[:, 0]
     if len(energy) < MIN_JUDGED or not ((energy > 0).all() or (energy < 0).all()):
         return False
-    size = _spread(np.log(labels.n_atoms))
+    size = spread(np.log(labels.n_atoms))
     # A total energy varies as much as the number of atoms does, an energy per atom far less.
-    return size > np.log(1.3) and _spread(np.log(np.abs(energy))) < 0.2 * size
+    return size > np.log(1.3) and spread(np.log(np.abs(energy))) < 0.2 * size
 
 
 def _outliers(
@@ -449,10 +653,10 @@ def _energy_residuals(
         if used.sum() < OUTLIER_CONFIGURATIONS:
             continue
         eip = (eip_labels.energy[:, source] / labels.n_atoms)[used]
-        left = _residual(np.column_stack([fractions[used], eip]), reference[used])
+        left = residual(np.column_stack([fractions[used], eip]), reference[used])
         scales.append(_usual(left))
         # What is extreme for the EIP itself lies outside the range of the fit: not judged.
-        centred = _residual(fractions[used], eip)
+        centred = residual(fractions[used], eip)
         rest = np.full(len(labels), np.nan)
         rest[used] = np.where(np.abs(centred) > OUTLIER_SIGMA * _usual(centred), np.nan, left)
         residuals.append(rest)
@@ -482,20 +686,3 @@ def _sources(labels: Labels) -> range:
 def _dot(first: FloatArray, second: FloatArray, labels: Labels) -> FloatArray:
     """Sum the products of all force components of each configuration. Shape ``(n,)``."""
     return np.add.reduceat((first * second).sum(axis=1), labels.offsets[:-1])
-
-
-def _residual(design: FloatArray, values: FloatArray) -> FloatArray:
-    """Return ``values`` less their least-absolute-deviation fit: half of them may be stray."""
-    weights = np.ones(len(values))
-    rest = values
-    for _ in range(30):
-        fit = np.linalg.lstsq(design * weights[:, None], values * weights, rcond=None)[0]
-        rest = values - design @ fit
-        floor = 1e-9 + 1e-3 * _spread(rest)
-        weights = 1 / np.sqrt(np.maximum(np.abs(rest), floor))
-    return rest
-
-
-def _spread(values: FloatArray) -> float:
-    """Return the median absolute deviation."""
-    return float(np.median(np.abs(values - np.median(values))))

@@ -20,11 +20,8 @@ from numpy.typing import NDArray
 
 from aiida_eipnn.science.arrays import FloatArray
 from aiida_eipnn.science.configurations import Configurations, configuration_id
-from aiida_eipnn.science.gate import geometry_fault
+from aiida_eipnn.science.gate import SAME_ENERGY, geometry_fault
 from aiida_eipnn.science.labels import DFT, Labels
-
-# The same geometry labelled twice may differ by this much, in eV/atom, and still count as one.
-SAME_ENERGY = 1e-3
 
 # What ASE takes for one key.
 KEY = r"[A-Za-z_][A-Za-z0-9_.-]*"

@@ -328,7 +328,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
     def inspect_test_labels(self) -> ExitCode | None:
         """Keep the test labels apart: only `assess` ever sees them."""
         if "labels" in self.ctx.test.outputs:
-            self.ctx.test_labels = self.ctx.test.outputs.labels
+            self.ctx.test_labels = self._gated(self.ctx.test.outputs.labels)
             self.out("test_labels", self.ctx.test_labels)
         return self._broken(self.ctx.test, "DFT_LABELS")
 
@@ -343,7 +343,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
     def inspect_initial_labels(self) -> ExitCode | None:
         """Take the first DFT labels."""
         if "labels" in self.ctx.initial.outputs:
-            self.ctx.labels[INITIAL] = self.ctx.initial.outputs.labels
+            self.ctx.labels[INITIAL] = self._gated(self.ctx.initial.outputs.labels)
             self.out("initial_labels", self.ctx.labels[INITIAL])
         return self._broken(self.ctx.initial, "DFT_LABELS")
 
@@ -487,8 +487,8 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             return self._broken(self.ctx.asked, "DFT_LABELS")
         if not self.ctx.asked.is_finished_ok:
             self.report(f"DFT labels: {self.ctx.asked.exit_message}")
-        self.ctx.labels[self._name()] = self.ctx.asked.outputs.labels
-        self._emit("labels", self.ctx.asked.outputs.labels)
+        self.ctx.labels[self._name()] = self._gated(self.ctx.asked.outputs.labels)
+        self._emit("labels", self.ctx.labels[self._name()])
         return None
 
     def results(self) -> None:
@@ -504,6 +504,21 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
     def _emit(self, name: str, node: Data) -> None:
         # At once, so that a loop that breaks later still has it.
         self.out(f"iterations.{self._name()}.{name}", node)
+
+    def _gated(self, labels: LabelsData) -> LabelsData:
+        """Return new DFT labels without those that the gate refuses, and say which."""
+        # Asked first without a process: as a rule nothing is refused, and the graph stays small.
+        known = dict(self.ctx.labels)
+        _, report = loop.judge_dft_labels(
+            self.ctx.pool, labels, self.ctx.eip_labels, list(known.values())
+        )
+        if report.problem:
+            # What pw.x gives has the right unit: then the EIPs are far off, which is worth knowing.
+            self.report(f"gate: the EIPs and DFT do not fit together: {report.text}")
+        if not report.refused:
+            return labels
+        self.report(f"gate: DFT labels: {report.summary}; first: {report.refused[0].reason}")
+        return loop.refuse_dft_labels(self.ctx.pool, labels, self.ctx.eip_labels, **known)
 
     def _taken(self) -> dict[str, ChoiceData]:
         return {f"{loop.TAKEN}{key}": node for key, node in self.ctx.choices.items()}

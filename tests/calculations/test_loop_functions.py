@@ -15,6 +15,7 @@ from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.data.predictions import PredictionsData
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.engine import label_with_eips
+from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.predictions import Predictions
 
 SW = "SW_StillingerWeber_1985_Si__MO_405512056662_005"
@@ -59,6 +60,58 @@ def test_forces_of_the_wrong_sign_are_refused_with_the_diagnosis(known):
     _, node = check(known, forces=-known[1].forces)
     assert node.exit_status == 310
     assert "sign" in node.exit_message
+
+
+def stray(labels, row=4):
+    """Labels with one energy that is far too high."""
+    energy = labels.energy.copy()
+    energy[row] += 30 * labels.n_atoms[row]
+    return replace(labels, energy=energy)
+
+
+def test_a_stray_given_label_is_a_row_without_a_label_and_its_reason(known):
+    outputs, node = check(known, energy=stray(known[1]).energy)
+    assert node.is_finished_ok, node.exit_message
+    kept = outputs["labels"]
+    assert np.flatnonzero(~kept.value().ok[:, 0]).tolist() == [4]
+    assert kept.base.attributes.get("n_labels") == 29
+    assert list(kept.base.attributes.get("gate")["reasons"]) == [known[1].ids[4]]
+    assert "1 labels refused (1 stray energies)" in outputs["report"]["text"]
+
+
+def test_a_stray_dft_label_is_refused_beside_what_is_known(known):
+    configurations, labels, eip_labels = known
+    old = LabelsData.from_value(labels.take(range(10, 30)))
+    new = LabelsData.from_value(stray(labels).take(range(10)), level={"fingerprint": "x"})
+
+    kept = loop.refuse_dft_labels(configurations, new, eip_labels, i001=old)
+
+    assert kept.value().ids.tolist() == labels.ids[:10].tolist()
+    assert [failure.id for failure in kept.value().failures()] == [labels.ids[4]]
+    assert "energy is +" in kept.value().failures()[0].reason
+    assert kept.level == {"fingerprint": "x"}
+
+
+def test_a_dft_label_of_a_known_geometry_is_refused(known):
+    configurations, labels, eip_labels = known
+    pool = configurations.value()
+    turned = pool.atoms(0)
+    turned.rotate(90, "z", rotate_cell=True)
+    frames = [pool.atoms(row) for row in range(len(pool))] + [turned]
+    pool = Configurations.from_atoms(frames, "x")
+    energy = np.append(labels.energy, labels.energy[:1], axis=0)
+    new = Labels.missing(pool, ["dft"])
+    new = replace(new, energy=energy, forces=np.zeros_like(new.forces), status=new.status * 0)
+
+    kept, report = loop.judge_dft_labels(
+        ConfigurationsData.from_value(pool),
+        LabelsData.from_value(new.take([30])),
+        eip_labels,
+        [LabelsData.from_value(new.take(range(30)))],
+    )
+
+    assert not kept.ok.any()
+    assert "same geometry" in report.refused[0].reason
 
 
 def test_the_gate_refuses_overlapping_atoms_and_says_why(rattled_silicon):

@@ -8,6 +8,7 @@ from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 
 from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.eip.engine import label_with_eips
 from aiida_eipnn.science.gate import (
     Verdict,
     check_labels,
@@ -15,11 +16,19 @@ from aiida_eipnn.science.gate import (
     keep_valid,
     overlap,
     refuse_invalid,
+    refuse_labels,
 )
 from aiida_eipnn.science.labels import Labels
 
 HARTREE = 27.211386
 BOHR = 0.529177
+SILICON = (
+    "SW_StillingerWeber_1985_Si__MO_405512056662_005",
+    "EDIP_JustoBazantKaxiras_1998_Si__MO_958932894036_002",
+    "Tersoff_LAMMPS_Tersoff_1988T3_Si__MO_186459956893_003",
+    "MEAM_LAMMPS_LenoskySadighAlonso_2000_Si__MO_533426548156_000",
+    "ThreeBodyBondOrder_PPM_PurjaPunMishin_2017_Si__MO_566683736730_000",
+)
 
 
 def lj(scale=1.0):
@@ -255,3 +264,173 @@ def test_zero_levels_of_elements_do_not_matter():
     assert check_labels(configurations, shifted, eips).energy_ratio == pytest.approx(
         check_labels(configurations, dft, eips).energy_ratio, rel=1e-3
     )
+
+
+def test_the_gate_keeps_sound_labels_as_they_came(copper):
+    configurations, dft, eips = copper
+
+    kept, report = refuse_labels(configurations, dft, eips)
+
+    assert report.verdict is Verdict.PASSED
+    assert report.summary == "no label refused"
+    assert kept.ok.all()
+    assert np.array_equal(kept.energy, dft.energy)
+
+
+def test_the_gate_works_without_eips(copper):
+    configurations, dft, _ = copper
+
+    kept, report = refuse_labels(configurations, dft)
+
+    assert report.verdict is Verdict.TOO_FEW
+    assert kept.ok.all()
+
+
+def test_each_refused_label_is_a_row_with_its_reason(copper):
+    configurations, _, eips = copper
+    overlapping = bulk("Cu", cubic=True)
+    overlapping.positions[1] = overlapping.positions[0] + [0.4, 0, 0]
+    frames = [configurations.atoms(row) for row in range(len(configurations))]
+    frames[3] = overlapping
+    configurations, more = label(frames, {"dft": EMT()})
+    energy, forces = more.energy.copy(), more.forces.copy()
+    energy[7] += 30 * more.n_atoms[7]
+    energy[8] -= 30 * more.n_atoms[8]
+    forces[0, more.offsets[9]] = np.nan
+    forces[0, more.offsets[10]] = [0, 300, 0]
+    changed = replace(more, energy=energy, forces=forces)
+
+    kept, report = refuse_labels(configurations, changed, eips, force_limit=200.0)
+
+    reasons = {failure.id: failure.reason for failure in report.refused}
+    assert np.flatnonzero(~kept.ok[:, 0]).tolist() == [3, 7, 8, 9, 10]
+    assert "overlap" in reasons[kept.ids[3]]
+    assert "energy is +" in reasons[kept.ids[7]]
+    assert "energy is -" in reasons[kept.ids[8]]
+    assert "not finite" in reasons[kept.ids[9]]
+    assert "above 200" in reasons[kept.ids[10]]
+    assert report.summary.startswith("5 labels refused (2 stray energies")
+
+
+def test_a_twin_is_refused_and_a_conflict_is_named(copper):
+    configurations, dft, eips = copper
+    frames = [configurations.atoms(row) for row in range(len(configurations))]
+    for row in (0, 1):
+        twin = frames[row].copy()
+        twin.rotate(90, "z", rotate_cell=True)
+        frames.append(twin)
+    configurations, dft = label(frames, {"dft": EMT()})
+    energy = dft.energy.copy()
+    energy[-1] += 0.01 * dft.n_atoms[-1]
+
+    kept, report = refuse_labels(configurations, replace(dft, energy=energy), eips)
+
+    same, conflict = report.refused
+    assert np.flatnonzero(~kept.ok[:, 0]).tolist() == [40, 41]
+    assert dft.ids[0] in same.reason
+    assert "conflict" not in same.reason
+    assert "conflicts with it: the energies differ by 0.01 eV/atom" in conflict.reason
+    assert "1 duplicates" in report.summary
+
+
+def test_several_sources_are_judged_apart(copper):
+    configurations, _, eips = copper
+    energy = eips.energy.copy()
+    energy[4, 1] = np.nan
+
+    kept, report = refuse_labels(configurations, replace(eips, energy=energy))
+
+    assert np.argwhere(~kept.ok).tolist() == [[4, 1]]
+    assert report.refused[0].source == "lj-b"
+
+
+@pytest.fixture(scope="module")
+def silicon(kim):
+    """Silicon of mixed kinds and sizes, SW for DFT and four other models for EIPs."""
+    rng = np.random.default_rng(11)
+    frames = []
+    for number in range(48):
+        atoms = bulk("Si", cubic=True) * (1, 1, 1 + number % 3)
+        atoms.set_cell(atoms.cell * rng.uniform(0.94, 1.07), scale_atoms=True)
+        atoms.positions += rng.normal(scale=(0.05, 0.12, 0.2)[number % 3], size=(len(atoms), 3))
+        frames.append(atoms if number % 4 else atoms[1:])
+    configurations = Configurations.from_atoms(frames)
+    dft = label_with_eips(configurations, SILICON[:1])
+    # As pseudopotential codes count: from free ions and electrons.
+    energy = dft.energy - 103.0 * configurations.n_atoms[:, None]
+    dft = replace(dft, sources=np.array(["dft"]), energy=energy)
+    return configurations, dft, label_with_eips(configurations, SILICON[1:])
+
+
+MISTAKES = {
+    "hartree": (1 / HARTREE, 1 / HARTREE, "hartree/Å (multiply by 27.21)"),
+    "taken for hartree": (HARTREE, HARTREE, "eV/Å taken for hartree/Å (divide by 27.21)"),
+    "hartree, hartree/bohr": (1 / HARTREE, BOHR / HARTREE, "hartree/bohr (multiply by 51.42)"),
+    "forces in hartree/bohr": (1, BOHR / HARTREE, "hartree/bohr"),
+    "rydberg, rydberg/bohr": (2 / HARTREE, 2 * BOHR / HARTREE, "rydberg/bohr (multiply by 25.71)"),
+    "energies in rydberg": (2 / HARTREE, 1, "rydberg (multiply by 13.61)"),
+    "energies in hartree": (1 / HARTREE, 1, "hartree (multiply by 27.21)"),
+    "kcal/mol": (23.0605, 23.0605, "kcal/mol/Å (divide by 23.06)"),
+    "energies in kcal/mol": (23.0605, 1, "kcal/mol (divide by 23.06)"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_unit_is_named_with_its_cure(silicon, mistake):
+    configurations, dft, eips = silicon
+    energy, forces, words = MISTAKES[mistake]
+    wrong = replace(dft, energy=dft.energy * energy, forces=dft.forces * forces)
+
+    _, report = refuse_labels(configurations, wrong, eips)
+
+    assert report.verdict is Verdict.WRONG_UNIT
+    assert words in report.problem
+
+
+def test_one_eip_is_enough_to_tell_that_energies_and_forces_differ_in_unit(silicon):
+    configurations, dft, eips = silicon
+    one = replace(
+        eips,
+        sources=eips.sources[:1],
+        energy=eips.energy[:, :1],
+        forces=eips.forces[:1],
+        stress=eips.stress[:, :1],
+        status=eips.status[:, :1],
+    )
+
+    _, report = refuse_labels(configurations, replace(dft, energy=dft.energy / 13.6057), one)
+
+    assert report.verdict is Verdict.WRONG_UNIT
+    assert "the energies" in report.problem
+
+
+def test_a_gradient_and_energies_per_atom_are_named_with_their_cure(silicon):
+    configurations, dft, eips = silicon
+    gradient = replace(dft, forces=-dft.forces)
+    per_atom = replace(dft, energy=dft.energy / dft.n_atoms[:, None])
+
+    assert (
+        "change the sign of all forces" in refuse_labels(configurations, gradient, eips)[1].problem
+    )
+    assert "multiply each by its number" in refuse_labels(configurations, per_atom, eips)[1].problem
+
+
+def test_energies_per_atom_are_told_where_all_configurations_have_one_size(silicon):
+    configurations, dft, eips = silicon
+    rows = np.flatnonzero(dft.n_atoms == 24)
+    per_atom = replace(dft, energy=dft.energy / dft.n_atoms[:, None]).take(rows)
+
+    assert check_labels(configurations, per_atom, eips).verdict is Verdict.PER_ATOM
+    assert check_labels(configurations, dft.take(rows), eips).verdict is Verdict.PASSED
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_no_small_part_of_a_sound_set_is_refused(silicon, number):
+    configurations, dft, eips = silicon
+    rng = np.random.default_rng(number)
+    rows = rng.permutation(len(dft))[: 5 + 5 * number]
+
+    kept, report = refuse_labels(configurations, dft.take(rows), eips)
+
+    assert report.problem is None
+    assert kept.ok.all()

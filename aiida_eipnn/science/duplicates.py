@@ -1,0 +1,108 @@
+"""Find configurations that say the same: moved, turned, mirrored, reordered or repeated."""
+
+import numpy as np
+from vesin import NeighborList
+
+from aiida_eipnn.science.arrays import FloatArray, IntArray
+from aiida_eipnn.science.configurations import Configurations
+
+# Neighbours up to here, in Å, tell two geometries apart.
+CUTOFF = 5.0
+# Gaussians over the distance, their width equal to their spacing.
+N_RADIAL = 8
+# Largest difference of two fingerprints, relative to their size, that still counts as equal.
+# In mlearn_Si and mvl_W this finds all 45 and 90 twins (strains that a rotation maps on one
+# another) and nothing else; with 1e-4 strains that differ by 2 meV/atom are taken for one.
+TOLERANCE = 1e-5
+
+
+def find_duplicates(configurations: Configurations, tolerance: float = TOLERANCE) -> IntArray:
+    """Return for each configuration the first row with the same geometry, its own if it is first.
+
+    Translation, rotation, reflection, the order of atoms, the choice of the cell and repetition
+    of the cell make no difference: energies per atom do not see them.
+
+    Parameters
+    ----------
+    configurations
+        Finite geometries; one without neighbours within ``CUTOFF`` equals only others of that
+        kind with the same composition.
+    tolerance
+        Largest relative difference of two fingerprints that count as one.
+
+    Returns
+    -------
+    IntArray
+        Shape ``(n,)``.
+    """
+    prints = np.array([fingerprint(configurations, row) for row in range(len(configurations))])
+    first = np.arange(len(configurations), dtype=np.int64)
+    if len(first) < 2:
+        return first
+    size = np.maximum(np.linalg.norm(prints, axis=1), 1e-12)
+    # Equal prints have equal sums, up to the tolerance: only neighbours in that order are compared.
+    order = np.argsort(size, kind="stable")
+    ends = np.searchsorted(size[order], size[order] * (1 + tolerance), side="right")
+    for place, row in enumerate(order.tolist()):
+        near = order[place + 1 : ends[place]]
+        distance = np.linalg.norm(prints[near] - prints[row], axis=1)
+        same = near[distance <= tolerance * size[row]]
+        if len(same):
+            group = np.append(same, row)
+            first[group] = np.minimum(first[group], first[group].min())
+    # Chains of near duplicates end at one first row.
+    while not np.array_equal(first[first], first):
+        first = first[first]
+    return first
+
+
+def fingerprint(configurations: Configurations, row: int) -> FloatArray:
+    """Return numbers that are equal for equal geometries and smooth in the positions.
+
+    For each element: mean, mean square and mean cube over its atoms of the radial density of each
+    neighbouring element and of the lengths of its first and second moments (a power spectrum up to
+    l = 2, with few functions), and the share of the element.
+    """
+    elements = np.array(configurations.elements)
+    part = slice(int(configurations.offsets[row]), int(configurations.offsets[row + 1]))
+    kind = np.searchsorted(elements, configurations.numbers[part])
+    features = _atom_features(configurations, row, kind, len(elements))
+    means = []
+    for element in range(len(elements)):
+        own = features[kind == element]
+        count = len(kind) or 1
+        means += [own.sum(axis=0) / count, (own**2).sum(axis=0) / count]
+        means += [(own**3).sum(axis=0) / count, np.array([len(own) / count])]
+    return np.concatenate(means) if means else np.zeros(1)
+
+
+def _atom_features(
+    configurations: Configurations, row: int, kind: IntArray, n_elements: int
+) -> FloatArray:
+    atoms = configurations.atoms(row)
+    first, second, distance, vector = NeighborList(cutoff=CUTOFF, full_list=True).compute(
+        points=atoms.positions,
+        box=np.asarray(atoms.cell.complete()),
+        periodic=atoms.pbc,
+        quantities="ijdD",
+    )
+    centres = np.linspace(1.0, CUTOFF, N_RADIAL)
+    width = centres[1] - centres[0]
+    # The cosine lets a neighbour at the cutoff come and go smoothly.
+    fade = 0.5 * (1 + np.cos(np.pi * distance / CUTOFF))
+    radial = fade[:, None] * np.exp(-0.5 * ((distance[:, None] - centres) / width) ** 2)
+    unit = vector / np.maximum(distance, 1e-12)[:, None]
+    square = (unit[:, :, None] * unit[:, None, :]).reshape(-1, 9)
+    angular = np.hstack([np.ones((len(unit), 1)), unit, square])
+    slot = first.astype(np.int64) * n_elements + kind[second.astype(np.int64)]
+    density = np.zeros((len(kind) * n_elements, N_RADIAL, 13))
+    for column in range(13):
+        products = radial * angular[:, column, None]
+        for k in range(N_RADIAL):
+            density[:, k, column] = np.bincount(slot, products[:, k], minlength=len(density))
+    lengths = [
+        density[:, :, 0],
+        np.linalg.norm(density[:, :, 1:4], axis=2),
+        np.linalg.norm(density[:, :, 4:], axis=2),
+    ]
+    return np.concatenate(lengths, axis=1).reshape(len(kind), -1)

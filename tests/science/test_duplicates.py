@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, make_supercell
+
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.duplicates import find_duplicates
+
+
+def rattled(seed=0, repeat=1):
+    atoms = bulk("SiC", "zincblende", a=4.36, cubic=True) * (repeat, 1, 1)
+    atoms.positions += np.random.default_rng(seed).normal(scale=0.1, size=atoms.positions.shape)
+    return atoms
+
+
+def turned(atoms):
+    atoms = atoms.copy()
+    atoms.rotate(37, (1, 2, 3), rotate_cell=True)
+    return atoms
+
+
+def mirrored(atoms):
+    return Atoms(
+        atoms.numbers, atoms.positions * [1, 1, -1], cell=atoms.cell * [1, 1, -1], pbc=True
+    )
+
+
+def moved(atoms):
+    atoms = atoms.copy()
+    atoms.translate([0.3, -1.2, 0.7])
+    atoms.wrap()
+    return atoms
+
+
+def first_rows(*frames):
+    return find_duplicates(Configurations.from_atoms(list(frames))).tolist()
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        turned,
+        mirrored,
+        moved,
+        lambda atoms: atoms[::-1],
+        lambda atoms: atoms * (1, 2, 1),
+        lambda atoms: make_supercell(atoms, [[1, 1, 0], [0, 1, 0], [0, 0, 1]]),
+    ],
+    ids=["turned", "mirrored", "moved", "reordered", "repeated", "in another cell"],
+)
+def test_the_same_crystal_is_found_however_it_is_written(again):
+    assert first_rows(rattled(1), rattled(), again(rattled())) == [0, 1, 1]
+
+
+def test_the_first_of_three_is_named():
+    atoms = rattled()
+
+    assert first_rows(turned(atoms), rattled(1), atoms, moved(atoms)) == [0, 1, 0, 0]
+
+
+def test_one_displaced_atom_of_many_makes_another_geometry():
+    """Finite displacements for phonons are no duplicates of the crystal."""
+    crystal = bulk("Si", cubic=True) * (2, 2, 2)
+    displaced = crystal.copy()
+    displaced.positions[0, 0] += 0.01
+
+    assert first_rows(crystal, displaced) == [0, 1]
+
+
+def test_a_small_strain_makes_another_geometry():
+    atoms = bulk("W", cubic=True)
+    strained = atoms.copy()
+    strained.set_cell(atoms.cell * [1.001, 1, 1], scale_atoms=True)
+
+    assert first_rows(atoms, strained) == [0, 1]
+
+
+def test_exchanged_elements_make_another_geometry():
+    atoms = rattled()
+    exchanged = atoms.copy()
+    exchanged.numbers = np.where(atoms.numbers == 6, 14, 6)
+
+    assert first_rows(atoms, exchanged) == [0, 1]
+
+
+def test_strains_that_a_rotation_maps_on_one_another_are_found():
+    frames = []
+    for axis in range(3):
+        atoms = bulk("Si", cubic=True)
+        stretch = np.ones(3)
+        stretch[axis] = 1.02
+        atoms.set_cell(atoms.cell * stretch, scale_atoms=True)
+        frames.append(atoms)
+
+    assert first_rows(*frames) == [0, 0, 0]
+
+
+def test_no_configuration_has_no_duplicate():
+    assert first_rows() == []
