@@ -347,7 +347,7 @@ def _fit_shifts_alone(
     fractions: FloatArray, energy: FloatArray, target: FloatArray
 ) -> tuple[float, FloatArray]:
     """Return a scale of 1, and the shifts of one EIP; energies are per atom."""
-    return 1.0, _fit_robust_shifts(fractions, target - energy)
+    return 1.0, fit_robust_shifts(fractions, target - energy)
 
 
 def _fit_scale_and_shifts(
@@ -355,11 +355,14 @@ def _fit_scale_and_shifts(
 ) -> tuple[float, FloatArray]:
     """Return scale and shifts of one EIP, by reweighted least squares; energies are per atom."""
     trust = _trust(fractions, energy, target)
-    scale, shift = 1.0, _fit_robust_shifts(fractions, target - energy)
+    scale, shift = 1.0, fit_robust_shifts(fractions, target - energy)
     for _ in range(_ROUNDS):
+        before = np.append(shift, scale)
         weights, sigma = _huber_weights(target - scale * energy - fractions @ shift)
         scale = _fit_scale(fractions, energy, target, trust * weights, sigma)
         shift = _fit_shifts(fractions, target - scale * energy, trust * weights, sigma)
+        if _is_settled(before, np.append(shift, scale)):
+            break
     return scale, shift
 
 
@@ -371,20 +374,31 @@ def _trust(fractions: FloatArray, energy: FloatArray, target: FloatArray) -> Flo
     most about the scale and is kept.
     """
     spread = [
-        np.abs(values - fractions @ _fit_robust_shifts(fractions, values))
+        np.abs(values - fractions @ fit_robust_shifts(fractions, values))
         for values in (energy, target)
     ]
-    of_eip, of_reference = (values / _robust_sigma(values) for values in spread)
+    of_eip, of_reference = (values / robust_sigma(values) for values in spread)
     return np.minimum(1.0, (_FAR_OUT + of_reference) / np.maximum(of_eip, _FAR_OUT)) ** 2
 
 
-def _fit_robust_shifts(fractions: FloatArray, per_atom: FloatArray) -> FloatArray:
-    """Return the energy per element, by Huber's weights."""
+def fit_robust_shifts(fractions: FloatArray, per_atom: FloatArray) -> FloatArray:
+    """Return the energy per element that explains energies per atom, robustly, in eV.
+
+    Parameters
+    ----------
+    fractions
+        Share of each element. Shape ``(n, n_elements)``.
+    per_atom
+        Energies per atom, in eV, none missing. Shape ``(n,)``.
+    """
     # From the mean, one absurd value of three would count as noise and not as absurd.
     shift = _fit_least_absolute(fractions, per_atom)
     for _ in range(_ROUNDS):
+        before = shift
         weights, sigma = _huber_weights(per_atom - fractions @ shift)
         shift = _fit_shifts(fractions, per_atom, weights, sigma)
+        if _is_settled(before, shift):
+            break
     return shift
 
 
@@ -393,18 +407,26 @@ def _fit_least_absolute(fractions: FloatArray, per_atom: FloatArray) -> FloatArr
     shift = _fit_shifts(fractions, per_atom, np.ones(len(per_atom)), 0.0)
     for _ in range(_ROUNDS):
         residual = np.abs(per_atom - fractions @ shift)
-        floor = 1e-9 + 1e-3 * float(residual.mean())
+        before, floor = shift, 1e-9 + 1e-3 * float(residual.mean())
         shift = _fit_shifts(fractions, per_atom, floor / np.maximum(residual, floor), 0.0)
+        if _is_settled(before, shift):
+            break
     return shift
+
+
+def _is_settled(before: FloatArray, after: FloatArray) -> bool:
+    """Return whether a round changed nothing that counts, in eV/atom."""
+    return bool(np.abs(after - before).max() < 1e-7)
 
 
 def _huber_weights(residual: FloatArray) -> tuple[FloatArray, float]:
     """Return the weight of each residual, and their robust spread in eV/atom."""
-    sigma = _robust_sigma(residual)
+    sigma = robust_sigma(residual)
     return 1.0 / np.maximum(1.0, np.abs(residual) / (_HUBER * sigma)), sigma
 
 
-def _robust_sigma(residual: FloatArray) -> float:
+def robust_sigma(residual: FloatArray) -> float:
+    """Return the standard deviation about zero by the median, at least 1e-9."""
     # The floor, in eV/atom, matters where more than half of the labels are met exactly.
     return max(_MAD_TO_SIGMA * float(np.median(np.abs(residual))), 1e-9)
 
@@ -436,12 +458,12 @@ def _fit_shifts(
     direction that the labels hardly know would be extrapolated without bound. With ``sigma`` 0 a
     direction counts wherever there is any.
     """
-    centre = np.average(fractions, axis=0, weights=weights)
-    mean = np.average(per_atom, weights=weights)
+    total = weights.sum()
+    centre, mean = weights @ fractions / total, weights @ per_atom / total
     centred = fractions - centre
     weighted = (centred * weights[:, None]).T
     information, directions = np.linalg.eigh(weighted @ centred)
-    some = information > 1e-10 * weights.sum()
+    some = information > 1e-10 * total
     information = np.where(some, information, 1.0)
     slope = directions.T @ (weighted @ (per_atom - mean)) / information
     error = _expected_sigma(sigma, len(per_atom)) / np.sqrt(information) if sigma > 0 else 0.0
