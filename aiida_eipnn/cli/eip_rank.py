@@ -207,15 +207,16 @@ def short(name: str | None) -> str:
 
 def table(league: "League") -> list[str]:
     """Return the league table."""
-    width = max(20, *(len(short(row.eip)) for row in league.standings))
+    width = max(28, *(len(short(row.eip)) for row in league.standings))
     lines = [
-        f"{'':{width}}           energy (meV/atom)         forces (meV/Å)   best (%) in",
-        f"{'EIP':{width}}  labels     MAE    RMSE  shifted     MAE     RMSE  energy forces",
+        f"{'':{width}}           energy (meV/atom)           forces (meV/Å)        best (%) in",
+        f"{'EIP':{width}}  labels     MAE    RMSE  shifted     MAE    RMSE  scaled  energy forces",
     ]
     lines += [
         f"{short(row.eip):{width}}  {row.n:6d} {milli(row.energy_mae):>7} "
-        f"{milli(row.energy_rmse):>7}  {milli(row.shifted_mae):>7} {milli(row.forces_mae):>7}  "
-        f"{milli(row.forces_rmse):>7}  {percent(row.energy_wins):>6} {percent(row.forces_wins):>6}"
+        f"{milli(row.energy_rmse):>7}  {milli(row.shifted_mae):>7} {milli(row.forces_mae):>7} "
+        f"{milli(row.forces_rmse):>7} {milli(row.scaled_forces_mae):>7}  "
+        f"{percent(row.energy_wins):>6} {percent(row.forces_wins):>6}"
         for row in league.standings
     ]
     for name, energy, forces in (
@@ -223,7 +224,11 @@ def table(league: "League") -> list[str]:
         ("constant, zero force", league.constant_energy, league.zero_forces),
     ):
         lines.append(f"{name:{width}}  {'':6} {milli(energy):>7} {'':7}  {'':7} {milli(forces):>7}")
-    return lines
+    return [
+        *lines,
+        "",
+        "shifted: energies without the scale; scaled: forces with the scale of the energies",
+    ]
 
 
 def notes(league: "League", names: Sequence[str]) -> list[str]:
@@ -288,22 +293,24 @@ def worth(league: "League") -> list[str]:
 
 
 def comparison_lines(quantity: "Quantity", rows: "Sequence[Comparison]") -> list[str]:
-    """Return the cross-validation of one quantity, one line for each way to hold labels out."""
+    """Return the cross-validation of one quantity, a column for each way to hold labels out."""
     unit = "meV/atom" if quantity == "energy" else "meV/Å"
-    names = list(rows[0].errors)
-    title = f"cross-validated {quantity} MAE ({unit}) of held-out"
-    head = f"{title:46} learnt from" + "".join(f"  {name}" for name in names)
-    lines = [f"{head}  without  with EIPs  gain (95 %)            EIPs"]
-    for row in rows:
-        errors = "".join(
-            f"  {milli(row.errors.get(name, float('nan'))):>{len(name)}}" for name in names
-        )
-        gain = f"{100 * row.gain:.0f} % ({100 * row.low:.0f} to {100 * row.high:.0f})"
-        lines.append(
-            f"{row.where:46} {row.n_train:11d}{errors}  {milli(row.without):>7}  "
-            f"{milli(row.with_eips):>9}  {gain:21}  {row.answer}"
-        )
-    return lines
+    lines = [
+        (f"cross-validation, {quantity} MAE ({unit})", [f"{row.n_train} labels" for row in rows]),
+        ("  held out", [row.where for row in rows]),
+    ]
+    lines += [
+        (f"  {name}", [milli(row.errors.get(name, math.nan)) for row in rows])
+        for name in dict.fromkeys(name for row in rows for name in row.errors)
+    ]
+    lines += [
+        ("  chosen without EIPs", [milli(row.without) for row in rows]),
+        ("  chosen with EIPs", [milli(row.with_eips) for row in rows]),
+        ("  gain, %", [f"{100 * row.gain:.0f}" for row in rows]),
+        ("  95 % interval", [f"{100 * row.low:.0f} to {100 * row.high:.0f}" for row in rows]),
+        ("  EIPs", [str(row.answer) for row in rows]),
+    ]
+    return [f"{name:42}" + "".join(f"{cell:>28}" for cell in cells) for name, cells in lines]
 
 
 def milli(value: float) -> str:

@@ -10,7 +10,7 @@ from aiida_eipnn.science.arrays import BoolArray, FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.reference import (
-    Alignment,
+    SourceErrors,
     element_fractions,
     fit_alignment,
     fit_robust_shifts,
@@ -46,7 +46,9 @@ class Standing:
     shifted_mae, shifted_rmse
         The same, with shifts and no scale.
     forces_mae, forces_rmse
-        Error of the components of the forces, which are scaled as the energies are, in eV/Å.
+        Error of the components of the forces as the EIP gives them, in eV/Å.
+    scaled_forces_mae
+        The same, with the scale of the energies.
     energy_wins, forces_wins
         Share of the configurations on which it is the best; a draw is shared.
     """
@@ -61,6 +63,7 @@ class Standing:
     shifted_rmse: float
     forces_mae: float
     forces_rmse: float
+    scaled_forces_mae: float
     energy_wins: float
     forces_wins: float
 
@@ -183,9 +186,15 @@ def rank_eips(
     shift_only = fit_alignment(configurations, known, labels, min_labels_for_scale=None)
     part, seen, given = configurations.take(shown), reference.take(shown), labels.take(shown)
     aligned, shifted = alignment.apply(part, given), shift_only.apply(part, given)
-    energy, forces = _error_tables(seen, aligned)
+    energy, forces = _energy_errors(seen, aligned), _forces_errors(seen, given)
     wins = _wins(energy), _wins(forces)
-    standings = _standings(seen, aligned, shifted, alignment, wins)
+    tables = [source_errors(seen, item) for item in (given, aligned, shifted)]
+    standings = [
+        _standing(item, _missing(aligned, column), float(alignment.scale[column]), shares)
+        for column, (item, shares) in enumerate(
+            zip(zip(*tables, strict=True), _shares(wins), strict=True)
+        )
+    ]
     level = _level(configurations, reference, fitted)[shown]
     return League(
         standings=tuple(sorted(standings, key=lambda row: (row.n == 0, row.energy_mae))),
@@ -221,32 +230,29 @@ def _parts(
     return distinct[chosen], distinct[~chosen]
 
 
-def _standings(
-    reference: Labels,
-    aligned: Labels,
-    shifted: Labels,
-    alignment: Alignment,
-    wins: tuple[FloatArray, FloatArray],
-) -> list[Standing]:
-    """Return the row of each EIP, in their own order."""
-    errors = source_errors(reference, aligned), source_errors(reference, shifted)
-    return [
-        Standing(
-            eip=row.source,
-            n=row.n,
-            missing=_missing(aligned, column),
-            scale=float(alignment.scale[column]),
-            energy_mae=row.energy_mae,
-            energy_rmse=row.energy_rmse,
-            shifted_mae=shift.energy_mae,
-            shifted_rmse=shift.energy_rmse,
-            forces_mae=row.forces_mae,
-            forces_rmse=row.forces_rmse,
-            energy_wins=_share(wins[0][:, column]),
-            forces_wins=_share(wins[1][:, column]),
-        )
-        for column, (row, shift) in enumerate(zip(*errors, strict=True))
-    ]
+def _standing(
+    errors: tuple[SourceErrors, ...],
+    missing: dict[str, int],
+    scale: float,
+    wins: tuple[float, float],
+) -> Standing:
+    """Return the row of one EIP from its errors as given, aligned, and with shifts alone."""
+    given, aligned, shifted = errors
+    return Standing(
+        eip=given.source,
+        n=aligned.n,
+        missing=missing,
+        scale=scale,
+        energy_mae=aligned.energy_mae,
+        energy_rmse=aligned.energy_rmse,
+        shifted_mae=shifted.energy_mae,
+        shifted_rmse=shifted.energy_rmse,
+        forces_mae=given.forces_mae,
+        forces_rmse=given.forces_rmse,
+        scaled_forces_mae=aligned.forces_mae,
+        energy_wins=wins[0],
+        forces_wins=wins[1],
+    )
 
 
 def _common(reference: Labels, labels: Labels, train: Collection[str] | None) -> list[str]:
@@ -269,17 +275,17 @@ def _level(configurations: Configurations, reference: Labels, fitted: IntArray) 
     return fractions @ fit_robust_shifts(fractions[fitted], per_atom[fitted])
 
 
-def _error_tables(reference: Labels, aligned: Labels) -> tuple[FloatArray, FloatArray]:
-    """Return absolute errors of energies and of force components; NaN without a label.
+def _energy_errors(reference: Labels, aligned: Labels) -> FloatArray:
+    """Return absolute errors per atom, in eV/atom, NaN without a label. Shape ``(n, m)``."""
+    errors = np.abs(aligned.energy - reference.energy[:, :1]) / reference.n_atoms[:, None]
+    return np.where(aligned.ok, errors, np.nan)
 
-    In eV/atom and eV/Å. Both of shape ``(n, m)``.
-    """
-    n_atoms = reference.n_atoms
-    energy = np.abs(aligned.energy - reference.energy[:, :1]) / n_atoms[:, None]
-    components = np.abs(aligned.forces - reference.forces).sum(axis=2)
-    forces = np.add.reduceat(components, reference.offsets[:-1], axis=1).T / (3 * n_atoms[:, None])
-    ok = aligned.ok
-    return np.where(ok, energy, np.nan), np.where(ok, forces, np.nan)
+
+def _forces_errors(reference: Labels, labels: Labels) -> FloatArray:
+    """Return mean absolute errors of components, in eV/Å, NaN without a label. Shape ``(n, m)``."""
+    components = np.abs(labels.forces - reference.forces).sum(axis=2)
+    errors = np.add.reduceat(components, reference.offsets[:-1], axis=1).T
+    return np.where(labels.ok, errors / (3 * reference.n_atoms[:, None]), np.nan)
 
 
 def _wins(errors: FloatArray) -> FloatArray:
@@ -299,6 +305,12 @@ def _same_winner(energy: FloatArray, forces: FloatArray) -> FloatArray:
     """Return where one EIP won both; NaN where one was not contested. Shape ``(n,)``."""
     both = ((energy > 0) & (forces > 0)).any(axis=1).astype(np.float64)
     return np.where(np.isnan(energy[:, 0]) | np.isnan(forces[:, 0]), np.nan, both)
+
+
+def _shares(wins: tuple[FloatArray, FloatArray]) -> list[tuple[float, float]]:
+    """Return how often each EIP won in energy and in forces."""
+    energy, forces = ([_share(column) for column in table.T] for table in wins)
+    return list(zip(energy, forces, strict=True))
 
 
 def _share(wins: FloatArray) -> float:

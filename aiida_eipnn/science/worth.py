@@ -57,7 +57,7 @@ MIN_TRAIN = 10
 # An EIP that labelled less than half of what the most complete one did is left out.
 MIN_COVERAGE = 0.5
 
-RANDOM = "random configurations"
+RANDOM = "at random"
 BY_TYPE = "one config_type at a time"
 
 # In units of the robust spread of the energies: beyond, a value counts as far out and no more.
@@ -87,7 +87,7 @@ class Quantity(StrEnum):
     """What is predicted."""
 
     ENERGY = "energy"
-    FORCES = "forces"
+    FORCES = "force"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -440,12 +440,12 @@ def _fit_forces(problem: _Problem, split: _Split) -> dict[str, Fit]:
     fits = {ZERO: Fit(np.zeros((len(unseen), 3)), np.abs(target)), PAIR: fit(pair)}
     if eips.shape[2] == 0:
         return fits
-    # The scale belongs to the energies: forces are their derivatives.
-    scale = problem.alignment(train).scale[problem.used]
-    scaled = np.where(np.isnan(scale), 0.0, scale) * eips
-    errors = np.abs(scaled[atoms] - problem.forces[atoms][:, :, None])
+    # As the EIP gives them, or as the scale of its energies would have them.
+    scale = np.nan_to_num(problem.alignment(train).scale[problem.used])
+    single = np.concatenate([eips, scale * eips], axis=2)
+    errors = np.abs(single[atoms] - problem.forces[atoms][:, :, None])
     best = int(errors.mean(axis=(0, 1)).argmin())
-    fits[BEST] = Fit(scaled[unseen, :, best], errors[:, :, best].ravel())
+    fits[BEST] = Fit(single[unseen, :, best], errors[:, :, best].ravel())
     fits[STACK] = fit(eips)
     fits[f"{STACK} + {PAIR}"] = fit(np.concatenate([eips, pair], axis=2))
     return fits
@@ -523,24 +523,18 @@ def _reason(answer: Answer, comparisons: Sequence[Comparison]) -> str:
     texts = []
     for quantity in Quantity:
         own = [item for item in comparisons if item.quantity is quantity]
-        same = [item for item in own if item.answer is answer]
-        if same:
+        if same := [item for item in own if item.answer is answer]:
             texts.append(_numbers(max(same, key=lambda item: item.gain)))
         elif own:
-            other = _combine([item.answer for item in own])
-            texts.append(
-                f"for {quantity} they {other}"
-                if other != Answer.UNKNOWN
-                else f"for {quantity} one cannot tell"
-            )
+            texts.append(f"for {quantity}: {_combine([item.answer for item in own])}")
     return "; ".join(texts)
 
 
 def _numbers(item: Comparison) -> str:
     unit = "meV/atom" if item.quantity is Quantity.ENERGY else "meV/Å"
     return (
-        f"{item.quantity} of held-out {item.where}, learnt from {item.n_train} labels, "
-        f"{1000 * item.with_eips:.3g} with EIPs and {1000 * item.without:.3g} {unit} without "
-        f"(gain {100 * item.gain:.0f} %, 95 % interval {100 * item.low:.0f} to "
-        f"{100 * item.high:.0f} %)"
+        f"with {item.n_train} labels to learn from, the {item.quantity} of held-out configurations "
+        f"({item.where}) is off by {1000 * item.with_eips:.3g} {unit} with EIPs and by "
+        f"{1000 * item.without:.3g} without, a gain of {100 * item.gain:.0f} % (95 % interval "
+        f"{100 * item.low:.0f} to {100 * item.high:.0f} %)"
     )
