@@ -83,7 +83,7 @@ def _describe(
     histogram = _sum_by(place, basis, n * n_kinds).reshape(n, -1)
     # From the neighbour to the atom, so that a positive coefficient repels.
     push = -direction[:, :, None] * basis[:, None, :]
-    forces = _sum_by(place, push.reshape(len(push), -1), n * n_kinds)
+    forces = _sum_by(place, push.reshape(len(push), 3 * len(CENTRES)), n * n_kinds)
     forces = forces.reshape(n, n_kinds, 3, len(CENTRES)).transpose(0, 2, 1, 3).reshape(n, 3, -1)
     per_atom = np.hstack([histogram, _bond_angles(atom, length, direction, n)])
     # A molecule has no volume.

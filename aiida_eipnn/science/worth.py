@@ -8,7 +8,7 @@ where the second errs less. It may choose as the first does, so EIPs that say no
 better, and hardly worse.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -51,6 +51,8 @@ MAX_ATOMS = 15_000
 FEW = 25
 FEW_DRAWS = 10
 N_FOLDS = 5
+# Two groups are a contrast, not a sample.
+MIN_GROUPS = 3
 MAX_GROUP_FOLDS = 10
 MIN_TRAIN = 10
 
@@ -112,8 +114,8 @@ class Comparison:
     gain
         ``1 - with_eips / without``.
     low, high
-        Interval of the gain, 95 %, by bootstrap over configurations, and over groups where
-        groups are held out.
+        Interval of the gain, 95 %, by bootstrap over configurations, over groups where groups
+        are held out, and over training sets where these are drawn.
     answer
         *help* where the whole interval is above zero and the gain at least 5 %; *do not help* where
         the whole interval is below 5 %; *cannot tell* otherwise.
@@ -264,11 +266,16 @@ class _Split(NamedTuple):
 
 
 class _Scheme(NamedTuple):
-    """A way to hold labels out; ``groups`` are resampled too where there are any."""
+    """A way to hold labels out.
+
+    ``groups`` are resampled too where there are any; ``drawn`` says that each split draws its
+    training set anew.
+    """
 
     where: str
     splits: tuple[_Split, ...]
-    groups: IntArray | None
+    groups: IntArray | None = None
+    drawn: bool = False
 
 
 def _schemes(types: StrArray, rng: np.random.Generator) -> tuple[_Scheme, ...]:
@@ -278,12 +285,12 @@ def _schemes(types: StrArray, rng: np.random.Generator) -> tuple[_Scheme, ...]:
     if n >= 2 * FEW:
         orders = [rng.permutation(n) for _ in range(FEW_DRAWS)]
         splits = [_split(np.isin(np.arange(n), order[:FEW]), rng) for order in orders]
-        schemes.append(_Scheme(RANDOM, tuple(splits), None))
+        schemes.append(_Scheme(RANDOM, tuple(splits), drawn=True))
     folds = rng.permutation(n) % N_FOLDS
     splits = [_split(folds != fold, rng) for fold in range(N_FOLDS)]
-    schemes.append(_Scheme(RANDOM, tuple(splits), None))
+    schemes.append(_Scheme(RANDOM, tuple(splits)))
     groups = np.unique(types, return_inverse=True)[1].astype(np.int64)
-    if splits := _group_splits(groups, rng):
+    if splits := _group_splits(groups):
         schemes.append(_Scheme(BY_TYPE, tuple(splits), groups))
     return tuple(schemes)
 
@@ -294,9 +301,11 @@ def _split(train: BoolArray, rng: np.random.Generator) -> _Split:
     return _Split(np.flatnonzero(train), np.flatnonzero(~train), parts)
 
 
-def _group_splits(groups: IntArray, rng: np.random.Generator) -> list[_Split]:
+def _group_splits(groups: IntArray) -> list[_Split]:
     """Return splits that hold out one group, or a few where there are many."""
     sizes = np.bincount(groups)
+    if len(sizes) < MIN_GROUPS:
+        return []
     folds = np.empty(len(sizes), dtype=np.int64)
     folds[np.argsort(-sizes, kind="stable")] = np.arange(len(sizes)) % MAX_GROUP_FOLDS
     splits = []
@@ -304,12 +313,9 @@ def _group_splits(groups: IntArray, rng: np.random.Generator) -> list[_Split]:
         train = folds[groups] != fold
         if train.sum() < MIN_TRAIN:
             return []
-        parts = folds[groups][train]
-        # What suits new groups is chosen by how it does on groups, where there are enough.
-        several = len(np.unique(parts)) > 1
-        random = _split(train, rng)
-        splits.append(random._replace(parts=parts) if several else random)
-    return splits if len(splits) > 1 else []
+        # What suits new groups is chosen by how it does on groups.
+        splits.append(_Split(np.flatnonzero(train), np.flatnonzero(~train), folds[groups][train]))
+    return splits
 
 
 def _compare(problem: _Problem, scheme: _Scheme, rng: np.random.Generator) -> list[Comparison]:
@@ -326,33 +332,27 @@ def _compare_by(
     """Predict what each split holds out, and compare the errors of all splits together."""
     energies = quantity is Quantity.ENERGY
     fit = _fit_energies if energies else _fit_forces
-    n = len(problem.energy)
-    summed: dict[str, FloatArray] = {}
+    shape = (len(scheme.splits), len(problem.energy))
+    errors: dict[str, FloatArray] = defaultdict(lambda: np.zeros(shape))
+    weight = np.zeros(shape)
     counts: Counter[str] = Counter()
-    weight = np.zeros(n)
-    for split in scheme.splits:
+    for number, split in enumerate(scheme.splits):
         fits = fit(problem, split)
-        names = list(fits)
-        chosen = {
-            WITHOUT: min(names[:N_WITHOUT], key=lambda name: fits[name].held_out.mean()),
-            WITH: min(names, key=lambda name: fits[name].held_out.mean()),
-        }
-        for name, found in [*fits.items(), *((arm, fits[one]) for arm, one in chosen.items())]:
-            errors = _errors_by_row(problem, split.test, found.predicted)
-            summed.setdefault(name, np.zeros(n))[split.test] += errors
+        for name, found in [*fits.items(), *_choose(fits).items()]:
+            errors[name][number, split.test] = _errors_by_row(problem, split.test, found.predicted)
             counts[name] += 1
-        weight[split.test] += 1 if energies else 3 * problem.n_atoms[split.test]
+        weight[number, split.test] = 1 if energies else 3 * problem.n_atoms[split.test]
     # A split in which no EIP could be aligned has no errors of EIPs.
     everywhere = [name for name, count in counts.items() if count == len(scheme.splits)]
-    mae = {name: float(summed[name].sum() / weight.sum()) for name in everywhere}
-    gains = _resampled_gains(summed[WITHOUT], summed[WITH], scheme.groups, rng)
+    mae = {name: float(errors[name].sum() / weight.sum()) for name in everywhere}
+    gains = _resampled_gains(errors[WITHOUT], errors[WITH], scheme, rng)
     gain = _gain(mae[WITHOUT], mae[WITH])
     low, high = np.quantile(gains, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Comparison(
         quantity=quantity,
         where=scheme.where,
         n_train=int(np.median([len(split.train) for split in scheme.splits])),
-        n_test=int((weight > 0).sum()),
+        n_test=int(weight.any(axis=0).sum()),
         errors={name: value for name, value in mae.items() if name not in (WITHOUT, WITH)},
         without=mae[WITHOUT],
         with_eips=mae[WITH],
@@ -361,6 +361,24 @@ def _compare_by(
         high=float(high),
         answer=_answer(gain, float(low), float(high)),
     )
+
+
+def _choose(fits: dict[str, Fit]) -> dict[str, Fit]:
+    """Return what does best on the training labels, without EIPs and with them.
+
+    EIPs are used where they do better by more than a standard error: of many predictors that say
+    nothing, one always seems to do a little better.
+    """
+    names = list(fits)
+    plain = fits[_best_of(fits, names[:N_WITHOUT])]
+    informed = fits[_best_of(fits, names)]
+    better = plain.held_out - informed.held_out
+    clear = better.mean() > better.std() / np.sqrt(len(better))
+    return {WITHOUT: plain, WITH: informed if clear else plain}
+
+
+def _best_of(fits: dict[str, Fit], names: Sequence[str]) -> str:
+    return min(names, key=lambda name: fits[name].held_out.mean())
 
 
 def _errors_by_row(problem: _Problem, test: IntArray, predicted: FloatArray) -> FloatArray:
@@ -480,22 +498,27 @@ def _sample(configurations: Configurations, rows: IntArray, rng: np.random.Gener
 
 
 def _resampled_gains(
-    without: FloatArray,
-    with_eips: FloatArray,
-    groups: IntArray | None,
-    rng: np.random.Generator,
+    without: FloatArray, with_eips: FloatArray, scheme: _Scheme, rng: np.random.Generator
 ) -> FloatArray:
-    """Return the gain on resampled groups of resampled configurations. Shape ``(RESAMPLES,)``."""
-    groups = np.zeros(len(without), dtype=np.int64) if groups is None else groups
+    """Return the gain on resampled groups of resampled configurations. Shape ``(RESAMPLES,)``.
+
+    Errors are of shape ``(n_splits, n)``. Where training sets were drawn, the draws are resampled
+    too: another 25 labels might have said something else.
+    """
+    n_splits, n = without.shape
+    groups = np.zeros(n, dtype=np.int64) if scheme.groups is None else scheme.groups
     n_groups = int(groups.max()) + 1
-    draws = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=RESAMPLES)
-    totals = np.zeros((2, RESAMPLES))
+    drawn = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=RESAMPLES)
+    counts = np.zeros((RESAMPLES, n))
     for group in range(n_groups):
-        members = groups == group
-        n = int(members.sum())
-        counts = rng.multinomial(draws[:, group] * n, np.full(n, 1 / n))
-        totals += np.array([counts @ values[members] for values in (without, with_eips)])
-    return np.array([_gain(*pair) for pair in totals.T])
+        size = int((groups == group).sum())
+        counts[:, groups == group] = rng.multinomial(
+            drawn[:, group] * size, np.full(size, 1 / size)
+        )
+    redrawn = rng.multinomial(n_splits, np.full(n_splits, 1 / n_splits), size=RESAMPLES)
+    splits = redrawn if scheme.drawn else np.ones_like(redrawn)
+    totals = [((splits @ errors) * counts).sum(axis=1) for errors in (without, with_eips)]
+    return np.array([_gain(*pair) for pair in zip(*totals, strict=True)])
 
 
 def _gain(without: float, with_eips: float) -> float:
