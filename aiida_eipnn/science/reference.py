@@ -358,7 +358,9 @@ def _fit_scale_and_shifts(
     scale, shift = 1.0, fit_robust_shifts(fractions, target - energy)
     for _ in range(_ROUNDS):
         before = np.append(shift, scale)
-        weights, sigma = _huber_weights(target - scale * energy - fractions @ shift)
+        residual = target - scale * energy - fractions @ shift
+        sigma = robust_sigma(residual)
+        weights = _huber_weights(residual, sigma)
         scale = _fit_scale(fractions, energy, target, trust * weights, sigma)
         shift = _fit_shifts(fractions, target - scale * energy, trust * weights, sigma)
         if _is_settled(before, np.append(shift, scale)):
@@ -391,11 +393,12 @@ def fit_robust_shifts(fractions: FloatArray, per_atom: FloatArray) -> FloatArray
     per_atom
         Energies per atom, in eV, none missing. Shape ``(n,)``.
     """
-    # From the mean, one absurd value of three would count as noise and not as absurd.
+    # Start and spread of least absolute deviations: from the mean, or with a spread that follows
+    # the fit, one absurd value of three would count as noise and not as absurd.
     shift = _fit_least_absolute(fractions, per_atom)
+    sigma = robust_sigma(per_atom - fractions @ shift)
     for _ in range(_ROUNDS):
-        before = shift
-        weights, sigma = _huber_weights(per_atom - fractions @ shift)
+        before, weights = shift, _huber_weights(per_atom - fractions @ shift, sigma)
         shift = _fit_shifts(fractions, per_atom, weights, sigma)
         if _is_settled(before, shift):
             break
@@ -419,10 +422,9 @@ def _is_settled(before: FloatArray, after: FloatArray) -> bool:
     return bool(np.abs(after - before).max() < 1e-7)
 
 
-def _huber_weights(residual: FloatArray) -> tuple[FloatArray, float]:
-    """Return the weight of each residual, and their robust spread in eV/atom."""
-    sigma = robust_sigma(residual)
-    return 1.0 / np.maximum(1.0, np.abs(residual) / (_HUBER * sigma)), sigma
+def _huber_weights(residual: FloatArray, sigma: float) -> FloatArray:
+    """Return the weight of each residual."""
+    return np.asarray(1.0 / np.maximum(1.0, np.abs(residual) / (_HUBER * sigma)), dtype=np.float64)
 
 
 def robust_sigma(residual: FloatArray) -> float:
