@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -241,16 +241,30 @@ def notes(league: "League", names: Sequence[str]) -> list[str]:
         *disagreement_lines(league.energy_disagreement, "energy", "meV/atom"),
         *disagreement_lines(league.forces_disagreement, "forces", "meV/Å"),
     ]
-    for row in league.standings:
-        lines += [
-            f"missing               {short(row.eip)}: {count} × {reason}"
-            for reason, count in row.missing.items()
-        ]
+    lines += missing_lines(league)
     if learned := machine_learned(names):
         lines.append(
             "machine-learned       " + ", ".join(learned) + ": perhaps fitted to these very labels"
         )
     return [*lines, ""]
+
+
+def missing_lines(league: "League") -> list[str]:
+    """Return which labels are missing and why, EIPs that lack the same together."""
+    found: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for row in league.standings:
+        for reason, count in row.missing.items():
+            found[reason, count].append(short(row.eip))
+    return [
+        f"missing               {who(names, league)}: {count} × {reason}"
+        for (reason, count), names in found.items()
+    ]
+
+
+def who(names: Sequence[str], league: "League") -> str:
+    """Return some EIPs as text."""
+    every = len(names) == len(league.standings) > 1
+    return "every EIP" if every else ", ".join(names)
 
 
 def disagreement_lines(found: "Disagreement", quantity: str, unit: str) -> list[str]:

@@ -85,6 +85,13 @@ class Answer(StrEnum):
     UNKNOWN = "cannot tell"
 
 
+OTHERWISE = {
+    Answer.HELP: "help",
+    Answer.NO_HELP: "do not help",
+    Answer.UNKNOWN: "may or may not help",
+}
+
+
 class Quantity(StrEnum):
     """What is predicted."""
 
@@ -542,14 +549,23 @@ def _cannot_tell(why: str, n: int) -> Worth:
 
 
 def _reason(answer: Answer, comparisons: Sequence[Comparison]) -> str:
-    """Say what decided, for energies and for forces."""
+    """Say what decided, for energies and for forces, and where it came out otherwise."""
     texts = []
     for quantity in Quantity:
-        own = [item for item in comparisons if item.quantity is quantity]
-        if same := [item for item in own if item.answer is answer]:
+        same = [row for row in comparisons if row.quantity is quantity and row.answer is answer]
+        if same:
             texts.append(_numbers(max(same, key=lambda item: item.gain)))
-        elif own:
-            texts.append(f"for {quantity}: {_combine([item.answer for item in own])}")
+    exceptions = []
+    for other in Answer:
+        places = [
+            f"{row.quantity} with {row.n_train} labels, {row.where}"
+            for row in comparisons
+            if row.answer is other is not answer
+        ]
+        if places:
+            exceptions.append(f"{OTHERWISE[other]} ({'; '.join(places)})")
+    if exceptions:
+        texts.append(f"elsewhere they {' and '.join(exceptions)}")
     return "; ".join(texts)
 
 

@@ -220,3 +220,17 @@ def test_a_copy_never_tells_about_its_original():
     assert worth.n_configurations == 60
     structure = worth.comparisons[0].errors
     assert structure["structure"] > 0.8 * structure["constant for each element"]
+
+
+def test_the_reason_names_where_eips_do_not_help():
+    """Good energies and noise for forces."""
+    pool = pool_of(60)
+    dft = truth_of(pool)
+    eips = good_eips(pool, dft)
+    forces = np.random.default_rng(0).normal(0, 0.3, eips.forces.shape)
+
+    worth = judge(pool, dft, labels_of(pool, eips.energy, forces))
+
+    assert worth.answer is Answer.HELP
+    assert "the energy of held-out configurations" in worth.text
+    assert "elsewhere they do not help (force with 25 labels, at random" in worth.text
