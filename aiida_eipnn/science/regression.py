@@ -7,6 +7,11 @@ import numpy as np
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 
+# A column smaller than this share of the largest one is not brought to the size of the others.
+RARE = 1e-2
+# Predictions end at this many times the largest value that was learnt.
+FARTHEST = 2.0
+
 _HUBER = 1.345
 _MAD_TO_SIGMA = 1.4826
 _ROUNDS = 6
@@ -105,7 +110,8 @@ def fit_linear(
 ) -> Fit:
     """Return the linear function with the smallest error on parts it did not see.
 
-    Robust: Huber's weights, found once on all rows.
+    Robust: Huber's weights, found once on all rows, and no prediction beyond twice the largest
+    value that was learnt.
 
     Parameters
     ----------
@@ -119,10 +125,11 @@ def fit_linear(
         Strengths of the ridge to choose from, relative to the columns' mean square.
     """
     size = np.sqrt((train**2).mean(axis=0))
-    used = size > 1e-12
-    train, test = train[:, used] / size[used], test[:, used] / size[used]
-    if not used.any():
+    if not size.any():
         return Fit(np.zeros(len(test)), np.abs(values))
+    # What training rows hardly know stays small, so that the ridge takes care of it.
+    size = np.maximum(size, RARE * size.max())
+    train, test = train / size, test / size
     weights = _huber_weights(train, values, strengths[0])
     best, smallest = Fit(np.zeros(0), np.zeros(0)), np.inf
     groups = [np.flatnonzero(parts == part) for part in np.unique(parts)]
@@ -136,7 +143,8 @@ def fit_linear(
         if errors.mean() < smallest:
             smallest = float(errors.mean())
             best = Fit(test @ _ridge(square, product, total, strength), errors)
-    return best
+    limit = FARTHEST * np.abs(values).max()
+    return best._replace(predicted=np.clip(best.predicted, -limit, limit))
 
 
 def _squared_distances(first: FloatArray, second: FloatArray) -> FloatArray:

@@ -192,7 +192,8 @@ def judge_worth(
     problem = _Problem(configurations, reference, labels)
     comparisons = tuple(
         comparison
-        for scheme in _schemes(configurations.config_types, rng)
+        for scheme in map(problem.without_strangers, _schemes(configurations.config_types, rng))
+        if scheme.splits
         for comparison in _compare(problem, scheme, rng)
     )
     answer = _combine([item.answer for item in comparisons])
@@ -258,6 +259,19 @@ class _Problem:
                 self.configurations, self.reference.take(train), self.labels
             )
         return self._alignments[key]
+
+    def without_strangers(self, scheme: "_Scheme") -> "_Scheme":
+        """Return the scheme without test rows that have an element no training row has.
+
+        Nothing could know its zero of energy.
+        """
+        splits = []
+        for split in scheme.splits:
+            unseen = ~self.fractions[split.train].any(axis=0)
+            strange = self.fractions[split.test][:, unseen].any(axis=1)
+            if not strange.all():
+                splits.append(split._replace(test=split.test[~strange]))
+        return scheme._replace(splits=tuple(splits))
 
     def atoms(self, rows: IntArray) -> IntArray:
         """Return the atom rows of these configurations."""
@@ -512,8 +526,12 @@ def _resampled_gains(
     Errors are of shape ``(n_splits, n)``. Where training sets were drawn, the draws are resampled
     too: another 25 labels might have said something else.
     """
+    tested = np.unique(np.concatenate([split.test for split in scheme.splits]))
+    without, with_eips = without[:, tested], with_eips[:, tested]
     n_splits, n = without.shape
-    groups = np.zeros(n, dtype=np.int64) if scheme.groups is None else scheme.groups
+    groups = np.zeros(n, dtype=np.int64)
+    if scheme.groups is not None:
+        groups = np.unique(scheme.groups[tested], return_inverse=True)[1]
     n_groups = int(groups.max()) + 1
     drawn = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=RESAMPLES)
     counts = np.zeros((RESAMPLES, n))

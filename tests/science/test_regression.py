@@ -73,3 +73,21 @@ def test_nothing_but_zeros_predicts_zero():
     fit = fit_linear(np.zeros((5, 2)), np.ones(5), np.arange(5), np.ones((3, 2)), [0.1])
 
     assert fit.predicted.tolist() == [0, 0, 0]
+
+
+def test_a_column_hardly_seen_in_training_does_not_run_away():
+    rng = np.random.default_rng(0)
+    train = np.column_stack([rng.normal(size=30), 1e-7 * rng.normal(size=30)])
+    values = train[:, 0] + 0.1 * rng.normal(size=30)
+
+    fit = fit_linear(train, values, PARTS, np.array([[1.0, 0.01], [0.0, -0.01]]), [1e-5])
+
+    np.testing.assert_allclose(fit.predicted, [1, 0], atol=0.1)
+
+
+def test_no_prediction_goes_beyond_twice_what_was_learnt(points):
+    train, _, _ = points
+
+    fit = fit_linear(train, train[:, 0], PARTS, 1000 * train, [1e-5])
+
+    assert np.abs(fit.predicted).max() <= 2 * np.abs(train[:, 0]).max()

@@ -234,3 +234,22 @@ def test_the_reason_names_where_eips_do_not_help():
     assert worth.answer is Answer.HELP
     assert "the energy of held-out configurations" in worth.text
     assert "elsewhere they do not help (force with 25 labels, at random" in worth.text
+
+
+def test_an_element_in_one_kind_only_is_not_asked_of_the_others():
+    """Its zero of energy is a hundred volts off, and nobody could know."""
+    pool = pool_of(60, kinds=4)
+    frames = [pool.atoms(row) for row in range(60)]
+    for row in range(0, 60, 4):
+        frames[row].numbers[0] = 36
+    mixed = Configurations.from_atoms(frames)
+    plain = truth_of(pool)
+    krypton = np.array([(atoms.numbers == 36).sum() for atoms in frames])
+    dft = labels_of(mixed, plain.energy - 100.0 * krypton[:, None], plain.forces)
+    eips = good_eips(mixed, dft)
+
+    worth = judge(mixed, dft, eips)
+
+    held_out = [row for row in worth.comparisons if row.where == "one config_type at a time"]
+    assert {row.n_test for row in held_out} == {45}
+    assert max(row.without for row in held_out) < 1.0
