@@ -37,13 +37,16 @@ NEEDS_TORCH = {"aiida_eipnn.jobs.train", "aiida_eipnn.jobs.evaluate"}
 NEEDS_VESIN = {
     "aiida_eipnn.jobs.explore",
     "aiida_eipnn.jobs.label",
+    "aiida_eipnn.science.descriptors",
     "aiida_eipnn.science.dynamics",
     "aiida_eipnn.science.eip.analytic",
     "aiida_eipnn.science.eip.engine",
     "aiida_eipnn.science.duplicates",
     "aiida_eipnn.science.gate",
     "aiida_eipnn.science.io",
+    "aiida_eipnn.science.league",
     "aiida_eipnn.science.pool",
+    "aiida_eipnn.science.worth",
 }
 
 

@@ -18,7 +18,7 @@ from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress, voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 
-from aiida_eipnn.science.arrays import FloatArray
+from aiida_eipnn.science.arrays import FloatArray, StrArray
 from aiida_eipnn.science.configurations import Configurations, configuration_id
 from aiida_eipnn.science.gate import SAME_ENERGY, geometry_fault
 from aiida_eipnn.science.labels import DFT, Labels
@@ -72,16 +72,59 @@ def read_labelled(
         As :func:`read_configurations`, and if a frame lacks a label, or if one geometry has two
         energies.
     """
-    path = Path(path)
+    keys = (energy_key, forces_key, stress_key)
+    frames, found = _labelled_frames(Path(path), keys)
+    configurations = Configurations.from_atoms(list(frames.values()))
+    return configurations, _labels(configurations, found, source)
+
+
+def read_tagged(
+    path: str | Path, tags: Sequence[str]
+) -> tuple[Configurations, Labels, dict[str, StrArray]]:
+    """Read configurations with their labels, and what else the file says about each.
+
+    Parameters
+    ----------
+    path
+        As for :func:`read_labelled`.
+    tags
+        Keys of the comment line, such as ``split``.
+
+    Returns
+    -------
+    tuple
+        The configurations, their labels, and the values of each tag as text, empty where a frame
+        has none; logical values are ``T`` and ``F``.
+
+    Raises
+    ------
+    ValueError
+        As :func:`read_labelled`, and if no frame has a tag.
+    """
+    frames, found = _labelled_frames(Path(path), ("dft_energy", "dft_forces", "dft_stress"))
+    configurations = Configurations.from_atoms(list(frames.values()))
+    values = {tag: _tag_values(Path(path), frames, tag) for tag in tags}
+    return configurations, _labels(configurations, found, DFT), values
+
+
+def _tag_values(path: Path, frames: dict[str, Atoms], tag: str) -> StrArray:
+    values = [atoms.info.get(tag, "") for atoms in frames.values()]
+    if not any(tag in atoms.info for atoms in frames.values()):
+        keys = sorted({key for atoms in frames.values() for key in atoms.info})
+        raise ValueError(f"no frame of {path} says {tag!r}; they say {keys}")
+    logical = {"True": "T", "False": "F"}
+    return np.array([logical.get(str(value), str(value)) for value in values], dtype=np.str_)
+
+
+def _labelled_frames(
+    path: Path, keys: tuple[str, str, str]
+) -> tuple[dict[str, Atoms], dict[str, tuple[float, FloatArray, FloatArray]]]:
+    """Return frames and labels by id; each geometry once."""
     frames: dict[str, Atoms] = {}
     found: dict[str, tuple[float, FloatArray, FloatArray]] = {}
     for number, atoms in enumerate(_frames(path)):
         try:
-            label = (
-                _energy(atoms, energy_key),
-                _forces(atoms, forces_key),
-                _stress(atoms, stress_key),
-            )
+            label = (_energy(atoms, keys[0]), _forces(atoms, keys[1]), _stress(atoms, keys[2]))
         except ValueError as error:
             raise ValueError(f"{path}, frame {number}: {error}") from error
         name = configuration_id(atoms)
@@ -92,8 +135,7 @@ def read_labelled(
             )
         frames.setdefault(name, atoms)
         found.setdefault(name, label)
-    configurations = Configurations.from_atoms(list(frames.values()))
-    return configurations, _labels(configurations, found, source)
+    return frames, found
 
 
 def write_labelled(

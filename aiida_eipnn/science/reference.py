@@ -20,6 +20,12 @@ SCALE_BOUNDS = (0.5, 2.0)
 # Weight of the prior of an element's energy relative to one configuration of only that element:
 # enough to decide what fixed compositions leave open, too little to be seen elsewhere.
 RIDGE = 1e-8
+# How far aligned EIPs are expected to be from the reference before any label is seen, in eV/atom,
+# and how many labels that counts for: two labels that are met exactly are not known exactly.
+EXPECTED_ERROR = 0.05
+EXPECTED_WEIGHT = 3.0
+# Elements get shifts of their own where their difference is above so many standard errors.
+CLEAR_DIFFERENCE = 3.0
 
 _HUBER = 1.345  # 95 % efficiency for normal errors
 _FAR_OUT = 3.0  # robust standard deviations
@@ -42,14 +48,17 @@ class Alignment:
     scale
         :math:`a`, without unit; NaN for an EIP that cannot be used. Shape ``(m,)``.
     shift
-        :math:`b_Z`, in eV per atom; NaN for an EIP that cannot be used.
-        Shape ``(m, n_elements)``.
+        :math:`b_Z`, in eV per atom; NaN for an EIP that cannot be used, and for an element that
+        is in none of the labels. Shape ``(m, n_elements)``.
+    n_labels
+        How many labels it rests on. Shape ``(m,)``.
     """
 
     sources: StrArray
     elements: IntArray
     scale: FloatArray
     shift: FloatArray
+    n_labels: IntArray
 
     def __post_init__(self) -> None:
         m = len(self.sources)
@@ -58,11 +67,37 @@ class Alignment:
                 f"scale {self.scale.shape} and shift {self.shift.shape} do not fit {m} EIPs and "
                 f"{len(self.elements)} elements"
             )
+        if self.n_labels.shape != (m,):
+            raise ValueError(f"n_labels {self.n_labels.shape} does not fit {m} EIPs")
 
     @property
     def usable(self) -> BoolArray:
         """Which EIPs can be used. Shape ``(m,)``."""
         return np.isfinite(self.scale)
+
+    @property
+    def text(self) -> str:
+        """What was fitted, in one sentence."""
+        if not self.usable.any():
+            return "no EIP could be aligned: none labelled a configuration with a reference label"
+        n = self.n_labels[self.usable]
+        if not n.any():
+            return "not aligned, for want of labels: each EIP counts energies from its own zero"
+        count = f"{n.min()}" if n.min() == n.max() else f"{n.min()} to {n.max()}"
+        noun = "label" if n.max() == 1 else "labels"
+        if self._is_scaled():
+            return f"aligned on {count} {noun}: a scale for each EIP and {self._shifts_text()}"
+        few = f", no scale below {MIN_LABELS_FOR_SCALE}" if n.max() < MIN_LABELS_FOR_SCALE else ""
+        return f"aligned on {count} {noun}: {self._shifts_text()}{few}"
+
+    def _is_scaled(self) -> bool:
+        return bool((self.scale[self.usable] != 1.0).any())
+
+    def _shifts_text(self) -> str:
+        spread = np.nanmax(self.shift[self.usable], axis=1) - np.nanmin(
+            self.shift[self.usable], axis=1
+        )
+        return "a shift for each element" if (spread > 0).any() else "one shift"
 
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> Self:
@@ -96,16 +131,18 @@ class Alignment:
                 f"this alignment is for {self.sources.tolist()}, not {labels.sources.tolist()}"
             )
         counts, known = self._count_elements(configurations, labels)
+        shift = np.nan_to_num(self.shift)
+        unknown = ~known[:, None] | (counts @ np.isnan(self.shift).T > 0)
         status, reasons = labels.status, list(map(str, labels.reasons))
-        status, reasons = _refuse(status, reasons, ~known[:, None], self._unknown_reason())
         status, reasons = _refuse(status, reasons, ~self.usable, "the EIP could not be aligned")
+        status, reasons = _refuse(status, reasons, unknown, self._unknown_reason())
         missing = status > 0
         per_atom = np.repeat(missing, labels.n_atoms, axis=0).T[:, :, None]
         return Labels(
             ids=labels.ids,
             offsets=labels.offsets,
             sources=labels.sources,
-            energy=np.where(missing, np.nan, self.scale * labels.energy + counts @ self.shift.T),
+            energy=np.where(missing, np.nan, self.scale * labels.energy + counts @ shift.T),
             forces=np.where(per_atom, np.nan, self.scale[:, None, None] * labels.forces),
             stress=np.where(missing[:, :, None], np.nan, self.scale[:, None] * labels.stress),
             status=status,
@@ -122,7 +159,8 @@ class Alignment:
         return counts, counts.sum(axis=1) == part.n_atoms
 
     def _unknown_reason(self) -> str:
-        return f"an element has no reference energy (there are {symbols_of(self.elements)})"
+        known = self.elements[np.isfinite(self.shift).any(axis=0)]
+        return f"an element has no reference energy (there are {symbols_of(known)})"
 
 
 class SourceErrors(NamedTuple):
@@ -164,19 +202,30 @@ def fit_reference_energies(configurations: Configurations, energy: FloatArray) -
     elements = np.array(configurations.elements, dtype=np.int64)
     fractions = element_fractions(configurations, elements)[known]
     per_atom = energy[known] / configurations.n_atoms[known]
-    shifts = _fit_shifts(fractions, per_atom, np.ones(len(per_atom)))
+    shifts = _fit_reference(fractions, per_atom)
     return {int(z): float(shift) for z, shift in zip(elements, shifts, strict=True)}
 
 
 def fit_alignment(
-    configurations: Configurations, reference_labels: Labels, labels: Labels
+    configurations: Configurations,
+    reference_labels: Labels,
+    labels: Labels,
+    *,
+    min_labels_for_scale: int | None = MIN_LABELS_FOR_SCALE,
 ) -> Alignment:
     """Fit scale and shifts that bring each EIP onto the reference.
 
-    Robust least squares on energies per atom. The scale is 1 below
-    ``MIN_LABELS_FOR_SCALE`` labels, and from there on held towards 1 as far as the noise asks.
-    Without any reference label the alignment changes nothing. An EIP without one label that can
-    be compared cannot be used: its scale is NaN.
+    Robust least squares on energies per atom. What is fitted grows with the labels:
+
+    - none: the alignment changes nothing, and :attr:`Alignment.text` says so;
+    - one: a shift per atom, shared by the elements that occur in it;
+    - more: a shift for each element, as far as the labels tell them apart (where compositions are
+      all but equal, or labels few, they share one), by Huber's weights from a start by least
+      absolute deviations, so that one absurd label of three is outvoted;
+    - from ``min_labels_for_scale`` on: a scale too, held towards 1 as far as the noise asks.
+
+    An EIP without one label that can be compared cannot be used: its scale is NaN. An element
+    that is in no label that can be compared has no shift: it is NaN.
 
     Parameters
     ----------
@@ -186,6 +235,8 @@ def fit_alignment(
         Labels of one source, ``dft``.
     labels
         Labels of the EIPs.
+    min_labels_for_scale
+        Fewest labels for a scale; ``None`` fits none.
 
     Raises
     ------
@@ -201,13 +252,21 @@ def fit_alignment(
     scale = np.full(len(labels.sources), np.nan)
     shift = np.full((len(scale), len(elements)), np.nan)
     for column in range(len(scale)):
+        use = ok[:, column]
         if not len(rows) and labels.ok[:, column].any():
             scale[column], shift[column] = 1.0, 0.0
-        elif (use := ok[:, column]).any():
-            scale[column], shift[column] = _fit_one(
-                fractions[use], energy[use, column], target[use]
-            )
-    return Alignment(sources=labels.sources, elements=elements, scale=scale, shift=shift)
+        elif use.any():
+            scaled = min_labels_for_scale is not None and use.sum() >= min_labels_for_scale
+            fit = _fit_scale_and_shifts if scaled else _fit_shifts_alone
+            scale[column], fitted = fit(fractions[use], energy[use, column], target[use])
+            shift[column] = np.where(fractions[use].any(axis=0), fitted, np.nan)
+    return Alignment(
+        sources=labels.sources,
+        elements=elements,
+        scale=scale,
+        shift=shift,
+        n_labels=ok.sum(axis=0).astype(np.int64),
+    )
 
 
 def source_errors(reference: Labels, aligned: Labels) -> tuple[SourceErrors, ...]:
@@ -284,21 +343,28 @@ def element_fractions(configurations: Configurations, elements: IntArray) -> Flo
     return count_elements(configurations, elements) / configurations.n_atoms[:, None]
 
 
-def _fit_one(
+def _fit_shifts_alone(
     fractions: FloatArray, energy: FloatArray, target: FloatArray
 ) -> tuple[float, FloatArray]:
-    """Return scale and shifts of one EIP, by reweighted least squares.
+    """Return a scale of 1, and the shifts of one EIP; energies are per atom."""
+    return 1.0, fit_robust_shifts(fractions, target - energy)
 
-    ``energy`` (of the EIP) and ``target`` are per atom.
-    """
-    if len(target) < MIN_LABELS_FOR_SCALE:
-        return 1.0, _fit_robust_shifts(fractions, target - energy)
+
+def _fit_scale_and_shifts(
+    fractions: FloatArray, energy: FloatArray, target: FloatArray
+) -> tuple[float, FloatArray]:
+    """Return scale and shifts of one EIP, by reweighted least squares; energies are per atom."""
     trust = _trust(fractions, energy, target)
-    scale, shift = 1.0, _fit_robust_shifts(fractions, target - energy)
+    scale, shift = 1.0, fit_robust_shifts(fractions, target - energy)
     for _ in range(_ROUNDS):
-        weights, sigma = _huber_weights(target - scale * energy - fractions @ shift)
+        before = np.append(shift, scale)
+        residual = target - scale * energy - fractions @ shift
+        sigma = robust_sigma(residual)
+        weights = _huber_weights(residual, sigma)
         scale = _fit_scale(fractions, energy, target, trust * weights, sigma)
-        shift = _fit_shifts(fractions, target - scale * energy, trust * weights)
+        shift = _fit_shifts(fractions, target - scale * energy, trust * weights, sigma)
+        if _is_settled(before, np.append(shift, scale)):
+            break
     return scale, shift
 
 
@@ -310,29 +376,59 @@ def _trust(fractions: FloatArray, energy: FloatArray, target: FloatArray) -> Flo
     most about the scale and is kept.
     """
     spread = [
-        np.abs(values - fractions @ _fit_robust_shifts(fractions, values))
+        np.abs(values - fractions @ fit_robust_shifts(fractions, values))
         for values in (energy, target)
     ]
-    of_eip, of_reference = (values / _robust_sigma(values) for values in spread)
+    of_eip, of_reference = (values / robust_sigma(values) for values in spread)
     return np.minimum(1.0, (_FAR_OUT + of_reference) / np.maximum(of_eip, _FAR_OUT)) ** 2
 
 
-def _fit_robust_shifts(fractions: FloatArray, per_atom: FloatArray) -> FloatArray:
-    """Return the energy per element, by Huber's weights."""
-    shift = _fit_shifts(fractions, per_atom, np.ones(len(per_atom)))
+def fit_robust_shifts(fractions: FloatArray, per_atom: FloatArray) -> FloatArray:
+    """Return the energy per element that explains energies per atom, robustly, in eV.
+
+    Parameters
+    ----------
+    fractions
+        Share of each element. Shape ``(n, n_elements)``.
+    per_atom
+        Energies per atom, in eV, none missing. Shape ``(n,)``.
+    """
+    # Start and spread of least absolute deviations: from the mean, or with a spread that follows
+    # the fit, one absurd value of three would count as noise and not as absurd.
+    shift = _fit_least_absolute(fractions, per_atom)
+    sigma = robust_sigma(per_atom - fractions @ shift)
     for _ in range(_ROUNDS):
-        weights, _sigma = _huber_weights(per_atom - fractions @ shift)
-        shift = _fit_shifts(fractions, per_atom, weights)
+        before, weights = shift, _huber_weights(per_atom - fractions @ shift, sigma)
+        shift = _fit_shifts(fractions, per_atom, weights, sigma)
+        if _is_settled(before, shift):
+            break
     return shift
 
 
-def _huber_weights(residual: FloatArray) -> tuple[FloatArray, float]:
-    """Return the weight of each residual, and their robust spread in eV/atom."""
-    sigma = _robust_sigma(residual)
-    return 1.0 / np.maximum(1.0, np.abs(residual) / (_HUBER * sigma)), sigma
+def _fit_least_absolute(fractions: FloatArray, per_atom: FloatArray) -> FloatArray:
+    """Return the energy per element with the least sum of absolute deviations."""
+    shift = _fit_shifts(fractions, per_atom, np.ones(len(per_atom)), 0.0)
+    for _ in range(_ROUNDS):
+        residual = np.abs(per_atom - fractions @ shift)
+        before, floor = shift, 1e-9 + 1e-3 * float(residual.mean())
+        shift = _fit_shifts(fractions, per_atom, floor / np.maximum(residual, floor), 0.0)
+        if _is_settled(before, shift):
+            break
+    return shift
 
 
-def _robust_sigma(residual: FloatArray) -> float:
+def _is_settled(before: FloatArray, after: FloatArray) -> bool:
+    """Return whether a round changed nothing that counts, in eV/atom."""
+    return bool(np.abs(after - before).max() < 1e-7)
+
+
+def _huber_weights(residual: FloatArray, sigma: float) -> FloatArray:
+    """Return the weight of each residual."""
+    return np.asarray(1.0 / np.maximum(1.0, np.abs(residual) / (_HUBER * sigma)), dtype=np.float64)
+
+
+def robust_sigma(residual: FloatArray) -> float:
+    """Return the standard deviation about zero by the median, at least 1e-9."""
     # The floor, in eV/atom, matters where more than half of the labels are met exactly.
     return max(_MAD_TO_SIGMA * float(np.median(np.abs(residual))), 1e-9)
 
@@ -345,8 +441,8 @@ def _fit_scale(
     sigma: float,
 ) -> float:
     """Return the scale, with what the shifts can explain taken out of both energies."""
-    x = energy - fractions @ _fit_shifts(fractions, energy, weights)
-    y = target - fractions @ _fit_shifts(fractions, target, weights)
+    x = energy - fractions @ _fit_shifts(fractions, energy, weights, 0.0)
+    y = target - fractions @ _fit_shifts(fractions, target, weights, 0.0)
     ridge = (sigma / SCALE_SPREAD) ** 2
     steepness = float(weights @ x**2) + ridge
     if steepness < 1e-20:
@@ -354,12 +450,41 @@ def _fit_scale(
     return float(np.clip((weights @ (x * y) + ridge) / steepness, *SCALE_BOUNDS))
 
 
-def _fit_shifts(fractions: FloatArray, per_atom: FloatArray, weights: FloatArray) -> FloatArray:
-    """Return the energy per element; where the compositions leave it open, the mean decides."""
-    mean = float(np.average(per_atom, weights=weights))
-    weighted = fractions * weights[:, None]
-    matrix = weighted.T @ fractions + RIDGE * np.eye(fractions.shape[1])
-    correction = np.linalg.solve(matrix, weighted.T @ (per_atom - mean))
+def _fit_shifts(
+    fractions: FloatArray, per_atom: FloatArray, weights: FloatArray, sigma: float
+) -> FloatArray:
+    """Return the energy per element; where the compositions leave it open, the mean decides.
+
+    Elements are told apart along the principal directions of the compositions, and only where the
+    difference is clear beside its standard error for residuals of ``sigma``, in eV/atom: a
+    direction that the labels hardly know would be extrapolated without bound. With ``sigma`` 0 a
+    direction counts wherever there is any.
+    """
+    total = weights.sum()
+    centre, mean = weights @ fractions / total, weights @ per_atom / total
+    centred = fractions - centre
+    weighted = (centred * weights[:, None]).T
+    information, directions = np.linalg.eigh(weighted @ centred)
+    some = information > 1e-10 * total
+    information = np.where(some, information, 1.0)
+    slope = directions.T @ (weighted @ (per_atom - mean)) / information
+    error = _expected_sigma(sigma, len(per_atom)) / np.sqrt(information) if sigma > 0 else 0.0
+    slope = np.where(some & (np.abs(slope) > CLEAR_DIFFERENCE * error), slope, 0.0)
+    difference = directions @ slope
+    return np.asarray(mean + difference - centre @ difference, dtype=np.float64)
+
+
+def _expected_sigma(sigma: float, n: int) -> float:
+    """Return the error to expect, in eV/atom, of ``n`` residuals and of what is known before."""
+    total = EXPECTED_WEIGHT * EXPECTED_ERROR**2 + n * sigma**2
+    return float(np.sqrt(total / (EXPECTED_WEIGHT + n)))
+
+
+def _fit_reference(fractions: FloatArray, per_atom: FloatArray) -> FloatArray:
+    """Return the energy per element by least squares, what compositions leave open shared."""
+    mean = per_atom.mean()
+    matrix = fractions.T @ fractions + RIDGE * np.eye(fractions.shape[1])
+    correction = np.linalg.solve(matrix, fractions.T @ (per_atom - mean))
     return np.asarray(mean + correction, dtype=np.float64)
 
 

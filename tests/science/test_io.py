@@ -9,6 +9,7 @@ from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.io import (
     read_configurations,
     read_labelled,
+    read_tagged,
     source_key,
     write_labelled,
 )
@@ -237,3 +238,28 @@ def test_a_source_is_written_once(tmp_path, configurations):
 
     with pytest.raises(ValueError, match="occurs twice"):
         write_labelled(tmp_path / "s.extxyz", configurations, [dft, dft])
+
+
+def test_tags_of_the_frames_come_with_the_labels(tmp_path):
+    frames = [labelled_atoms(energy=-3.5, forces=np.ones((2, 3))) for _ in range(3)]
+    for number, atoms in enumerate(frames):
+        atoms.positions += number
+        atoms.info["good"] = number > 0
+        atoms.info["config_type"] = f"kind{number}"
+    frames[1].info["split"] = "test"
+    path = write_frames(tmp_path / "set.extxyz", frames)
+
+    configurations, labels, tags = read_tagged(path, ["split", "good"])
+
+    assert configurations.config_types.tolist() == ["kind0", "kind1", "kind2"]
+    assert labels.energy[:, 0].tolist() == [-3.5] * 3
+    assert tags["split"].tolist() == ["", "test", ""]
+    assert tags["good"].tolist() == ["F", "T", "T"]
+
+
+def test_a_tag_that_no_frame_has_is_refused(tmp_path):
+    atoms = labelled_atoms(energy=-3.5, forces=np.ones((2, 3)))
+    atoms.info["split"] = "train"
+
+    with pytest.raises(ValueError, match=r"says 'part'; they say \['split'\]"):
+        read_tagged(write_frames(tmp_path / "set.extxyz", [atoms]), ["part"])

@@ -131,7 +131,119 @@ def test_one_label_moves_every_element_by_the_same():
     shift = fit_alignment(pool, dft.take([0]), eip).shift[0]
 
     difference = (dft.energy - eip.energy)[0, 0] / pool.n_atoms[0]
-    assert composition(pool)[0] @ shift[::-1] / pool.n_atoms[0] == pytest.approx(difference)
+    assert shift == pytest.approx([difference, difference])
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [
+        (0, "not aligned, for want of labels"),
+        (1, "aligned on 1 label: one shift, no scale below 10"),
+        (3, "aligned on 3 labels: a shift for each element, no scale below 10"),
+        (25, "aligned on 25 labels: a scale for each EIP and a shift for each element"),
+    ],
+)
+def test_an_alignment_says_what_was_fitted(n, text):
+    pool, dft, eip = planted(25)
+
+    assert fit_alignment(pool, dft.take(range(n)), eip).text.startswith(text)
+
+
+def test_an_alignment_of_nothing_says_so():
+    pool, dft, eip = planted(3)
+    dead = labels_of(pool, {"eip": np.full(3, np.nan)})
+
+    assert fit_alignment(pool, dft, dead).text.startswith("no EIP could be aligned")
+    assert fit_alignment(pool, dft, eip).n_labels.tolist() == [3]
+
+
+def test_a_scale_can_be_forbidden():
+    pool, dft, eip = planted(25)
+
+    alignment = fit_alignment(pool, dft, eip, min_labels_for_scale=None)
+
+    assert alignment.scale.tolist() == [1.0]
+
+
+def silicon(differences: list[float]) -> tuple[Configurations, Labels, Labels]:
+    """Silicon, with these differences of DFT and EIP in eV/atom."""
+    pool = pool_of(len(differences), elements=("Si",))
+    eip = pool.n_atoms * -4.0
+    dft = eip + pool.n_atoms * np.array(differences)
+    return pool, labels_of(pool, {"dft": dft}), labels_of(pool, {"eip": eip})
+
+
+def test_of_three_labels_one_absurd_one_is_outvoted():
+    alignment = fit_alignment(*silicon([0.80, 0.82, 9.0]))
+
+    assert alignment.shift[0] == pytest.approx([0.81], abs=0.03)
+
+
+def test_of_25_labels_five_absurd_ones_are_outvoted():
+    noise = np.random.default_rng(0).normal(0.8, 0.02, 25)
+    noise[[2, 5, 9, 14, 20]] += [8.0, -30.0, 12.0, 400.0, 5.0]
+
+    alignment = fit_alignment(*silicon(noise.tolist()))
+
+    assert alignment.shift[0] == pytest.approx([0.8], abs=0.03)
+
+
+@pytest.mark.parametrize("n", [2, 3, 6])
+def test_elements_in_all_but_equal_shares_move_by_the_same(n):
+    """One atom more or less of 60 must not turn an error of 20 meV/atom into volts."""
+    frames = [Atoms(["Si"] * (30 + k % 2) + ["C"] * (30 - k % 2)) for k in range(n)]
+    for k, atoms in enumerate(frames):
+        atoms.positions += k
+    pool = Configurations.from_atoms(frames)
+    eip = pool.n_atoms * -5.0
+    noise = np.random.default_rng(1).normal(0, 0.02, n)
+    dft = eip + pool.n_atoms * (1.0 + noise)
+
+    alignment = fit_alignment(pool, labels_of(pool, {"dft": dft}), labels_of(pool, {"eip": eip}))
+
+    assert alignment.shift[0] == pytest.approx([1.0, 1.0], abs=0.05)
+
+
+def test_elements_a_thousand_volts_apart_are_told_apart_by_three_labels():
+    """As with pseudopotentials, whose zeros have nothing in common."""
+    pool = pool_of(20)
+    eip = pool.n_atoms * np.random.default_rng(3).normal(-4, 0.1, 20)
+    dft = eip + composition(pool) @ [-100.0, -1100.0]
+    labels = labels_of(pool, {"eip": eip})
+
+    aligned = fit_alignment(pool, labels_of(pool, {"dft": dft}).take(range(3)), labels).apply(
+        pool, labels
+    )
+
+    np.testing.assert_allclose(aligned.energy[:, 0], dft, atol=1e-3)
+
+
+def test_an_element_without_a_label_has_no_zero():
+    pool = Configurations.from_atoms([Atoms("Si2"), Atoms("Si3"), Atoms("SiC")])
+    eip = labels_of(pool, {"eip": np.array([-8.0, -12.0, -10.0])})
+    dft = labels_of(pool, {"dft": np.array([-6.0, -9.0, np.nan])})
+
+    alignment = fit_alignment(pool, dft, eip)
+    aligned = alignment.apply(pool, eip)
+
+    assert np.isnan(alignment.shift[0]).tolist() == [True, False]
+    assert aligned.ok[:, 0].tolist() == [True, True, False]
+    assert "has no reference energy (there are Si)" in aligned.failures()[0].reason
+    assert np.isnan(aligned.energy[2, 0])
+    assert aligned.energy[:2, 0] == pytest.approx([-6.0, -9.0])
+
+
+def test_an_eip_is_aligned_where_another_one_has_no_label():
+    """What one EIP lacks does not cost the others."""
+    pool = Configurations.from_atoms([Atoms("Si2"), Atoms("Si3"), Atoms("SiC")])
+    energy = np.array([-8.0, -12.0, -10.0])
+    eips = labels_of(pool, {"all": energy, "silicon": np.where([1, 1, 0], energy, np.nan)})
+    dft = labels_of(pool, {"dft": energy + 1})
+
+    alignment = fit_alignment(pool, dft, eips)
+
+    assert np.isfinite(alignment.shift).tolist() == [[True, True], [False, True]]
+    assert alignment.n_labels.tolist() == [3, 2]
 
 
 def test_without_any_label_nothing_changes_and_nothing_warns():

@@ -223,10 +223,10 @@ def test_an_empty_pool_is_refused_at_once(builder):
 
 
 def test_a_protocol_without_eips_for_an_element_says_so(pw_code, job_code, pseudo_family):
-    with pytest.raises(ValueError, match=r"names EIPs for .*not for Ge"):
+    with pytest.raises(ValueError, match=r"names EIPs for .*not for Sn"):
         ActiveLearningWorkChain.get_builder_from_protocol(
             Codes(pw=pw_code, job=job_code),
-            Start(structures=[StructureData(ase=bulk("Ge"))]),
+            Start(structures=[StructureData(ase=bulk("Sn", "diamond", a=6.49))]),
             protocol="demo",
         )
 

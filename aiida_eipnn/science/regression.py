@@ -1,0 +1,174 @@
+"""Small regressions that know how wrong they are: each returns errors on parts it did not see."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from aiida_eipnn.science.arrays import FloatArray, IntArray
+
+# A column smaller than this share of the largest one is not brought to the size of the others.
+RARE = 1e-2
+# Predictions end at this many times the largest value that was learnt.
+FARTHEST = 2.0
+
+_HUBER = 1.345
+_MAD_TO_SIGMA = 1.4826
+_ROUNDS = 6
+
+
+class Fit(NamedTuple):
+    """Predictions for test rows, and absolute errors on training rows by fits without their part.
+
+    ``predicted`` has the shape of the test rows, ``held_out`` that of the training rows.
+    """
+
+    predicted: FloatArray
+    held_out: FloatArray
+
+
+class Kernel(NamedTuple):
+    """Covariances: among the training rows, and of the test rows with them."""
+
+    train: FloatArray
+    test: FloatArray
+
+
+def linear_kernel(train: FloatArray, test: FloatArray) -> Kernel:
+    """Return the kernel of linear functions; rows are points."""
+    return Kernel(train @ train.T, test @ train.T)
+
+
+def gaussian_kernels(
+    train: FloatArray, test: FloatArray, lengths: Sequence[float]
+) -> tuple[Kernel, ...]:
+    """Return kernels of smooth functions, one for each length.
+
+    Columns count alike: each is brought to unit spread over the training rows. Lengths are in units
+    of the typical distance of two points.
+    """
+    spread = train.std(axis=0)
+    used = spread > 1e-9 * (np.abs(train).max(axis=0, initial=0.0) + 1e-300)
+    if not used.any():
+        return (Kernel(np.zeros((len(train),) * 2), np.zeros((len(test), len(train)))),)
+    first, second = train[:, used] / spread[used], test[:, used] / spread[used]
+    # Two points of unit spread are sqrt(2 d) apart.
+    scale = 2.0 * used.sum()
+    near, far = _squared_distances(first, first) / scale, _squared_distances(second, first) / scale
+    return tuple(
+        Kernel(np.exp(-0.5 * near / length**2), np.exp(-0.5 * far / length**2))
+        for length in lengths
+    )
+
+
+def fit_kernels(
+    kernels: Iterable[Kernel], values: FloatArray, parts: IntArray, noises: Sequence[float]
+) -> Fit:
+    r"""Return the kernel ridge regression with the smallest error on parts it did not see.
+
+    With :math:`C = (K + \lambda I)^{-1}` and :math:`\alpha = C y`, the errors of the fit without
+    part :math:`P` on that part are :math:`C_{PP}^{-1} \alpha_P` [1]_: no fit is repeated.
+
+    Parameters
+    ----------
+    kernels
+        The kernels to choose from.
+    values
+        What to learn, of about unit size. Shape ``(n,)``.
+    parts
+        Number of the part of each row. Shape ``(n,)``.
+    noises
+        The :math:`\lambda` to choose from.
+
+    References
+    ----------
+    .. [1] Rasmussen, Williams, Gaussian Processes for Machine Learning, eq. 5.12, for parts.
+    """
+    best, smallest = Fit(np.zeros(0), np.zeros(0)), np.inf
+    groups = [np.flatnonzero(parts == part) for part in np.unique(parts)]
+    for kernel in kernels:
+        sizes, vectors = np.linalg.eigh(kernel.train)
+        for noise in noises:
+            inverse = (vectors / (np.maximum(sizes, 0.0) + noise)) @ vectors.T
+            alpha = inverse @ values
+            errors = np.empty(len(values))
+            for rows in groups:
+                errors[rows] = np.linalg.solve(inverse[np.ix_(rows, rows)], alpha[rows])
+            size = float(np.abs(errors).mean())
+            if size < smallest:
+                smallest = size
+                best = Fit(kernel.test @ alpha, np.abs(errors))
+    return best
+
+
+def fit_linear(
+    train: FloatArray,
+    values: FloatArray,
+    parts: IntArray,
+    test: FloatArray,
+    strengths: Sequence[float],
+) -> Fit:
+    """Return the linear function with the smallest error on parts it did not see.
+
+    Robust: Huber's weights, found once on all rows, and no prediction beyond twice the largest
+    value that was learnt.
+
+    Parameters
+    ----------
+    train, test
+        Rows are points, columns what to combine. Shapes ``(n, p)`` and ``(n_test, p)``.
+    values
+        What to learn. Shape ``(n,)``.
+    parts
+        Number of the part of each row. Shape ``(n,)``.
+    strengths
+        Strengths of the ridge to choose from, relative to the columns' mean square.
+    """
+    size = np.sqrt((train**2).mean(axis=0))
+    if not size.any():
+        return Fit(np.zeros(len(test)), np.abs(values))
+    # What training rows hardly know stays small, so that the ridge takes care of it.
+    size = np.maximum(size, RARE * size.max())
+    train, test = train / size, test / size
+    weights = _huber_weights(train, values, strengths[0])
+    best, smallest = Fit(np.zeros(0), np.zeros(0)), np.inf
+    groups = [np.flatnonzero(parts == part) for part in np.unique(parts)]
+    moments = [_moments(train[rows], values[rows], weights[rows]) for rows in groups]
+    square, product, total = (sum(item) for item in zip(*moments, strict=True))
+    for strength in strengths:
+        errors = np.empty(len(values))
+        for rows, (own_square, own_product, own_total) in zip(groups, moments, strict=True):
+            rest = _ridge(square - own_square, product - own_product, total - own_total, strength)
+            errors[rows] = np.abs(values[rows] - train[rows] @ rest)
+        if errors.mean() < smallest:
+            smallest = float(errors.mean())
+            best = Fit(test @ _ridge(square, product, total, strength), errors)
+    limit = FARTHEST * np.abs(values).max()
+    return best._replace(predicted=np.clip(best.predicted, -limit, limit))
+
+
+def _squared_distances(first: FloatArray, second: FloatArray) -> FloatArray:
+    squares = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1) - 2 * first @ second.T
+    return np.asarray(np.maximum(squares, 0.0), dtype=np.float64)
+
+
+def _moments(
+    train: FloatArray, values: FloatArray, weights: FloatArray
+) -> tuple[FloatArray, FloatArray, float]:
+    weighted = (train * weights[:, None]).T
+    return weighted @ train, weighted @ values, float(weights.sum())
+
+
+def _ridge(square: FloatArray, product: FloatArray, total: float, strength: float) -> FloatArray:
+    # At least the weight of one row, so that without any row nothing is learnt.
+    ridge = strength * max(total, 1.0) * np.eye(len(square))
+    return np.asarray(np.linalg.solve(square + ridge, product), dtype=np.float64)
+
+
+def _huber_weights(train: FloatArray, values: FloatArray, strength: float) -> FloatArray:
+    weights: FloatArray = np.ones(len(values))
+    for _ in range(_ROUNDS):
+        residual = np.abs(values - train @ _ridge(*_moments(train, values, weights), strength))
+        sigma = max(_MAD_TO_SIGMA * float(np.median(residual)), 1e-9)
+        weights = np.minimum(1.0, _HUBER * sigma / np.maximum(residual, 1e-300))
+    return weights
