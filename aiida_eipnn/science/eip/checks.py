@@ -7,6 +7,7 @@ is that of an infinite crystal and not of a cell, and whether it depends on the 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from ase import Atoms
@@ -29,6 +30,51 @@ _VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One property and how far from it a potential may be.
+
+    Parameters
+    ----------
+    tolerance
+        The largest residual that passes.
+    unit
+        Of the residual.
+    fault
+        What is wrong beyond it.
+    """
+
+    tolerance: float
+    unit: str
+    fault: str
+
+
+# From the residuals of 311 pairs of model and element (openkim-models 2021.01.28) on four crystals
+# each. All labels repeat exactly. Turned and repeated crystals agree to 3e-10 eV/atom. Finite
+# differences agree to 2e-6 for all fitted models, and one model misses by 3 to 10 eV/Å: the
+# tolerance lies in that gap, far from the round-off of a kink and far from a wrong force.
+CHECKS = {
+    "reuse": Check(
+        tolerance=1e-10, unit="eV/atom", fault="a used potential differs from a new one"
+    ),
+    "forces": Check(
+        tolerance=1e-4, unit="eV/Å", fault="forces are not minus the slope of the energy"
+    ),
+    "stress": Check(
+        tolerance=1e-4, unit="eV/Å³", fault="stress is not the slope of the energy by strain"
+    ),
+    "supercell": Check(
+        tolerance=1e-8, unit="eV/atom", fault="2x2x2 cells have another energy per atom than one"
+    ),
+    "rotation": Check(
+        tolerance=1e-8, unit="eV/atom", fault="the turned crystal has another energy"
+    ),
+    "rotated_forces": Check(
+        tolerance=1e-7, unit="eV/Å", fault="the forces do not turn with the crystal"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
     """What was measured of one potential on one crystal.
 
@@ -38,30 +84,26 @@ class Measured:
         In eV per atom.
     force
         Largest force on an atom, in eV/Å.
-    reuse
-        Largest difference in energy, in eV per atom, between a new potential and one that has
-        labelled other configurations before, in either order.
-    forces
-        Largest difference between a force component and minus the slope of the energy, in eV/Å.
-    stress
-        Largest difference between a stress component and the slope of the energy by strain, per
-        volume, in eV/Å³.
-    supercell
-        Difference in energy between the cell and 2x2x2 of it, in eV per atom.
-    rotation
-        Difference in energy between the crystal and the turned crystal, in eV per atom.
-    rotated_forces
-        Largest difference between the turned forces and those of the turned crystal, in eV/Å.
+    residuals
+        By name of :data:`CHECKS`: the largest difference in energy between a new potential and one
+        that has labelled other configurations before, in either order; the largest difference
+        between a component of forces or stress and its finite difference, where components exceed 1
+        relative to the largest; the differences to 2x2x2 cells and to the turned crystal.
     """
 
     energy: float
     force: float
-    reuse: float
-    forces: float
-    stress: float
-    supercell: float
-    rotation: float
-    rotated_forces: float
+    residuals: dict[str, float]
+
+    def faults(self) -> list[str]:
+        """Say which checks it fails."""
+        if not np.isfinite([self.energy, self.force, *self.residuals.values()]).all():
+            return ["energy, forces or stress are not finite"]
+        return [
+            f"{check.fault} ({self.residuals[name]:.1e} {check.unit})"
+            for name, check in CHECKS.items()
+            if self.residuals[name] > check.tolerance
+        ]
 
 
 def crystals(element: str) -> dict[str, Atoms]:
@@ -89,7 +131,7 @@ def crystals(element: str) -> dict[str, Atoms]:
 def _perturbed(
     ideal: Atoms, size: float, strain: float, rattle: float, rng: np.random.Generator
 ) -> Atoms:
-    atoms = ideal.copy()
+    atoms: Atoms = ideal.copy()
     deformation = size * (np.eye(3) + strain * rng.normal(size=(3, 3)))
     atoms.set_cell(atoms.cell @ deformation, scale_atoms=True)
     atoms.positions += rattle * rng.normal(size=atoms.positions.shape)
@@ -112,12 +154,13 @@ def measure(
     for atoms in [*pool.values(), *reversed(pool.values())]:
         try:
             used.label(atoms)
-        except Exception:  # noqa: PERF203, S112 - it comes again below
+        except Exception:
+            # It comes again below.
             continue
     for name, atoms in pool.items():
         try:
             yield name, _measure_one(open_new, used, atoms)
-        except Exception as error:  # noqa: PERF203 - whatever a potential raises is a finding
+        except Exception as error:  # whatever a potential raises is a finding
             yield name, error
 
 
@@ -126,32 +169,38 @@ def _measure_one(
 ) -> Measured:
     first, fresh, again = used.label(atoms), open_new().label(atoms), used.label(atoms)
     rotation, rotated_forces = _rotation(used, atoms, fresh)
-    return Measured(
-        energy=fresh.energy / len(atoms),
-        force=float(np.linalg.norm(fresh.forces, axis=1).max()),
-        reuse=max(abs(label.energy - fresh.energy) for label in (first, again)) / len(atoms),
-        forces=_forces(used, atoms, fresh),
-        stress=_stress(used, atoms, fresh),
-        supercell=abs(used.label(atoms * (2, 2, 2)).energy / 8 - fresh.energy) / len(atoms),
-        rotation=rotation,
-        rotated_forces=rotated_forces,
-    )
+    residuals = {
+        "reuse": max(abs(label.energy - fresh.energy) for label in (first, again)) / len(atoms),
+        "forces": _forces(used, atoms, fresh),
+        "stress": _stress(used, atoms, fresh),
+        "supercell": abs(used.label(atoms * (2, 2, 2)).energy / 8 - fresh.energy) / len(atoms),
+        "rotation": rotation,
+        "rotated_forces": rotated_forces,
+    }
+    force = float(np.linalg.norm(fresh.forces, axis=1).max())
+    return Measured(energy=fresh.energy / len(atoms), force=force, residuals=residuals)
 
 
 def _forces(potential: EmpiricalPotential, atoms: Atoms, label: Label) -> float:
     worst = 0.0
     for atom, axis in np.ndindex(len(atoms), 3):
-        slopes = _slopes(potential, lambda by, a=atom, i=axis: _moved(atoms, a, i, by))
-        worst = max(worst, np.abs(slopes + label.forces[atom, axis]).min())
-    return worst
+        slopes = _slopes(potential, partial(_moved, atoms, atom, axis))
+        worst = max(worst, float(np.abs(slopes + label.forces[atom, axis]).min()))
+    return worst / _scale(label.forces)
 
 
 def _stress(potential: EmpiricalPotential, atoms: Atoms, label: Label) -> float:
     worst = 0.0
     for voigt, (i, j) in enumerate(_VOIGT):
-        slopes = _slopes(potential, lambda by, i=i, j=j: _strained(atoms, i, j, by))
-        worst = max(worst, np.abs(slopes / atoms.cell.volume - label.stress[voigt]).min())
-    return worst
+        slopes = _slopes(potential, partial(_strained, atoms, i, j))
+        differences = np.abs(slopes / atoms.cell.volume - label.stress[voigt])
+        worst = max(worst, float(differences.min()))
+    return worst / _scale(label.stress)
+
+
+def _scale(components: FloatArray) -> float:
+    """Return what differences are relative to: round-off grows with steep walls."""
+    return max(1.0, float(np.abs(components).max()))
 
 
 def _slopes(potential: EmpiricalPotential, changed: Callable[[float], Atoms]) -> FloatArray:
@@ -159,11 +208,12 @@ def _slopes(potential: EmpiricalPotential, changed: Callable[[float], Atoms]) ->
     energies = [
         [potential.label(changed(sign * step)).energy for sign in (-1, 1)] for step in STEPS
     ]
-    return np.diff(energies, axis=1)[:, 0] / (2 * np.array(STEPS))
+    slopes: FloatArray = np.diff(energies, axis=1)[:, 0] / (2 * np.array(STEPS))
+    return slopes
 
 
 def _moved(atoms: Atoms, atom: int, axis: int, by: float) -> Atoms:
-    moved = atoms.copy()
+    moved: Atoms = atoms.copy()
     moved.positions[atom, axis] += by
     return moved
 
@@ -172,7 +222,7 @@ def _strained(atoms: Atoms, i: int, j: int, by: float) -> Atoms:
     strain = np.eye(3)
     strain[i, j] += by / 2
     strain[j, i] += by / 2
-    moved = atoms.copy()
+    moved: Atoms = atoms.copy()
     moved.set_cell(atoms.cell @ strain, scale_atoms=True)
     return moved
 
@@ -190,4 +240,33 @@ def _rotation(potential: EmpiricalPotential, atoms: Atoms, label: Label) -> tupl
 def _turn(rng: np.random.Generator) -> FloatArray:
     """Return a random proper rotation."""
     orthogonal, _ = np.linalg.qr(rng.normal(size=(3, 3)))
-    return orthogonal * np.sign(np.linalg.det(orthogonal))
+    proper: FloatArray = orthogonal * np.sign(np.linalg.det(orthogonal))
+    return proper
+
+
+def refresh_drift(name: str, atoms: Atoms, energy: float) -> float:
+    """Return how far ASE's calculator of a KIM model gets from the right energy, in eV per atom.
+
+    It calls ``clear_then_refresh`` before each computation, which changes the parameters of some
+    models. Here models are opened once, so this is no fault of a model, but a warning to those who
+    compare with ASE.
+
+    Parameters
+    ----------
+    name
+        KIM id.
+    atoms
+        What to compute, three times.
+    energy
+        Of a newly opened model, in eV.
+    """
+    # Needs kimpy, as few models here do.
+    from ase.calculators.kim import KIM
+
+    same = atoms.copy()
+    same.calc = KIM(name)
+    energies = []
+    for _ in range(3):
+        same.calc.reset()
+        energies.append(same.get_potential_energy())
+    return float(np.abs(np.array(energies) - energy).max()) / len(atoms)
