@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from aiida_eipnn.science.eip.checks import CHECKS, CRYSTALS, Measured, crystals, measure
+from aiida_eipnn.science.eip.checks import CHECKS, CRYSTALS, Measured, crystals, faults_of, measure
 from aiida_eipnn.science.eip.checks import refresh_drift as drift_of
 from aiida_eipnn.science.eip.isolation import Lost, each_apart
 from aiida_eipnn.science.eip.potential import describe_potential, open_potential
@@ -177,16 +177,13 @@ def check_model(item: tuple[str, str]) -> ElementResult:
     pool = crystals(element)
     outcomes = dict(measure(partial(open_potential, name), pool))
     measured = [outcome for outcome in outcomes.values() if isinstance(outcome, Measured)]
-    faults = []
-    for crystal, outcome in outcomes.items():
-        found = outcome.faults() if isinstance(outcome, Measured) else [_one_line(outcome)]
-        faults += [f"{fault} on the {crystal} crystal" for fault in found]
+    faults = faults_of(outcomes)
     if len(measured) < len(outcomes):
-        return ElementResult(faults=tuple(faults))
+        return ElementResult(faults=faults)
     first = next(iter(pool.values()))
     drift = drift_of(name, first, measured[0].energy * len(first))
     return ElementResult(
-        faults=tuple(faults),
+        faults=faults,
         energy=tuple(one.energy for one in measured),
         force=tuple(one.force for one in measured),
         refresh_drift=drift if drift > DRIFT else 0.0,
@@ -315,7 +312,3 @@ def _groups(fingerprints: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
                 for member in group[other]:
                     group[member] = group[one]
     return tuple(sorted({tuple(sorted(members)) for members in group.values() if len(members) > 1}))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

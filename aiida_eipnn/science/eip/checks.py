@@ -5,7 +5,7 @@ numbers belong together: whether forces and stress are derivatives of the energy
 is that of an infinite crystal and not of a cell, and whether it depends on the configuration alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -95,15 +95,20 @@ class Measured:
     force: float
     residuals: dict[str, float]
 
-    def faults(self) -> list[str]:
-        """Say which checks it fails."""
-        if not np.isfinite([self.energy, self.force, *self.residuals.values()]).all():
-            return ["energy, forces or stress are not finite"]
-        return [
-            f"{check.fault} ({self.residuals[name]:.1e} {check.unit})"
-            for name, check in CHECKS.items()
-            if self.residuals[name] > check.tolerance
-        ]
+
+def faults_of(measured: Mapping[str, Measured | Exception]) -> tuple[str, ...]:
+    """Say which checks a potential fails, by what was measured on each crystal."""
+    found: dict[str, list[str]] = {}
+    for crystal, one in measured.items():
+        if isinstance(one, Exception):
+            found.setdefault(" ".join(f"{type(one).__name__}: {one}".split()), []).append(crystal)
+        elif not np.isfinite([one.energy, one.force, *one.residuals.values()]).all():
+            found.setdefault("energy, forces or stress are not finite", []).append(crystal)
+        else:
+            for name, check in CHECKS.items():
+                if one.residuals[name] > check.tolerance:
+                    found.setdefault(check.fault, []).append(crystal)
+    return tuple(f"{fault} ({', '.join(where)})" for fault, where in found.items())
 
 
 def crystals(element: str) -> dict[str, Atoms]:
