@@ -30,7 +30,7 @@ BLOCKED = (
     "kimpy",
     "matplotlib",
 )
-NEEDS_KIM = {"aiida_eipnn.science.eip.kim"}
+NEEDS_KIM = {"aiida_eipnn.science.eip.catalogue", "aiida_eipnn.science.eip.kim"}
 NEEDS_TORCH = {"aiida_eipnn.jobs.train", "aiida_eipnn.jobs.evaluate"}
 # Distances of atoms, and what asks for them. The rest, the description of a job among it, needs
 # NumPy and ASE alone.

@@ -10,7 +10,7 @@ from aiida_eipnn import __version__
 
 COMMANDS = {
     "setup": ("aiida_eipnn.cli.setup:cmd_setup", "Make a profile with codes and pseudopotentials."),
-    "eip": ("aiida_eipnn.cli.eip:cmd_eip", "Rank empirical potentials."),
+    "eip": ("aiida_eipnn.cli.eip:cmd_eip", "List, check and rank empirical potentials."),
     "status": ("aiida_eipnn.cli.loop:cmd_status", "Say how far an active-learning loop came."),
     "lineage": (
         "aiida_eipnn.cli.loop:cmd_lineage",
