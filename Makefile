@@ -25,13 +25,14 @@ export AIIDA_PATH := $(CURDIR)/.aiida
 # `verdi`, `pw.x` and the rest, also for the daemon and the jobs it starts.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help install system demo setup test lint clean
+.PHONY: help install system demo setup test lint bench-label bench-label-bulk clean
 
 help:
 	@echo 'make install   system packages where that is possible, then .venv with everything'
 	@echo 'make demo      install, set up a profile, run a small active-learning loop, write its report'
 	@echo 'make test      install, then every check and test; the same as CI'
 	@echo 'make lint      install, then the checks without the tests'
+	@echo 'make bench-label, make bench-label-bulk   how fast EIPs label; see benchmarks/'
 	@echo 'make clean     remove what was made here, the demo and its data too'
 
 install: $(INSTALLED)
@@ -70,6 +71,14 @@ test: export AIIDA_PATH := $(CURDIR)/build/test/.aiida
 test: lint
 	@mkdir -p $(AIIDA_PATH)
 	pytest
+
+# One thread: the tables compare CPU time.
+bench-label: export OMP_NUM_THREADS := 1
+bench-label: install
+	python benchmarks/label.py
+
+bench-label-bulk: setup
+	python benchmarks/label_bulk.py
 
 clean:
 	@if [ -x $(BIN)/verdi ] && [ -d .aiida ]; then verdi daemon stop --all >/dev/null 2>&1 || true; fi

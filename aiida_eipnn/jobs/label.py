@@ -6,26 +6,31 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ase.data import atomic_numbers
+import numpy as np
+from ase.data import atomic_numbers, chemical_symbols
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.inputs import read_configurations
-from aiida_eipnn.science.arrays import load_arrays
+from aiida_eipnn.science.arrays import load_arrays, save_arrays
 from aiida_eipnn.science.configurations import Configurations
-from aiida_eipnn.science.eip.engine import Limits, Progress, label_into
+from aiida_eipnn.science.eip.checked import fault_of
+from aiida_eipnn.science.eip.engine import FORCE_LIMIT, Limits, Progress, label_into
+from aiida_eipnn.science.eip.isolation import Lost, each_apart
 from aiida_eipnn.science.eip.potential import (
     PotentialDescription,
     describe_potential,
     symbols_of,
 )
 from aiida_eipnn.science.labels import Labels
+from aiida_eipnn.science.outliers import refuse_outliers
 
 PROGRESS_SECONDS = 10.0
+# Opening the slowest KIM model takes a tenth of a second.
+DESCRIBE_SECONDS = 60.0
 
 LOGGER = logging.getLogger(__name__)
 
@@ -62,11 +67,32 @@ def run(job: spec.LabelJob, folder: Path) -> spec.State:
         return spec.State.INTERRUPTED
     output = folder / spec.OUTPUT / spec.LABELS
     store.write_labels(output)
-    labels = Labels.from_arrays(load_arrays(output, mapped=True))
-    write_metrics(folder, summarise(labels, store.seconds(), descriptions))
+    labels = keep_within_limits(output, pool)
+    faults = {name: fault_of(name, pool_symbols(pool)) or "" for name in job.eips}
+    write_metrics(folder, summarise(labels, store.seconds(), descriptions, faults))
     # All of it is in the output now, and would be brought home twice.
     shutil.rmtree(folder / spec.CHECKPOINT)
     return spec.State.DONE
+
+
+def keep_within_limits(output: Path, pool: Configurations) -> Labels:
+    """Take out of the labels in ``output`` those that stick out; return the rest, left on disk."""
+    before = Labels.from_arrays(load_arrays(output, mapped=True))
+    kept = refuse_outliers(pool, before, FORCE_LIMIT)
+    refused = before.ok & ~kept.ok
+    if refused.any():
+        forces = np.load(output / "forces.npy", mmap_mode="r+")
+        for row, source in np.argwhere(refused):
+            forces[source, before.offsets[row] : before.offsets[row + 1]] = np.nan
+        forces.flush()
+        changed = ("energy", "stress", "status", "reasons")
+        save_arrays(output, {name: getattr(kept, name) for name in changed})
+    return Labels.from_arrays(load_arrays(output, mapped=True))
+
+
+def pool_symbols(pool: Configurations) -> list[str]:
+    """Return the symbols of the elements that occur."""
+    return [chemical_symbols[number] for number in pool.elements]
 
 
 def report_progress(progress: Progress) -> None:
@@ -76,12 +102,9 @@ def report_progress(progress: Progress) -> None:
 
 def describe_eips(eips: Sequence[str]) -> dict[str, PotentialDescription]:
     """Describe each EIP that is there."""
-    described = {}
-    for name in eips:
-        # The labels will say why an EIP is not there: opening it fails for the same reason.
-        with suppress(ValueError, TypeError, ImportError):
-            described[name] = describe_potential(name)
-    return described
+    apart = each_apart(describe_potential, eips, seconds=DESCRIBE_SECONDS)
+    # The labels will say why an EIP is not there: opening it fails for the same reason.
+    return {name: found for name, found in apart if not isinstance(found, Lost)}
 
 
 def require_known_elements(
@@ -104,7 +127,10 @@ def require_known_elements(
 
 
 def summarise(
-    labels: Labels, seconds: dict[str, float], descriptions: Mapping[str, PotentialDescription]
+    labels: Labels,
+    seconds: Mapping[str, float],
+    descriptions: Mapping[str, PotentialDescription],
+    faults: Mapping[str, str],
 ) -> dict[str, Any]:
     """Say for each EIP how many labels it gave, how long it took, and why others are missing."""
     eips = {}
@@ -116,6 +142,7 @@ def summarise(
             "n_failed": len(labels) - n_ok,
             "seconds": round(seconds.get(name, 0.0), 3),
             "reasons": reasons,
+            "fault": faults.get(name, ""),
             "metadata": asdict(descriptions.get(name, PotentialDescription(name=name))),
         }
     return {"n_configurations": len(labels), "n_atoms": int(labels.offsets[-1]), "eips": eips}

@@ -29,6 +29,7 @@ import numpy as np
 from aiida_eipnn.science.arrays import FloatArray, IntArray, load_arrays
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.batch import Batch, BatchLabels, Reach, cut_batches, reason_of
+from aiida_eipnn.science.eip.isolation import CONTEXT, how_it_ended, preload
 from aiida_eipnn.science.eip.potential import EmpiricalPotential, open_potential
 from aiida_eipnn.science.eip.store import (
     FAILED,
@@ -58,7 +59,6 @@ BATCH_ATOMS = 4000
 # What a process needs beside its models: the interpreter and the compiled lists.
 DEFAULT_MEMORY = 4096.0
 
-_CONTEXT = multiprocessing.get_context("forkserver")
 _NOBODY, _OPENING = -1, -1
 
 
@@ -206,8 +206,7 @@ def label_into(
         If there is no EIP, or one twice, or less than one worker, or other labels in ``folder``.
     """
     _check(eips, n_workers)
-    # The processes are forked from one that has these modules, so that each starts in a moment.
-    _CONTEXT.set_forkserver_preload([__name__, "aiida_eipnn.science.eip.kim"])
+    preload()
     plan = Plan.of(configurations, eips, n_workers, atomic_energies=atomic_energies)
     store = Store.open(folder, plan, configurations)
     crew = _Crew(store, n_workers, limits or Limits())
@@ -362,7 +361,7 @@ class _Task:
         """Start the process."""
         self.arrays = self.store.arrays(self.chunk, mode="r+")
         self.now = _Now.empty()
-        self.reports, sender = _CONTEXT.Pipe(duplex=False)
+        self.reports, sender = CONTEXT.Pipe(duplex=False)
         order = _Order(
             folder=self.store.path(self.chunk),
             configurations=self.store.part(self.chunk),
@@ -371,7 +370,7 @@ class _Task:
             one_by_one=self.one_by_one,
             atomic_energies=self.store.plan.atomic_energies,
         )
-        self.process = _CONTEXT.Process(
+        self.process = CONTEXT.Process(
             target=_work, args=(order, self.now.memory, sender), daemon=True
         )
         self.process.start()
@@ -416,7 +415,7 @@ class _Task:
         """End the process and take in what it left."""
         if not self.how_it_ended:
             self.process.join(0.0)
-            self.how_it_ended = _how_it_ended(self.process.exitcode)
+            self.how_it_ended = how_it_ended(self.process.exitcode)
         # Ended already, or killed now: in both cases nothing more will be written.
         with suppress(ProcessLookupError):
             self.process.kill()
@@ -443,7 +442,7 @@ class _Now:
 
     @classmethod
     def empty(cls) -> "_Now":
-        now = cls(_CONTEXT.RawArray("d", 4))
+        now = cls(CONTEXT.RawArray("d", 4))
         now.memory[0] = now.memory[1] = -1.0
         return now
 
@@ -646,12 +645,6 @@ def _memory_of(pid: int | None) -> float:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return pages * resource.getpagesize() / 2**20
     return 0.0
-
-
-def _how_it_ended(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        return f"the process died with signal {-exitcode} ({signal.Signals(-exitcode).name})"
-    return f"the process ended with exit code {exitcode}"
 
 
 def _wait_for(running: Sequence[_Task], deadline: float | None) -> None:
