@@ -65,12 +65,18 @@ class Watch:
 
 
 def memory_of_job() -> float:
-    """Return the resident memory of all processes of the job, in MB."""
+    """Return the resident memory of all processes of the job together, in MB.
+
+    Pages that they share count for each of them.
+    """
     total = 0.0
-    for process in psutil.process_iter(["cmdline", "memory_info"]):
-        command = " ".join(process.info["cmdline"] or [])
-        if "eipnn-job" in command or "multiprocessing.forkserver" in command:
-            total += process.info["memory_info"].rss / 2**20
+    for process in psutil.process_iter(["cmdline"]):
+        if any(Path(part).name == "eipnn-job" for part in process.info["cmdline"] or []):
+            try:
+                family = [process, *process.children(recursive=True)]
+                total += sum(member.memory_info().rss for member in family) / 2**20
+            except psutil.NoSuchProcess:
+                continue
     return total
 
 
