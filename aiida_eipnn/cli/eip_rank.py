@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from aiida_eipnn.science.worth import Comparison, Quantity
 
 PROTOCOLS = Path(__file__).parent.parent / "workflows" / "protocols" / "active_learning.yaml"
-# A model of that many elements is a textbook formula with tabulated radii, fitted to none of them.
-UNIVERSAL = 30
 ALL = "all"
 VERDICTS = {
     "help": "EIPs help here",
@@ -69,6 +66,7 @@ def cmd_rank(
     import numpy as np
 
     from aiida_eipnn.science.eip.engine import label_with_eips
+    from aiida_eipnn.science.eip.names import split_names
     from aiida_eipnn.science.eip.potential import symbols_of
     from aiida_eipnn.science.league import rank_eips
 
@@ -121,12 +119,6 @@ def read(
     return configurations.take(rows), labels.take(rows), ids
 
 
-def split_names(text: str) -> list[str]:
-    """Return the names between the commas that are not in brackets."""
-    names = [name.strip() for name in re.split(r",(?![^\[]*\])", text)]
-    return [name for name in names if name]
-
-
 def default_eips(symbols: Sequence[str], wanted: str | None) -> list[str]:
     """Return the protocol's EIPs for these elements, else all that are installed.
 
@@ -142,31 +134,19 @@ def default_eips(symbols: Sequence[str], wanted: str | None) -> list[str]:
     key = "-".join(sorted(symbols))
     if wanted != ALL and key in table:
         return list(table[key])
-    names = installed_eips(symbols)
+    try:
+        from aiida_eipnn.science.eip.catalogue import usable_eips
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "kimpy is not installed: pip install aiida-eipnn[kim], or name EIPs with --eips"
+        ) from error
+    names = list(usable_eips(symbols))
     if not names:
         raise ValueError(
             f"no installed KIM model knows {key}: name EIPs with --eips, for instance "
             "lennard-jones or python:module:callable"
         )
     return names
-
-
-def installed_eips(symbols: Sequence[str]) -> list[str]:
-    """Return the installed KIM models that know all elements and were not machine-learned."""
-    try:
-        from aiida_eipnn.science.eip.kim import describe_kim_model, installed_kim_models
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "kimpy is not installed: pip install aiida-eipnn[kim], or name EIPs with --eips"
-        ) from error
-    described = [describe_kim_model(name) for name in installed_kim_models()]
-    return [
-        item.name
-        for item in described
-        if set(symbols) <= set(item.species)
-        and not item.machine_learned
-        and len(item.species) < UNIVERSAL
-    ]
 
 
 def refuse_silence(labels: "Labels") -> None:
