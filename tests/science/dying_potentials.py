@@ -9,6 +9,7 @@ import numpy as np
 from ase import Atoms
 
 from aiida_eipnn.science.eip.analytic import LennardJones
+from aiida_eipnn.science.eip.batch import BatchLabels, Reach
 from aiida_eipnn.science.eip.potential import Label, PotentialDescription
 
 
@@ -73,3 +74,27 @@ def is_slow() -> Misbehaving:
             return LennardJones().label(atoms)
 
     return Slow(os.abort)
+
+
+@dataclass(frozen=True)
+class MisbehavingInBatches(Misbehaving):
+    """The same, for a potential that labels many configurations at once."""
+
+    reach: Reach | None = None
+
+    def label_batch(self, batch, rows=None, *, atomic_energies=False):
+        part = batch.configurations
+        labels = BatchLabels.empty(part)
+        for row in rows:
+            label = self.label(part.atoms(int(row)))
+            labels.energy[row], labels.stress[row] = label.energy, label.stress
+            labels.forces[part.offsets[row] : part.offsets[row + 1]] = label.forces
+        return labels
+
+
+def aborts_in_batches() -> MisbehavingInBatches:
+    return MisbehavingInBatches(os.abort)
+
+
+def hangs_in_batches() -> MisbehavingInBatches:
+    return MisbehavingInBatches(lambda: time.sleep(600))

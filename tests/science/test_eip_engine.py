@@ -120,6 +120,20 @@ def test_only_the_configuration_that_goes_wrong_is_lost(how, reason):
     assert np.isnan(labels.stress[2, 0]).all()
 
 
+@pytest.mark.parametrize("how", ["aborts_in_batches", "hangs_in_batches"])
+def test_of_a_batch_only_the_configurations_that_go_wrong_are_lost(how):
+    pool = pool_of(8, 6, 7, 4, 5, 2)
+
+    labels = label_with_eips(
+        pool, [LJ, misbehaving(how), "lennard-jones[sigma=2.3]"], limits=Limits(timeout=2.0)
+    )
+
+    reasons = reasons_of(labels, 1)
+    assert [bool(reason) for reason in reasons] == [False, False, True, False, True, False]
+    assert all(reason.endswith("on this configuration") for reason in reasons if reason)
+    assert labels.ok[:, [0, 2]].all()
+
+
 def test_an_eip_that_keeps_dying_is_given_up():
     pool = pool_of(8, *[7] * MAX_DEATHS, 8, 6)
 

@@ -289,23 +289,6 @@ PUBLISHED: dict[str, tuple[StillingerWeber, Publication]] = {
         ),
         _LEE,
     ),
-    # A = 7.049556277 and lambda = 31, both times 1.93 eV; 1.2 and 1.8 times 2.181 Å.
-    "ding-1986": (
-        StillingerWeber(
-            A=13.60564361461,
-            sigma=2.181,
-            lambda_=59.83,
-            gamma=2.6172,
-            cutoff=3.9258,
-            element="Ge",
-        ),
-        Publication(
-            "Ding and Andersen, Molecular-dynamics simulation of amorphous germanium, "
-            "Physical Review B 34 6987 (1986)",
-            "10.1103/PhysRevB.34.6987",
-            1986,
-        ),
-    ),
 }
 
 
