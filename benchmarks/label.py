@@ -31,7 +31,7 @@ from ase.calculators.kim import KIM
 
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.batch import Batch, cut_batches
-from aiida_eipnn.science.eip.engine import BATCH_ATOMS, BATCH_ROWS
+from aiida_eipnn.science.eip.engine import BATCH_ATOMS, BATCH_ROWS, label_with_eips
 from aiida_eipnn.science.eip.kim import KimPotential, open_kim_potential
 
 RESULTS = Path(__file__).parent / "results" / "label.json"
@@ -290,6 +290,18 @@ def measure_sharing(element: str, models: list[str], n: int, repeats: int) -> di
     return {f"{name}_us": statistics.median(values) for name, values in times.items()}
 
 
+def measure_workers(models: list[str], n: int) -> dict[str, float]:
+    """Return the wall time in s that one and two workers take, processes and files and all."""
+    pool = Configurations.from_atoms(make_pool("Si", n))
+    label_with_eips(pool.take(range(100)), models, n_workers=2)
+    seconds = {}
+    for n_workers in (1, 2):
+        start = time.perf_counter()
+        label_with_eips(pool, models, n_workers=n_workers)
+        seconds[f"workers_{n_workers}_s"] = time.perf_counter() - start
+    return seconds
+
+
 def print_table(rows: dict[str, dict[str, Any]]) -> None:
     """Print µs and ratios."""
     heads = ["ours", "ASE reused", "ASE new", "kimpy", "LAMMPS", "floor"]
@@ -323,6 +335,7 @@ def main() -> None:
     """Measure, print the table and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--n", type=int, default=200, help="configurations of each pool")
+    parser.add_argument("--n-workers", type=int, default=20_000, help="... of that for two workers")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -345,7 +358,14 @@ def main() -> None:
         f"the four of silicon on one pool: {sharing['together_us']:.0f} µs together, "
         f"{sharing['apart_us']:.0f} µs one after the other"
     )
-    write(given.output, {"models": by_id, "summary": {**summary, "sharing": sharing}})
+    workers = measure_workers(silicon, given.n_workers)
+    one, two = workers["workers_1_s"], workers["workers_2_s"]
+    print(
+        f"{given.n_workers} configurations with these four: {one:.1f} s with one worker, "
+        f"{two:.1f} s with two, {one / two:.2f} times as fast (goal: 1.8 or more)"
+    )
+    facts = {**summary, "sharing": sharing, "workers": workers}
+    write(given.output, {"models": by_id, "summary": facts})
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
