@@ -31,7 +31,12 @@ from ase.calculators.kim import KIM
 
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.batch import Batch, cut_batches
-from aiida_eipnn.science.eip.engine import BATCH_ATOMS, BATCH_ROWS, label_with_eips
+from aiida_eipnn.science.eip.engine import (
+    BATCH_ATOMS,
+    BATCH_ROWS,
+    keep_freed_memory,
+    label_with_eips,
+)
 from aiida_eipnn.science.eip.kim import KimPotential, open_kim_potential
 
 RESULTS = Path(__file__).parent / "results" / "label.json"
@@ -340,6 +345,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     kimpy.log.Log.push_default_verbosity(kimpy.log_verbosity.silent)
+    # For all ways alike.
+    keep_freed_memory()
     rows, by_id = {}, {}
     for name, (element, model) in {**MODELS, **SLOW}.items():
         slow = name in SLOW

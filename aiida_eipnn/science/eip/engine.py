@@ -9,6 +9,7 @@ share their neighbour lists. Where it dies, the EIP at work gets processes of it
 and labels that chunk one configuration at a time, so that only the one that it dies of is lost.
 """
 
+import ctypes
 import multiprocessing
 import os
 import resource
@@ -58,6 +59,10 @@ BATCH_ATOMS = 4000
 
 # What a process needs beside its models: the interpreter and the compiled lists.
 DEFAULT_MEMORY = 4096.0
+
+# Options of glibc's mallopt.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT_BYTES = 32 * 2**20
 
 _NOBODY, _OPENING = -1, -1
 
@@ -574,6 +579,7 @@ def _work(order: _Order, memory: Any, reports: Connection) -> None:
     """Label what is missing of a chunk; runs in a process of its own."""
     _end_with_parent()
     _limit_memory(order.limits.memory)
+    keep_freed_memory()
     worker = _Worker(order, _Now(memory), reports, open_chunk(order.folder, "r+"))
     worker.open_potentials()
     rows, atoms = (1, 1) if order.one_by_one else (BATCH_ROWS, BATCH_ATOMS)
@@ -630,6 +636,17 @@ def _end_after(sentinel: int) -> None:
     """End this process when the one with that sentinel is gone."""
     wait([sentinel])
     os._exit(1)
+
+
+def keep_freed_memory() -> None:
+    """Keep freed memory for the next batch: to get it anew takes as long as some models need.
+
+    Where the C library is not glibc, nothing happens.
+    """
+    with suppress(OSError, AttributeError):
+        set_option = ctypes.CDLL(None).mallopt
+        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            set_option(option, _KEPT_BYTES)
 
 
 def _limit_memory(megabytes: float) -> None:
