@@ -6,6 +6,8 @@ from ase import Atoms, units
 from ase.build import bulk
 from ase.md.verlet import VelocityVerlet
 
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.eip.batch import Batch
 from aiida_eipnn.science.eip.potential import (
     EipCalculator,
     EmpiricalPotential,
@@ -240,3 +242,48 @@ def derivative(potential: EmpiricalPotential, moved, step: float = 1e-4) -> floa
     """Central difference of fourth order."""
     energies = [potential.label(moved(n * step)).energy for n in (-2, -1, 1, 2)]
     return float(np.dot(energies, [1, -8, 8, -1]) / (12 * step))
+
+
+def shapes(symbol: str) -> list[Atoms]:
+    """Return cells of one atom and of many, skewed and long, slabs, wires, clusters and atoms."""
+    crystal = bulk(symbol)
+    skewed = crystal.copy()
+    skewed.set_cell(skewed.cell @ [[1, 0, 0], [2, 1, 0], [-1, 3, 1]], scale_atoms=False)
+    long = bulk(symbol, cubic=True).repeat((1, 1, 5))
+    far_out = rattled(bulk(symbol, cubic=True), seed=5)
+    far_out.positions += [[100 * atom, -30, 7] for atom in range(len(far_out))] @ far_out.cell
+    slab, wire = bulk(symbol, cubic=True).repeat((1, 1, 2)), bulk(symbol, cubic=True)
+    slab.pbc, wire.pbc = (True, True, False), (False, False, True)
+    cluster = bulk(symbol, cubic=True).repeat(2)
+    cluster.pbc, cluster.cell = False, None
+    frames = [crystal, skewed, long, far_out, slab, wire, cluster, crystal.repeat(4)]
+    moved = [rattled(atoms, seed) for seed, atoms in enumerate(frames[:-2])]
+    alone = Atoms(symbol, [[1.0, 2.0, 3.0]])
+    return [*frames, *moved, alone]
+
+
+@pytest.mark.parametrize("symbol", ["Si", "Al", "W"])
+def test_batches_agree_with_kimpys_own_lists_for_every_usable_model(symbol):
+    from aiida_eipnn.science.eip.catalogue import usable_eips
+    from aiida_eipnn.science.eip.kim import open_kim_potential
+
+    frames = shapes(symbol)
+    configurations = Configurations.from_atoms(frames)
+    potentials = [open_kim_potential(name) for name in usable_eips([symbol])]
+    batch = Batch(configurations, [potential.reach for potential in potentials])
+    assert len(potentials) > 10
+
+    for potential in potentials:
+        labels = potential.label_batch(batch)
+        for row, atoms in enumerate(frames):
+            expected = potential._label_alone(atoms)
+            part = slice(configurations.offsets[row], configurations.offsets[row + 1])
+            where = f"{potential.name}, {row}"
+            difference = (labels.energy[row] - expected.energy) / len(atoms)
+            assert abs(difference) < 1e-10, where
+            np.testing.assert_allclose(
+                labels.forces[part], expected.forces, rtol=1e-10, atol=1e-9, err_msg=where
+            )
+            np.testing.assert_allclose(
+                labels.stress[row], expected.stress, rtol=1e-10, atol=1e-10, err_msg=where
+            )
