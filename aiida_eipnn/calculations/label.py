@@ -20,7 +20,9 @@ class LabelCalculation(JobCalculation):
         ports.add_configurations(spec)
         ports.add_exclude(spec)
         ports.add_eips(spec)
-        ports.add_dict(spec, "parameters", "n_workers, and timeout in seconds for one EIP.")
+        ports.add_dict(
+            spec, "parameters", "n_workers, timeout (s) and memory (MB) of an EIP, atomic_energies."
+        )
         ports.add_checkpoint(spec)
         spec.output("labels", valid_type=LabelsData, help="Energy, forces and stress by each EIP.")
         spec.output(

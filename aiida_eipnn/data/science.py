@@ -38,20 +38,37 @@ class ScienceData(ArrayData):
         node = cls()
         for name, array in value.arrays().items():
             node.set_array(name, array)
-        facts = {"schema_version": SCHEMA_VERSION, **cls.facts(value), **attributes}
-        node.base.attributes.set_many(facts)
+        node.set_facts(value, attributes)
         return node
 
     @classmethod
     def from_folder(cls, folder: Path, **attributes: Any) -> Self:
-        """Build the unstored node of the arrays in ``folder``.
+        """Build the unstored node of the arrays in ``folder``, without reading all of them.
 
         Raises
         ------
         FileNotFoundError, ValueError
             If the arrays are missing or do not make up a value.
         """
-        return cls.from_value(cls.value_class.from_arrays(load_arrays(folder)), **attributes)
+        arrays = load_arrays(folder, mapped=True)
+        value = cls.value_class.from_arrays(arrays)
+        node = cls()
+        for name in value.arrays():
+            node.base.repository.put_object_from_file(str(folder / f"{name}.npy"), f"{name}.npy")
+            node.base.attributes.set(f"{cls.array_prefix}{name}", list(arrays[name].shape))
+        node.set_facts(value, attributes)
+        return node
+
+    def set_facts(self, value: HasArrays, attributes: dict[str, Any]) -> None:
+        """Set what one may want to query; the arrays are known to make up this value."""
+        facts = {"schema_version": SCHEMA_VERSION, **self.facts(value), **attributes}
+        self.base.attributes.set_many(facts)
+        self._is_valid = True
+
+    def set_array(self, name: str, array: Any) -> None:
+        """Set an array; whether it fits the others is seen when the node is stored."""
+        super().set_array(name, array)
+        self._is_valid = False
 
     @classmethod
     def facts(cls, value: Any) -> dict[str, Any]:
@@ -66,6 +83,9 @@ class ScienceData(ArrayData):
 
     def _validate(self) -> bool:
         super()._validate()
+        # Checked when it was built; to do so again would read all of it.
+        if getattr(self, "_is_valid", False):
+            return True
         try:
             self.value()
         except ValueError as error:

@@ -1,6 +1,8 @@
 """The label job: every EIP labels every configuration of the pool."""
 
 import json
+import logging
+import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,24 +15,27 @@ from ase.data import atomic_numbers
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.inputs import read_configurations
-from aiida_eipnn.science.arrays import load_arrays, save_arrays
+from aiida_eipnn.science.arrays import load_arrays
 from aiida_eipnn.science.configurations import Configurations
-from aiida_eipnn.science.eip.engine import Progress, label_with_eips
+from aiida_eipnn.science.eip.engine import Limits, Progress, label_into
 from aiida_eipnn.science.eip.potential import (
     PotentialDescription,
     describe_potential,
     symbols_of,
 )
-from aiida_eipnn.science.labels import NOT_RUN, Labels
+from aiida_eipnn.science.labels import Labels
 
-CHECKPOINT_SECONDS = 10.0
+PROGRESS_SECONDS = 10.0
+
+LOGGER = logging.getLogger(__name__)
 
 
 def run(job: spec.LabelJob, folder: Path) -> spec.State:
     """Label the configurations in ``folder``; write labels and metrics below its ``output``.
 
-    Labels made so far are saved every few seconds, so that a job that was killed goes on where it
-    was. An EIP that fails loses its labels, and nothing else; if all fail, the metrics say why.
+    Labels lie in the checkpoint while they are made: a job that was killed goes on where it was,
+    in memory that does not grow with the pool. An EIP that fails loses its labels, and nothing
+    else; if all fail, the metrics say why.
 
     Raises
     ------
@@ -41,27 +46,32 @@ def run(job: spec.LabelJob, folder: Path) -> spec.State:
     pool = read_configurations(folder)
     descriptions = describe_eips(job.eips)
     require_known_elements(pool, descriptions)
-    seconds: dict[str, float] = {}
-
-    def save(progress: Progress) -> None:
-        seconds.update(progress.seconds)
-        write_checkpoint(folder, progress.labels)
-
-    labels = label_with_eips(
+    store = label_into(
+        folder / spec.CHECKPOINT,
         pool,
         job.eips,
         n_workers=job.n_workers,
-        timeout=job.timeout,
+        limits=Limits(timeout=job.timeout, memory=job.memory),
+        atomic_energies=job.atomic_energies,
         deadline=None if job.max_seconds is None else started + job.max_seconds,
-        previous=read_checkpoint(folder),
-        on_progress=save,
-        progress_interval=CHECKPOINT_SECONDS,
+        on_progress=report_progress,
+        progress_interval=PROGRESS_SECONDS,
     )
-    save_arrays(folder / spec.OUTPUT / spec.LABELS, labels.arrays())
-    write_metrics(folder, summarise(labels, seconds, descriptions))
-    if any(failure.reason == NOT_RUN for failure in labels.failures()):
+    n_done, n_labels = store.n_labels()
+    if n_done < n_labels:
         return spec.State.INTERRUPTED
+    output = folder / spec.OUTPUT / spec.LABELS
+    store.write_labels(output)
+    labels = Labels.from_arrays(load_arrays(output, mapped=True))
+    write_metrics(folder, summarise(labels, store.seconds(), descriptions))
+    # All of it is in the output now, and would be brought home twice.
+    shutil.rmtree(folder / spec.CHECKPOINT)
     return spec.State.DONE
+
+
+def report_progress(progress: Progress) -> None:
+    """Say in the log of the job how far it is."""
+    LOGGER.info("%d of %d labels are done", progress.n_done, progress.n_labels)
 
 
 def describe_eips(eips: Sequence[str]) -> dict[str, PotentialDescription]:
@@ -93,22 +103,6 @@ def require_known_elements(
         )
 
 
-def write_checkpoint(folder: Path, labels: Labels) -> None:
-    """Save labels for a restart; a job killed while it writes leaves labels that fit together."""
-    arrays = labels.arrays()
-    # Reasons only grow and labels only appear, so the status, which points at both, comes last.
-    status = arrays.pop("status")
-    save_arrays(folder / spec.CHECKPOINT, {"reasons": arrays.pop("reasons"), **arrays})
-    save_arrays(folder / spec.CHECKPOINT, {"status": status})
-
-
-def read_checkpoint(folder: Path) -> Labels | None:
-    """Read the labels of an interrupted run, ``None`` where there are none."""
-    if not (folder / spec.CHECKPOINT / "status.npy").exists():
-        return None
-    return Labels.from_arrays(load_arrays(folder / spec.CHECKPOINT))
-
-
 def summarise(
     labels: Labels, seconds: dict[str, float], descriptions: Mapping[str, PotentialDescription]
 ) -> dict[str, Any]:
@@ -117,11 +111,9 @@ def summarise(
     for column, name in enumerate(map(str, labels.sources)):
         reasons = _count_reasons(labels, column)
         n_ok = int(labels.ok[:, column].sum())
-        n_not_run = reasons.get(NOT_RUN, 0)
         eips[name] = {
             "n_ok": n_ok,
-            "n_failed": len(labels) - n_ok - n_not_run,
-            "n_not_run": n_not_run,
+            "n_failed": len(labels) - n_ok,
             "seconds": round(seconds.get(name, 0.0), 3),
             "reasons": reasons,
             "metadata": asdict(descriptions.get(name, PotentialDescription(name=name))),

@@ -81,18 +81,24 @@ class LabelJob:
     eips
         Names of the EIPs, one column of labels each.
     n_workers
-        Processes that work side by side, one EIP each.
+        Processes that work side by side.
     timeout
-        Seconds that one EIP may take for the whole set.
+        Seconds that an EIP may take for one configuration.
+    memory
+        MB that a process may take.
+    atomic_energies
+        Also keep the energy of each atom, where an EIP tells it.
     max_seconds
-        Stop by then; what is missing is ``not run``, and a restart goes on from there.
+        Stop by then; a restart goes on from there.
     """
 
     kind: ClassVar[str] = "label"
 
     eips: tuple[str, ...]
     n_workers: int = 1
-    timeout: float = 3600.0
+    timeout: float = 60.0
+    memory: float = 4096.0
+    atomic_energies: bool = False
     max_seconds: float | None = None
 
 

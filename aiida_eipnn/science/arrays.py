@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,15 @@ def save_arrays(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         partial.replace(folder / f"{name}.npy")
 
 
-def load_arrays(folder: Path) -> Arrays:
+def load_arrays(folder: Path, *, mapped: bool = False) -> Arrays:
     """Read every ``.npy`` file of ``folder``, keyed by its name.
+
+    Parameters
+    ----------
+    folder
+        Where the files are.
+    mapped
+        Leave the arrays on disk, and read of them what is asked for.
 
     Raises
     ------
@@ -36,4 +43,5 @@ def load_arrays(folder: Path) -> Arrays:
     paths = sorted(path for path in folder.glob("*.npy") if not path.name.startswith("."))
     if not paths:
         raise FileNotFoundError(f"no .npy file in {folder}")
-    return {path.stem: np.load(path, allow_pickle=False) for path in paths}
+    mode: Literal["r"] | None = "r" if mapped else None
+    return {path.stem: np.load(path, mmap_mode=mode, allow_pickle=False) for path in paths}

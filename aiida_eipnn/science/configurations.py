@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
 import numpy as np
@@ -210,11 +210,11 @@ def rows_of(ids: StrArray, wanted: Iterable[str]) -> IntArray:
 
 def pick_fields(cls: type, arrays: Arrays) -> dict[str, NDArray[Any]]:
     """Return the arrays that are fields of the dataclass ``cls``; name those that are missing."""
-    names = [field.name for field in fields(cls)]
-    missing = [name for name in names if name not in arrays]
+    needed = [field.name for field in fields(cls) if field.default is MISSING]
+    missing = [name for name in needed if name not in arrays]
     if missing:
         raise ValueError(f"{cls.__name__} needs the arrays {missing}; got {sorted(arrays)}")
-    return {name: arrays[name] for name in names}
+    return {field.name: arrays[field.name] for field in fields(cls) if field.name in arrays}
 
 
 def _stack(parts: Sequence[NDArray[Any]], empty: tuple[int, ...], dtype: type) -> NDArray[Any]:

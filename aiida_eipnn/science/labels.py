@@ -55,6 +55,9 @@ class Labels:
     origins
         UUID of the process that made the label of each configuration, empty where one job made
         all. Shape ``(n,)``.
+    atomic_energy
+        Energy of each atom, in eV, where that was asked for; NaN where a source tells none.
+        Shape ``(m, N)``.
 
     Raises
     ------
@@ -71,6 +74,7 @@ class Labels:
     status: IntArray
     reasons: StrArray
     origins: StrArray
+    atomic_energy: FloatArray | None = None
 
     def __post_init__(self) -> None:
         n, m = len(self.ids), len(self.sources)
@@ -82,8 +86,11 @@ class Labels:
             "stress": (n, m, 6),
             "status": (n, m),
             "origins": (n,),
+            "atomic_energy": (m, n_atoms),
         }
         for name, shape in expected.items():
+            if name == "atomic_energy" and self.atomic_energy is None:
+                continue
             if getattr(self, name).shape != shape:
                 raise ValueError(
                     f"{name} has shape {getattr(self, name).shape}, but {n} configurations with "
@@ -131,7 +138,8 @@ class Labels:
 
     def arrays(self) -> Arrays:
         """Return every field by name, ready for :func:`~.arrays.save_arrays`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        arrays = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: array for name, array in arrays.items() if array is not None}
 
     def forces_of(self, row: int, source: int = 0) -> FloatArray:
         """Return the forces of one configuration, in eV/Å. Shape ``(n_atoms, 3)``."""
@@ -150,6 +158,11 @@ class Labels:
             status=self.status[chosen],
             reasons=self.reasons,
             origins=self.origins[chosen],
+            atomic_energy=(
+                None
+                if self.atomic_energy is None
+                else self.atomic_energy[:, ragged_rows(self.offsets, chosen)]
+            ),
         )
 
     def rows_of(self, ids: Iterable[str]) -> IntArray:
@@ -205,7 +218,14 @@ def join_labels(parts: Sequence[Labels]) -> Labels:
         status=np.concatenate([_renumber(part, reasons) for part in parts]),
         reasons=np.array(reasons, dtype=np.str_),
         origins=np.concatenate([part.origins for part in parts]),
+        atomic_energy=_join_atomic_energies(parts),
     )
+
+
+def _join_atomic_energies(parts: Sequence[Labels]) -> FloatArray | None:
+    """Return the energies of all atoms, if every part has them."""
+    energies = [part.atomic_energy for part in parts if part.atomic_energy is not None]
+    return np.concatenate(energies, axis=1) if len(energies) == len(parts) else None
 
 
 def _renumber(part: Labels, reasons: list[str]) -> IntArray:

@@ -29,8 +29,8 @@ EIPS = (
 def known(kim, rattled_silicon):
     """Sound labels, and what EIPs that had no part in them say."""
     configurations = rattled_silicon(30, amplitude=0.1)
-    labels = label_with_eips(configurations, (SW,), n_workers=1, timeout=60, deadline=None)
-    eip_labels = label_with_eips(configurations, EIPS, n_workers=1, timeout=60, deadline=None)
+    labels = label_with_eips(configurations, (SW,))
+    eip_labels = label_with_eips(configurations, EIPS)
     labels = replace(labels, sources=np.array(["dft"]))
     return ConfigurationsData.from_value(configurations), labels, LabelsData.from_value(eip_labels)
 

@@ -14,7 +14,7 @@ from aiida_eipnn.jobs import label, spec
 from aiida_eipnn.jobs.spec import LabelJob, State
 from aiida_eipnn.science.arrays import load_arrays, save_arrays
 from aiida_eipnn.science.configurations import Configurations
-from aiida_eipnn.science.labels import NOT_RUN, Labels
+from aiida_eipnn.science.labels import Labels
 
 LJ = "lennard-jones"
 SW = "SW_StillingerWeber_1985_Si__MO_405512056662_005"
@@ -43,7 +43,6 @@ from aiida_eipnn.jobs import label, spec
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
-    label.CHECKPOINT_SECONDS = 1.0
     label.run(spec.read_job(folder / spec.JOB), folder)
 """
 
@@ -95,7 +94,7 @@ def test_metrics_count_labels_and_say_where_an_eip_comes_from(tmp_path):
     known, unknown = metrics["eips"].values()
     assert state is State.DONE
     assert metrics["n_configurations"] == 3
-    assert (known["n_ok"], known["n_failed"], known["n_not_run"]) == (3, 0, 0)
+    assert (known["n_ok"], known["n_failed"]) == (3, 0)
     assert known["seconds"] > 0
     assert known["metadata"]["kim_id"] == "MO_405512056662_005"
     assert known["metadata"]["year"] == 1985
@@ -112,51 +111,40 @@ def test_a_job_that_runs_out_of_time_goes_on_from_its_checkpoint(tmp_path, monke
     slow = "python:slow_potential:Slow"
 
     first = label.run(LabelJob(eips=(slow,), max_seconds=2.0), tmp_path)
-    half = read_labels(tmp_path)
+    n_made = (tmp_path / "calls").stat().st_size
     second = label.run(LabelJob(eips=(slow,)), tmp_path)
 
     assert first is State.INTERRUPTED
-    assert read_metrics(tmp_path)["eips"][slow]["n_not_run"] == 0
-    assert not half.ok.all()
-    assert {failure.reason for failure in half.failures()} == {NOT_RUN}
+    assert 0 < n_made < 15
     assert second is State.DONE
-    labels = read_labels(tmp_path)
-    assert labels.ok.all()
-    np.testing.assert_array_equal(labels.energy[half.ok], half.energy[half.ok])
+    assert read_labels(tmp_path).ok.all()
+    assert not (tmp_path / spec.CHECKPOINT).exists()
     # One label may be lost when the first run is stopped, no more.
     assert (tmp_path / "calls").stat().st_size <= 16
 
 
-def test_a_job_that_is_killed_leaves_labels_to_go_on_from_and_no_process(tmp_path):
+def test_a_job_that_is_killed_leaves_labels_to_go_on_from_and_no_process(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "slow_potential.py").write_text(SLOW)
     (tmp_path / "run.py").write_text(RUN)
-    write_pool(tmp_path, pool=pool_of(400))
+    write_pool(tmp_path, pool=pool_of(60))
     job = LabelJob(eips=(LJ, "python:slow_potential:Slow"), timeout=60.0)
     spec.write_job(tmp_path / spec.JOB, job)
     process = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(tmp_path)])
-    status, calls = tmp_path / spec.CHECKPOINT / "status.npy", tmp_path / "calls"
+    calls = tmp_path / "calls"
     try:
-        wait_until(lambda: status.exists() and (np.load(status)[:, 1] == 0).any(), 60)
+        wait_until(lambda: calls.exists() and calls.stat().st_size > 4, 60)
     finally:
         process.kill()
         process.wait()
     wait_until(lambda: does_not_grow(calls), 20)
+    n_made = calls.stat().st_size
 
-    labels = label.read_checkpoint(tmp_path)
-
-    assert labels is not None
-    assert labels.ok[:, 0].all()
-    assert 0 < labels.ok[:, 1].sum() < 400
-    assert np.isfinite(labels.energy[labels.ok]).all()
-
-
-def test_a_checkpoint_that_was_not_finished_is_no_checkpoint(tmp_path):
-    labels = Labels.missing(pool_of(2), [LJ])
-    label.write_checkpoint(tmp_path, labels)
-    assert label.read_checkpoint(tmp_path).ids.tolist() == labels.ids.tolist()
-
-    (tmp_path / spec.CHECKPOINT / "status.npy").unlink()
-    assert label.read_checkpoint(tmp_path) is None
+    assert n_made < 60
+    assert label.run(job, tmp_path) is State.DONE
+    assert read_labels(tmp_path).ok.all()
+    # Each of the processes that were killed may have lost the label that it was making.
+    assert calls.stat().st_size <= 60 + 2
 
 
 def test_a_job_without_configurations_is_refused(tmp_path):

@@ -40,6 +40,15 @@ def hangs() -> Misbehaving:
     return Misbehaving(lambda: time.sleep(600))
 
 
+def eats_memory() -> Misbehaving:
+    return Misbehaving(lambda: _eat())
+
+
+def _eat() -> Label:
+    eaten = [np.ones(2**24) for _ in range(100)]
+    return Label(float(len(eaten)), np.zeros((7, 3)), np.zeros(6))
+
+
 def raises() -> Misbehaving:
     return Misbehaving(lambda: 1 / 0)
 

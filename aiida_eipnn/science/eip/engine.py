@@ -1,41 +1,79 @@
-"""Label configurations with many EIPs, one process each: none can take the others down.
+"""Label configurations with many EIPs, in processes that they may take down.
 
-A potential may raise, hang, return nonsense or abort the interpreter. Whatever it does, its labels
-become *missing with a reason*; what it had labelled before is kept, and the other EIPs go on.
+A potential may raise, hang, return nonsense, eat the memory or abort the interpreter. Whatever it
+does, its labels become *missing with a reason*; what it had labelled before is kept, and the other
+EIPs go on.
+
+The pool is cut into chunks (:mod:`~.store`). One process labels a chunk with all EIPs, so that they
+share their neighbour lists. Where it dies, the EIP at work gets processes of its own from then on,
+and labels that chunk one configuration at a time, so that only the one that it dies of is lost.
 """
 
 import multiprocessing
 import os
+import resource
 import signal
+import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from aiida_eipnn.science.arrays import FloatArray, IntArray
-from aiida_eipnn.science.configurations import Configurations, ragged_rows
-from aiida_eipnn.science.eip.potential import Label, open_potential
-from aiida_eipnn.science.gate import MIN_CONTACT, geometry_fault, overlap
-from aiida_eipnn.science.labels import NOT_RUN, Labels
+from aiida_eipnn.science.arrays import FloatArray, IntArray, load_arrays
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.eip.batch import Batch, BatchLabels, Reach, cut_batches, reason_of
+from aiida_eipnn.science.eip.potential import EmpiricalPotential, open_potential
+from aiida_eipnn.science.eip.store import (
+    FAILED,
+    LABELLED,
+    MISSING,
+    REFUSED,
+    ChunkArrays,
+    Plan,
+    Store,
+    open_chunk,
+)
+from aiida_eipnn.science.labels import Labels
 
 # Configurations beyond this, or with closer atoms than MIN_CONTACT, are outside what EIPs were made
 # for, and a DFT run of them seldom converges: such labels would only teach nonsense. SW silicon
 # reaches 50 eV/Å in a dimer of 1.45 Å, Tersoff T3 at 1.5 Å; MIN_CONTACT is 1.33 Å there.
 FORCE_LIMIT = 50.0
 
-OVERLAP = f"two atoms are closer than {MIN_CONTACT:g} of the sum of their covalent radii"
 STRONG_FORCE = f"a force is above {FORCE_LIMIT:g} eV/Å"
 NOT_FINITE = "energy or forces are not finite"
-MAX_RESTARTS = 3
+MAX_DEATHS = 4
 
-_MISSING, _OK, _FAILED = 0, 1, 2
+# Configurations that share neighbour lists: these fit into the cache of a core.
+BATCH_ROWS = 100
+BATCH_ATOMS = 4000
+
+# What a process needs beside its models: the interpreter and the compiled lists.
+DEFAULT_MEMORY = 4096.0
+
 _CONTEXT = multiprocessing.get_context("forkserver")
+_NOBODY, _OPENING = -1, -1
+
+
+@runtime_checkable
+class BatchPotential(Protocol):
+    """A potential that labels many configurations at once, on neighbour lists it shares."""
+
+    @property
+    def reach(self) -> Reach | None:
+        """What it needs to know about the surroundings of an atom."""
+
+    def label_batch(
+        self, batch: Batch, rows: Iterable[int] | None = None, *, atomic_energies: bool = False
+    ) -> BatchLabels:
+        """Return what it says about these rows of the batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +82,37 @@ class Progress:
 
     Parameters
     ----------
-    labels
-        All labels, ``not run`` where an EIP has not got to the configuration.
-    seconds
-        Wall time each EIP has taken so far, by name.
+    n_done
+        Labels that are made, or that cannot be had.
+    n_labels
+        Labels there will be.
     """
 
-    labels: Labels
-    seconds: dict[str, float]
+    n_done: int
+    n_labels: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What an EIP may take.
+
+    Parameters
+    ----------
+    timeout
+        Seconds for one configuration.
+    memory
+        MB for the process that it labels in.
+    """
+
+    timeout: float = 60.0
+    memory: float = DEFAULT_MEMORY
+
+    def __post_init__(self) -> None:
+        if self.timeout <= 0 or self.memory <= 0:
+            raise ValueError(
+                f"an EIP needs time and memory: timeout (s) and memory (MB) must be above 0, not "
+                f"{self.timeout:g} and {self.memory:g}"
+            )
 
 
 def label_with_eips(
@@ -59,16 +120,10 @@ def label_with_eips(
     eips: Sequence[str],
     *,
     n_workers: int = 1,
-    timeout: float = 3600.0,
-    deadline: float | None = None,
-    previous: Labels | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
-    progress_interval: float = 10.0,
+    limits: Limits | None = None,
+    atomic_energies: bool = False,
 ) -> Labels:
-    """Label every configuration with every EIP.
-
-    The labels do not depend on ``n_workers``, on the order of the configurations, or on whether a
-    run was interrupted and continued.
+    """Label every configuration with every EIP, and return all labels in memory.
 
     Parameters
     ----------
@@ -77,331 +132,494 @@ def label_with_eips(
     eips
         Names for :func:`~.potential.open_potential`; the sources of the labels, in this order.
     n_workers
-        EIPs that work side by side, each in a process of its own.
-    timeout
-        Seconds that one EIP may take for the whole set.
-    deadline
-        Stop by then, on the clock of :func:`time.monotonic`; the rest stays ``not run``.
-    previous
-        Labels of an interrupted run: only what is ``not run`` there, or not there, is computed.
-    on_progress
-        Called about every ``progress_interval`` seconds, and at the end.
+        Processes that work side by side.
+    limits
+        What an EIP may take.
+    atomic_energies
+        Also keep the energy of each atom, where an EIP tells it.
 
     Returns
     -------
     Labels
-        A label is missing, with its reason, where the EIP raises, dies (it goes on after that
-        configuration, at most ``MAX_RESTARTS`` times), runs out of time, cannot be opened or lacks
-        an element; where energy or forces are not finite; where a force exceeds ``FORCE_LIMIT``;
-        and for every EIP where atoms overlap (``MIN_CONTACT``), and where
-        a position is no number or a periodic cell has no volume.
+        As :func:`label_into` makes them.
 
     Raises
     ------
     ValueError
         If there is no EIP, or one twice, or less than one worker.
     """
+    with tempfile.TemporaryDirectory(prefix="eipnn-labels-") as scratch:
+        folder = Path(scratch)
+        store = label_into(
+            folder / "chunks",
+            configurations,
+            eips,
+            n_workers=n_workers,
+            limits=limits,
+            atomic_energies=atomic_energies,
+        )
+        store.write_labels(folder / "labels")
+        return Labels.from_arrays(load_arrays(folder / "labels"))
+
+
+def label_into(
+    folder: Path,
+    configurations: Configurations,
+    eips: Sequence[str],
+    *,
+    n_workers: int = 1,
+    limits: Limits | None = None,
+    atomic_energies: bool = False,
+    deadline: float | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    progress_interval: float = 10.0,
+) -> Store:
+    """Label every configuration with every EIP, in memory that does not grow with the pool.
+
+    The labels do not depend on ``n_workers``, on the order of the configurations, or on whether a
+    run was interrupted and continued.
+
+    Parameters
+    ----------
+    folder
+        Where labels are kept while they are made. What an interrupted run left here is not made
+        again.
+    configurations, eips, n_workers, limits, atomic_energies
+        As for :func:`label_with_eips`.
+    deadline
+        Stop by then, on the clock of :func:`time.monotonic`; the rest stays ``not run``.
+    on_progress
+        Called about every ``progress_interval`` seconds, and at the end.
+
+    Returns
+    -------
+    Store
+        A label is missing, with its reason, where the EIP raises, dies, takes too long or too much
+        memory (it goes on after that configuration, up to ``MAX_DEATHS`` times), cannot be opened
+        or lacks an element; where energy or forces are not finite; where a force exceeds
+        ``FORCE_LIMIT``; and for every EIP where atoms overlap (``MIN_CONTACT``), and where a
+        position is no number or a periodic cell has no volume.
+
+    Raises
+    ------
+    ValueError
+        If there is no EIP, or one twice, or less than one worker, or other labels in ``folder``.
+    """
     _check(eips, n_workers)
     # The processes are forked from one that has these modules, so that each starts in a moment.
     _CONTEXT.set_forkserver_preload([__name__, "aiida_eipnn.science.eip.kim"])
-    board = _Board(configurations, eips, previous)
-    board.refuse(_faults(configurations))
-    waiting = deque(
-        _Task(board, column, name, timeout)
-        for column, name in enumerate(eips)
-        if len(board.not_run(column))
-    )
-    running: list[_Task] = []
+    plan = Plan.of(configurations, eips, n_workers, atomic_energies=atomic_energies)
+    store = Store.open(folder, plan, configurations)
+    crew = _Crew(store, n_workers, limits or Limits())
     reported = time.monotonic()
     try:
-        while (waiting or running) and not _is_past(deadline):
-            while waiting and len(running) < n_workers:
-                running.append(waiting.popleft())
-                running[-1].start()
-            _wait_for(running, deadline)
-            running = [task for task in running if not task.step()]
+        while crew.work(deadline):
             if on_progress and time.monotonic() - reported > progress_interval:
-                on_progress(board.progress(running))
+                on_progress(crew.progress())
                 reported = time.monotonic()
     finally:
-        for task in running:
-            task.stop()
+        crew.stop()
     if on_progress:
-        on_progress(board.progress())
-    return board.labels()
+        on_progress(crew.progress())
+    return store
 
 
-def _faults(configurations: Configurations) -> dict[int, str]:
-    """Return the rows that no EIP is asked about, with the reason."""
-    faults = {}
-    for row in range(len(configurations)):
-        atoms = configurations.atoms(row)
-        if fault := geometry_fault(atoms, min_contact=0.0):
-            faults[row] = fault
-        elif overlap(atoms) is not None:
-            # Without the distance, so that equal faults are counted together.
-            faults[row] = OVERLAP
-    return faults
+class _Crew:
+    """The processes that label a pool, and what they have to do."""
+
+    def __init__(self, store: Store, n_workers: int, limits: Limits) -> None:
+        self.store, self.n_workers, self.limits = store, n_workers, limits
+        self.chunks = deque(range(store.n_chunks))
+        self.waiting: deque[_Task] = deque()
+        self.running: list[_Task] = []
+        # EIPs that have died once do so alone the next time, and some may do no more.
+        self.loners: set[int] = set()
+        self.given_up: dict[int, str] = {}
+        self.deaths = dict.fromkeys(range(len(store.plan.eips)), 0)
+        self.accidents = 0
+
+    def work(self, deadline: float | None) -> bool:
+        """Go on until something happens; return whether there is more to do."""
+        while len(self.running) < self.n_workers and self._find_task():
+            self.running.append(self.waiting.popleft())
+            self.running[-1].start()
+        if not self.running or _is_past(deadline):
+            return False
+        _wait_for(self.running, deadline)
+        for task in [task for task in self.running if task.step()]:
+            self.running.remove(task)
+            self._follow_up(task)
+        return True
+
+    def stop(self) -> None:
+        """End all processes; what they have labelled stays."""
+        for task in self.running:
+            task.end()
+
+    def progress(self) -> Progress:
+        """Say how far it came."""
+        n_done, n_labels = self.store.n_labels()
+        return Progress(n_done=n_done, n_labels=n_labels)
+
+    def _find_task(self) -> bool:
+        """Open chunks until there is something to do; return whether there is."""
+        while not self.waiting and self.chunks:
+            chunk = self.chunks.popleft()
+            arrays = self.store.begin(chunk)
+            for column, reason in self.given_up.items():
+                self._fail_rest(arrays, column, reason)
+            columns = [
+                column
+                for column in range(len(self.store.plan.eips))
+                if (arrays.state[column] == MISSING).any()
+            ]
+            together = [column for column in columns if column not in self.loners]
+            groups = [together, *([column] for column in columns if column in self.loners)]
+            self.waiting += [self._task(chunk, group) for group in groups if group]
+        return bool(self.waiting)
+
+    def _task(self, chunk: int, columns: list[int], *, one_by_one: bool = False) -> "_Task":
+        return _Task(self.store, chunk, tuple(columns), self.limits, one_by_one=one_by_one)
+
+    def _follow_up(self, task: "_Task") -> None:
+        """See to what a process has left undone."""
+        arrays = self.store.arrays(task.chunk, mode="r+")
+        undone = [column for column in task.columns if (arrays.state[column] == MISSING).any()]
+        culprit = task.at_work
+        if not undone:
+            return
+        if culprit is None:
+            self._handle_accident(task, arrays, undone)
+            return
+        if others := [column for column in undone if column != culprit]:
+            self.waiting.appendleft(self._task(task.chunk, others))
+        if culprit in undone:
+            self._handle_death(task, arrays, culprit)
+
+    def _handle_accident(self, task: "_Task", arrays: ChunkArrays, undone: list[int]) -> None:
+        """Go on where a process died with no EIP at work: lists too long for the memory, say."""
+        reason = f"{task.how_it_ended} before an EIP was asked"
+        if task.place < 0:
+            self.accidents += 1
+        elif task.n_at_work == 1:
+            for column in undone:
+                self._fail(arrays, column, task.place, reason)
+        for column in undone if self.accidents >= MAX_DEATHS else []:
+            self._give_up(arrays, column, reason)
+        if left := [column for column in undone if (arrays.state[column] == MISSING).any()]:
+            self.waiting.appendleft(self._task(task.chunk, left, one_by_one=task.place >= 0))
+
+    def _handle_death(self, task: "_Task", arrays: ChunkArrays, culprit: int) -> None:
+        """Find out which configuration an EIP died of, and go on after it."""
+        self.loners.add(culprit)
+        if task.place == _OPENING:
+            self._give_up(arrays, culprit, f"{task.how_it_ended} while it opened the potential")
+            return
+        # In company it may have been another EIP that spoilt the memory.
+        if len(task.columns) == 1 and task.n_at_work == 1:
+            self._fail(arrays, culprit, task.place, f"{task.how_it_ended} on this configuration")
+            self.deaths[culprit] += 1
+        if (n := self.deaths[culprit]) >= MAX_DEATHS:
+            self._give_up(arrays, culprit, f"given up: it ended its process on {n} configurations")
+        elif (arrays.state[culprit] == MISSING).any():
+            self.waiting.appendleft(self._task(task.chunk, [culprit], one_by_one=True))
+
+    def _give_up(self, arrays: ChunkArrays, column: int, reason: str) -> None:
+        self.given_up[column] = reason
+        self._fail_rest(arrays, column, reason)
+
+    def _fail_rest(self, arrays: ChunkArrays, column: int, reason: str) -> None:
+        for place in np.flatnonzero(arrays.state[column] == MISSING):
+            self._fail(arrays, column, int(place), reason)
+
+    def _fail(self, arrays: ChunkArrays, column: int, place: int, reason: str) -> None:
+        _set_reason(self.store, arrays, column, place, reason)
 
 
-class _Board:
-    """The labels while they are being made."""
-
-    def __init__(
-        self, configurations: Configurations, eips: Sequence[str], previous: Labels | None
-    ) -> None:
-        empty = Labels.missing(configurations, eips)
-        self.configurations = configurations
-        self.sources, self.origins = empty.sources, empty.origins
-        self.energy, self.forces, self.stress = empty.energy, empty.forces, empty.stress
-        self.status = empty.status
-        # Reasons are only ever appended, also over a restart, so that labels written to disk
-        # before and after stay readable together.
-        self.reasons = [NOT_RUN]
-        self.seconds = dict.fromkeys(map(str, eips), 0.0)
-        if previous is not None:
-            self._take_over(previous)
-
-    def _take_over(self, previous: Labels) -> None:
-        """Copy what an earlier run labelled."""
-        self.reasons = list(dict.fromkeys([*map(str, previous.reasons), NOT_RUN]))
-        self.status[:] = self.reasons.index(NOT_RUN) + 1
-        known = {str(name): row for row, name in enumerate(previous.ids)}
-        both = [(row, known[name]) for row, name in enumerate(self._ids()) if name in known]
-        new, old = np.array(both, dtype=np.int64).reshape(-1, 2).T
-        atoms = ragged_rows(self.configurations.offsets, new)
-        old_atoms = ragged_rows(previous.offsets, old)
-        columns = {str(name): column for column, name in enumerate(previous.sources)}
-        for column, source in enumerate(map(str, self.sources)):
-            if source in columns:
-                self.energy[new, column] = previous.energy[old, columns[source]]
-                self.stress[new, column] = previous.stress[old, columns[source]]
-                self.status[new, column] = previous.status[old, columns[source]]
-                self.forces[column, atoms] = previous.forces[columns[source], old_atoms]
-
-    def _ids(self) -> list[str]:
-        return [str(name) for name in self.configurations.ids]
-
-    def not_run(self, column: int) -> IntArray:
-        """Return the rows that this EIP has still to label."""
-        return np.flatnonzero(self.status[:, column] == self.reasons.index(NOT_RUN) + 1)
-
-    def refuse(self, faults: Mapping[int, str]) -> None:
-        """Give up configurations, by row, for all EIPs."""
-        for column in range(len(self.sources)):
-            for row in self.not_run(column).tolist():
-                if row in faults:
-                    self.fail(row, column, faults[row])
-
-    def fail(self, row: int, column: int, reason: str) -> None:
-        if reason not in self.reasons:
-            self.reasons.append(reason)
-        self.status[row, column] = self.reasons.index(reason) + 1
-
-    def set(self, row: int, column: int, label: Label) -> None:
-        offsets = self.configurations.offsets
-        self.energy[row, column], self.stress[row, column] = label.energy, label.stress
-        self.forces[column, offsets[row] : offsets[row + 1]] = label.forces
-        self.status[row, column] = 0
-
-    def labels(self) -> Labels:
-        return Labels(
-            ids=self.configurations.ids,
-            offsets=self.configurations.offsets,
-            sources=self.sources,
-            energy=self.energy.copy(),
-            forces=self.forces.copy(),
-            stress=self.stress.copy(),
-            status=self.status.copy(),
-            reasons=np.array(self.reasons, dtype=np.str_),
-            origins=self.origins,
-        )
-
-    def progress(self, running: Sequence["_Task"] = ()) -> Progress:
-        for task in running:
-            task.harvest()
-        return Progress(labels=self.labels(), seconds=dict(self.seconds))
-
-
-@dataclass(slots=True)
-class _Shared:
-    """Where the process of one EIP leaves its labels, in memory that outlives it.
-
-    Through a pipe, a process that dies or hangs would take the labels it has not sent with it.
-    """
-
-    energy: Any
-    forces: Any
-    stress: Any
-    state: Any
-    opened: Any
-
-    @classmethod
-    def empty(cls, n: int, n_atoms: int) -> "_Shared":
-        return cls(
-            energy=_CONTEXT.RawArray("d", n),
-            forces=_CONTEXT.RawArray("d", 3 * n_atoms),
-            stress=_CONTEXT.RawArray("d", 6 * n),
-            state=_CONTEXT.RawArray("b", n),
-            opened=_CONTEXT.RawValue("b", 0),
-        )
-
-    def views(self) -> tuple[FloatArray, FloatArray, FloatArray, Any]:
-        """Return energy, forces, stress and state as arrays."""
-        return (
-            np.frombuffer(self.energy),
-            np.frombuffer(self.forces).reshape(-1, 3),
-            np.frombuffer(self.stress).reshape(-1, 6),
-            np.frombuffer(self.state, dtype=np.int8),
-        )
+def _set_reason(store: Store, arrays: ChunkArrays, column: int, place: int, reason: str) -> None:
+    """Record why a label cannot be had."""
+    arrays.reason[column, place] = store.number_of(reason)
+    arrays.state[column, place] = FAILED
 
 
 class _Task:
-    """One EIP at work in a process of its own, restarted where the process dies."""
+    """Some EIPs at work on a chunk, in a process of their own."""
 
-    def __init__(self, board: _Board, column: int, name: str, timeout: float) -> None:
-        self.board, self.column, self.name, self.timeout = board, column, name, timeout
-        self.rows = board.not_run(column)
-        self.deaths = 0
+    def __init__(
+        self,
+        store: Store,
+        chunk: int,
+        columns: tuple[int, ...],
+        limits: Limits,
+        *,
+        one_by_one: bool,
+    ) -> None:
+        self.store, self.chunk, self.columns = store, chunk, columns
+        self.limits, self.one_by_one = limits, one_by_one
+        self.how_it_ended = ""
 
     def start(self) -> None:
-        """Start the first process."""
-        self.part = self.board.configurations.take(self.rows)
-        self.shared = _Shared.empty(len(self.part), len(self.part.numbers))
-        self.harvested = np.zeros(len(self.part), dtype=bool)
-        self.reasons: dict[int, str] = {}
-        self.refused: str | None = None
-        self.started = time.monotonic()
-        self._launch()
-
-    def _launch(self) -> None:
-        self.shared.opened.value = 0
+        """Start the process."""
+        self.arrays = self.store.arrays(self.chunk, mode="r+")
+        self.now = _Now.empty()
         self.reports, sender = _CONTEXT.Pipe(duplex=False)
-        # A few seconds later than this process would end it, for when this one was killed.
-        seconds = self.time_left + 5.0
+        order = _Order(
+            folder=self.store.path(self.chunk),
+            configurations=self.store.part(self.chunk),
+            eips={column: self.store.plan.eips[column] for column in self.columns},
+            limits=self.limits,
+            one_by_one=self.one_by_one,
+            atomic_energies=self.store.plan.atomic_energies,
+        )
         self.process = _CONTEXT.Process(
-            target=_work,
-            args=(self.name, self.part, self.shared, sender, max(seconds, 5.0)),
-            daemon=True,
+            target=_work, args=(order, self.now.memory, sender), daemon=True
         )
         self.process.start()
         sender.close()
 
     @property
+    def at_work(self) -> int | None:
+        """Which EIP was at work last."""
+        column = self.now.column
+        return None if column < 0 else column
+
+    @property
+    def place(self) -> int:
+        """The configuration it was at work on, the first of them if there were several."""
+        return self.now.place
+
+    @property
+    def n_at_work(self) -> int:
+        """How many configurations it was at work on."""
+        return self.now.n_rows
+
+    @property
     def time_left(self) -> float:
-        return self.timeout - (time.monotonic() - self.started)
+        """Seconds until the EIP at work has taken too long."""
+        since = self.now.since
+        return self.limits.timeout - (time.monotonic() - since if since else 0.0)
 
     def step(self) -> bool:
-        """Take in what there is; return whether this EIP is finished."""
+        """Take in what there is; return whether the process has ended, or end it."""
         self._read_reports()
-        self.board.seconds[self.name] = time.monotonic() - self.started
-        if self.process.exitcode is None and self.time_left > 0:
-            return False
-        timed_out = self.process.exitcode is None
-        self.stop()
-        if self.refused is not None:
-            self._fail_rest(self.refused)
-        elif timed_out:
-            self._fail_rest(f"no label within the {self.timeout:g} s this EIP may take")
-        elif len(self._missing()):
-            return self._handle_death()
+        if self.process.exitcode is None:
+            if self.time_left <= 0:
+                self.how_it_ended = f"it gave no label within {self.limits.timeout:g} s"
+            elif (used := _memory_of(self.process.pid)) > self.limits.memory:
+                self.how_it_ended = f"it took {used:.0f} MB, more than {self.limits.memory:g} MB,"
+            else:
+                return False
+        self.end()
         return True
 
-    def stop(self) -> None:
+    def end(self) -> None:
         """End the process and take in what it left."""
+        if not self.how_it_ended:
+            self.process.join(0.0)
+            self.how_it_ended = _how_it_ended(self.process.exitcode)
         # Ended already, or killed now: in both cases nothing more will be written.
         with suppress(ProcessLookupError):
             self.process.kill()
         self.process.join()
         self._read_reports()
-        self.harvest()
         self.reports.close()
-
-    def harvest(self) -> None:
-        """Put finished labels on the board."""
-        energy, forces, stress, state = self.shared.views()
-        offsets = self.part.offsets
-        for place in np.flatnonzero((state != _MISSING) & ~self.harvested):
-            row = int(self.rows[place])
-            if state[place] == _OK:
-                part = slice(offsets[place], offsets[place + 1])
-                self.board.set(
-                    row, self.column, Label(float(energy[place]), forces[part], stress[place])
-                )
-            elif int(place) in self.reasons:
-                self.board.fail(row, self.column, self.reasons[int(place)])
-            else:
-                continue
-            self.harvested[place] = True
 
     def _read_reports(self) -> None:
         with suppress(EOFError, OSError):
             while self.reports.poll():
-                place, reason = self.reports.recv()
+                column, place, reason = self.reports.recv()
                 if place is None:
-                    self.refused = reason
+                    for missing in np.flatnonzero(self.arrays.state[column] == MISSING):
+                        _set_reason(self.store, self.arrays, column, int(missing), reason)
                 else:
-                    self.reasons[place] = reason
-
-    def _missing(self) -> IntArray:
-        return np.flatnonzero(self.shared.views()[3] == _MISSING)
-
-    def _handle_death(self) -> bool:
-        """Blame the configuration at work, and go on after it; return whether to give up."""
-        reason = _how_it_ended(self.process.exitcode)
-        if not self.shared.opened.value:
-            self._fail_rest(f"{reason} while it opened the potential")
-            return True
-        self._fail(int(self._missing()[0]), f"{reason} on this configuration")
-        self.deaths += 1
-        if self.deaths > MAX_RESTARTS:
-            self._fail_rest(f"given up: the process died on {self.deaths} earlier configurations")
-        if len(self._missing()) == 0:
-            return True
-        self._launch()
-        return False
-
-    def _fail(self, place: int, reason: str) -> None:
-        self.shared.views()[3][place] = _FAILED
-        self.harvested[place] = True
-        self.board.fail(int(self.rows[place]), self.column, reason)
-
-    def _fail_rest(self, reason: str) -> None:
-        for place in self._missing():
-            self._fail(int(place), reason)
+                    _set_reason(self.store, self.arrays, column, place, reason)
 
 
-def _work(
-    name: str, part: Configurations, shared: _Shared, reports: Connection, seconds: float
-) -> None:
-    """Label what is missing; runs in a process of its own."""
-    _end_in_time(seconds)
-    energy, forces, stress, state = shared.views()
+@dataclass(slots=True)
+class _Now:
+    """What a process is doing right now, in memory that outlives it."""
+
+    memory: Any
+
+    @classmethod
+    def empty(cls) -> "_Now":
+        now = cls(_CONTEXT.RawArray("d", 4))
+        now.memory[0] = now.memory[1] = -1.0
+        return now
+
+    def begin(self, column: int, place: int, n_rows: int) -> None:
+        """Write down which EIP begins with which configurations."""
+        self.memory[0], self.memory[1], self.memory[2] = column, place, n_rows
+        self.memory[3] = time.monotonic()
+
+    @property
+    def column(self) -> int:
+        return int(self.memory[0])
+
+    @property
+    def place(self) -> int:
+        return int(self.memory[1])
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.memory[2])
+
+    @property
+    def since(self) -> float:
+        return float(self.memory[3])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Order:
+    """What a process has to do."""
+
+    folder: Path
+    configurations: Configurations
+    eips: Mapping[int, str]
+    limits: Limits
+    one_by_one: bool
+    atomic_energies: bool
+
+
+@dataclass(slots=True)
+class _Worker:
+    """What a process works with."""
+
+    order: _Order
+    now: _Now
+    reports: Connection
+    arrays: ChunkArrays
+    potentials: dict[int, EmpiricalPotential] = field(default_factory=dict)
+
+    def open_potentials(self) -> None:
+        """Open the EIPs; whatever one raises is a reason, not a crash."""
+        for column, name in self.order.eips.items():
+            self._begin(column, _OPENING, 0)
+            try:
+                self.potentials[column] = open_potential(name)
+            except Exception as error:
+                self.reports.send((column, None, reason_of(error)))
+
+    def label(self, rows: slice) -> None:
+        """Label some configurations with every EIP."""
+        part = self.order.configurations.take(range(rows.start, rows.stop))
+        # What goes wrong before an EIP is at work is nobody's fault.
+        self._begin(_NOBODY, rows.start, len(part))
+        batch = Batch(part, filter(None, map(_reach_of, self.potentials.values())))
+        faults = batch.faults()
+        for column, potential in self.potentials.items():
+            missing = np.flatnonzero(self.arrays.state[column, rows] == MISSING)
+            for row in missing:
+                if int(row) in faults:
+                    self._refuse(column, rows.start + int(row), faults[int(row)])
+            todo = np.array([row for row in missing if int(row) not in faults], dtype=np.int64)
+            if len(todo):
+                self._label_with(column, potential, batch, todo, rows.start)
+
+    def _label_with(
+        self,
+        column: int,
+        potential: EmpiricalPotential,
+        batch: Batch,
+        todo: IntArray,
+        start: int,
+    ) -> None:
+        """Label with one EIP; one by one if it can do no other, or must."""
+        together = isinstance(potential, BatchPotential) and not self.order.one_by_one
+        for rows in [todo] if together else todo[:, None]:
+            self._begin(column, start + int(rows[0]), len(rows))
+            began = time.perf_counter()
+            if isinstance(potential, BatchPotential):
+                labels = potential.label_batch(
+                    batch, rows, atomic_energies=self.order.atomic_energies
+                )
+            else:
+                labels = _label_one(potential, batch.configurations, int(rows[0]))
+            self._take_in(column, labels, batch.configurations, rows, start)
+            self.arrays.seconds[column] += time.perf_counter() - began
+
+    def _take_in(
+        self, column: int, labels: BatchLabels, part: Configurations, rows: IntArray, start: int
+    ) -> None:
+        """Write down labels, or why there are none."""
+        reasons = _why_not(labels, part, rows) | labels.errors
+        first = self._first_atom(start)
+        for row in map(int, rows):
+            if row in reasons:
+                self._refuse(column, start + row, reasons[row])
+                continue
+            atoms = slice(part.offsets[row], part.offsets[row + 1])
+            place = slice(first + atoms.start, first + atoms.stop)
+            self.arrays.energy[column, start + row] = labels.energy[row]
+            self.arrays.stress[column, start + row] = labels.stress[row]
+            self.arrays.forces[column, place] = labels.forces[atoms]
+            if self.order.atomic_energies:
+                self.arrays.atomic_energy[column, place] = labels.atomic_energy[atoms]
+            self.arrays.state[column, start + row] = LABELLED
+
+    def _first_atom(self, start: int) -> int:
+        return int(self.order.configurations.offsets[start])
+
+    def _refuse(self, column: int, place: int, reason: str) -> None:
+        self.arrays.state[column, place] = REFUSED
+        self.reports.send((column, place, reason))
+
+    def _begin(self, column: int, place: int, n_rows: int) -> None:
+        """Say who is at work, and see to it that this process ends even if nobody ends it."""
+        self.now.begin(column, place, n_rows)
+        # A few seconds later than the other process would end it, for when that one was killed.
+        signal.setitimer(signal.ITIMER_REAL, self.order.limits.timeout + 5.0)
+
+
+def _work(order: _Order, memory: Any, reports: Connection) -> None:
+    """Label what is missing of a chunk; runs in a process of its own."""
+    _end_with_parent()
+    _limit_memory(order.limits.memory)
+    worker = _Worker(order, _Now(memory), reports, open_chunk(order.folder, "r+"))
+    worker.open_potentials()
+    rows, atoms = (1, 1) if order.one_by_one else (BATCH_ROWS, BATCH_ATOMS)
+    for part in cut_batches(order.configurations.offsets, rows, atoms):
+        worker.label(part)
+
+
+def _label_one(potential: EmpiricalPotential, part: Configurations, row: int) -> BatchLabels:
+    """Return what a potential that knows no batches says about one row."""
+    labels = BatchLabels.empty(part)
     try:
-        potential = open_potential(name)
+        label = potential.label(part.atoms(row))
+        labels.energy[row], labels.stress[row] = label.energy, label.stress
+        labels.forces[part.offsets[row] : part.offsets[row + 1]] = label.forces
     except Exception as error:  # whatever a potential raises is a reason, not a crash
-        reports.send((None, _reason_of(error)))
-        return
-    shared.opened.value = 1
-    for place in np.flatnonzero(state == _MISSING):
-        try:
-            label = potential.label(part.atoms(int(place)))
-            reason = _why_not(label)
-        except Exception as error:
-            reason = _reason_of(error)
-        if reason:
-            reports.send((int(place), reason))
-            state[place] = _FAILED
-            continue
-        energy[place], stress[place] = label.energy, label.stress
-        forces[part.offsets[place] : part.offsets[place + 1]] = label.forces
-        state[place] = _OK
+        labels.errors[row] = reason_of(error)
+    return labels
 
 
-def _end_in_time(seconds: float) -> None:
-    """See to it that this process ends, whatever the potential does and whoever kills the job."""
+def _why_not(labels: BatchLabels, part: Configurations, rows: IntArray) -> dict[int, str]:
+    """Return the rows whose labels must not be used, with the reason."""
+    with np.errstate(over="ignore"):
+        strength = np.linalg.norm(labels.forces, axis=1)
+    reasons = {}
+    for row in map(int, rows):
+        strongest = _largest(strength[part.offsets[row] : part.offsets[row + 1]])
+        if not (np.isfinite(labels.energy[row]) and np.isfinite(strongest)):
+            reasons[row] = NOT_FINITE
+        elif strongest > FORCE_LIMIT:
+            reasons[row] = STRONG_FORCE
+    return reasons
+
+
+def _largest(values: FloatArray) -> float:
+    """Return the largest value, NaN if one of them is."""
+    return float(values.max(initial=0.0))
+
+
+def _reach_of(potential: EmpiricalPotential) -> Any:
+    return potential.reach if isinstance(potential, BatchPotential) else None
+
+
+def _end_with_parent() -> None:
+    """See to it that this process ends when the one that reads its labels is gone."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     # Ctrl-C goes to the whole group: the parent decides what becomes of this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
@@ -410,25 +628,24 @@ def _end_in_time(seconds: float) -> None:
 
 
 def _end_after(sentinel: int) -> None:
-    """End this process when the one with that sentinel is gone: nobody will read the labels."""
+    """End this process when the one with that sentinel is gone."""
     wait([sentinel])
     os._exit(1)
 
 
-def _why_not(label: Label) -> str | None:
-    """Return why a label must not be used, ``None`` where it may."""
-    if not (np.isfinite(label.energy) and np.isfinite(label.forces).all()):
-        return NOT_FINITE
-    if np.linalg.norm(label.forces, axis=1).max(initial=0.0) > FORCE_LIMIT:
-        return STRONG_FORCE
-    return None
+def _limit_memory(megabytes: float) -> None:
+    """Refuse this process more memory, where the system can: it may take it faster than is seen."""
+    with suppress(ValueError, OSError):
+        size = int(megabytes * 2**20)
+        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
 
 
-def _reason_of(error: Exception) -> str:
-    """Return what an exception says, on one line."""
-    text = " ".join(str(error).split())
-    # A ValueError is how potentials say that they were asked for the wrong thing.
-    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
+def _memory_of(pid: int | None) -> float:
+    """Return the resident memory of a process, in MB; 0 where the system does not tell."""
+    with suppress(OSError, ValueError, IndexError):
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return pages * resource.getpagesize() / 2**20
+    return 0.0
 
 
 def _how_it_ended(exitcode: int | None) -> str:

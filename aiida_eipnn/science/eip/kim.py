@@ -4,11 +4,13 @@ A model is created once and never refreshed: ``Model.clear_then_refresh`` change
 some MEAM models at every call (Wagner 2007, Pascuet & Fernandez 2015), without an error.
 """
 
+import ctypes
 import difflib
 import json
 import re
+from collections.abc import Iterable
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import kimpy
 import numpy as np
@@ -17,6 +19,8 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from aiida_eipnn.science.arrays import BoolArray, FloatArray, IntArray
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.eip.batch import COMPILED, Batch, BatchLabels, Reach, reason_of
 from aiida_eipnn.science.eip.potential import (
     Label,
     PotentialDescription,
@@ -24,14 +28,53 @@ from aiida_eipnn.science.eip.potential import (
     virial_stress,
 )
 
+if COMPILED:
+    from aiida_eipnn.science.eip.neighbours import (
+        Particles,
+        callback_address,
+        fold,
+        make_particles,
+    )
+
 # KIM's integers are C ints.
 Codes = NDArray[np.intc]
 
 # Values of "potential-type" in the models' own metadata.
 MACHINE_LEARNED = frozenset({"snap", "dunn", "hnn", "nn", "gap", "agni", "mtp", "ace"})
+_NAMES = kimpy.compute_argument_name
 _PORTABLE = kimpy.collection_item_type.portableModel
 # KIM's own species codes are small numbers, chosen by each model.
 _NOT_ASKED, _UNKNOWN = np.iinfo(np.intc).min, np.iinfo(np.intc).min + 1
+
+
+class _Desk(NamedTuple):
+    """Memory that a model reads and writes; KIM's compute arguments, and the lists of neighbours.
+
+    KIM keeps pointers into these arrays: they must live as long as it computes.
+    """
+
+    number: Codes
+    codes: Codes
+    contributing: Codes
+    positions: FloatArray
+    energy: FloatArray
+    forces: FloatArray
+    atomic_energy: FloatArray
+    lists: IntArray
+
+    @classmethod
+    def of(cls, n: int) -> "_Desk":
+        """Return memory for ``n`` particles."""
+        return cls(
+            number=np.zeros(1, dtype=np.intc),
+            codes=np.zeros(n, dtype=np.intc),
+            contributing=np.zeros(n, dtype=np.intc),
+            positions=np.zeros((n, 3)),
+            energy=np.zeros(1),
+            forces=np.zeros((n, 3)),
+            atomic_energy=np.zeros(n),
+            lists=np.zeros(2 * n + 2, dtype=np.int64),
+        )
 
 
 class KimPotential:
@@ -53,14 +96,14 @@ class KimPotential:
         self._images_need_neighbours = not np.all(hints)
         self._neighbours = kimpy.neighlist.create()
         self._arguments = model.compute_arguments_create()
-        self._arguments.set_callback_pointer(
-            kimpy.compute_callback_name.GetNeighborList,
-            kimpy.neighlist.get_neigh_kim(),
-            self._neighbours,
-        )
         # Species code by atomic number, asked when an element is first met: asking for all takes
         # longer than opening the model.
         self._codes = np.full(len(chemical_symbols), _NOT_ASKED, dtype=np.intc)
+        status = self._arguments.get_argument_support_status(_NAMES.partialParticleEnergy)
+        self.tells_atomic_energies = bool(status != kimpy.support_status.notSupported)
+        self._desk: _Desk | None = None
+        self._told_atomic_energies = False
+        self._callback = _new_capsule(callback_address(), None, None) if COMPILED else None
 
     @cached_property
     def elements(self) -> frozenset[int]:
@@ -76,6 +119,14 @@ class KimPotential:
         """Where it comes from."""
         return describe_kim_model(self.name)
 
+    @property
+    def reach(self) -> Reach | None:
+        """What it needs to know about an atom's surroundings, ``None`` where lists are its own."""
+        # No installed model has lists of several lengths; one that has gets kimpy's.
+        if not COMPILED or len(self._cutoffs) != 1:
+            return None
+        return Reach(self.cutoff, self._images_need_neighbours)
+
     def label(self, atoms: Atoms) -> Label:
         """Return energy, forces and stress of one configuration.
 
@@ -86,12 +137,136 @@ class KimPotential:
         RuntimeError
             If the model cannot compute it, for instance because the atoms are too close.
         """
+        if self.reach is None:
+            return self._label_alone(atoms)
+        refuse_unknown_elements(self.name, atoms.numbers, self._known(atoms.numbers))
+        labels = self.label_batch(Batch(Configurations.from_atoms([atoms]), [self.reach]))
+        if labels.errors:
+            raise RuntimeError(labels.errors[0])
+        return Label(float(labels.energy[0]), labels.forces, labels.stress[0])
+
+    def label_batch(
+        self, batch: Batch, rows: Iterable[int] | None = None, *, atomic_energies: bool = False
+    ) -> BatchLabels:
+        """Return what it says about configurations, on neighbour lists shared with other EIPs.
+
+        Parameters
+        ----------
+        batch
+            The configurations.
+        rows
+            Label only these.
+        atomic_energies
+            Ask for the energy of each atom too, where the model tells it.
+        """
+        part = batch.configurations
+        labels = BatchLabels.empty(part)
+        todo = range(len(part)) if rows is None else rows
+        if self.reach is None:
+            for row in todo:
+                self._label_into(labels, part, int(row))
+            return labels
+        codes = self._codes_of(part.numbers)
+        unknown = np.flatnonzero(codes == _UNKNOWN)
+        strangers = set(map(int, np.searchsorted(part.offsets, unknown, side="right") - 1))
+        particles = make_particles(
+            batch.pairs(self.reach),
+            part.offsets,
+            codes,
+            float(self._cutoffs[0]),
+            self.cutoff,
+            of_images=self._images_need_neighbours,
+        )
+        atomic_energies = atomic_energies and self.tells_atomic_energies
+        desk = self._clear_desk(particles, atomic_energies=atomic_energies)
+        for row in map(int, todo):
+            try:
+                if row in strangers:
+                    refuse_unknown_elements(self.name, part.atoms(row).numbers, self.elements)
+                self._compute_row(desk, particles, row)
+                labels.energy[row] = particles.energy[row]
+            except (RuntimeError, ValueError) as error:
+                labels.errors[row] = reason_of(error)
+        forces, energies, stress = fold(particles, len(part.numbers), part.cells, part.pbc)
+        told = np.isfinite(labels.energy)
+        labels.stress[told] = stress[told]
+        labels.forces[:] = forces
+        if atomic_energies:
+            labels.atomic_energy[:] = energies
+        return labels
+
+    def _compute_row(self, desk: _Desk, particles: "Particles", row: int) -> None:
+        """Let the model compute one configuration of these.
+
+        It reads and writes on a desk that stays where it is: telling KIM of a new place for each
+        array takes longer than some models need to compute.
+        """
+        if particles.collided[row]:
+            raise RuntimeError("two atoms are in one place")
+        start, stop = int(particles.offsets[row]), int(particles.offsets[row + 1])
+        n = stop - start
+        desk.number[0] = n
+        desk.codes[:n] = particles.codes[start:stop]
+        desk.contributing[:n] = particles.contributing[start:stop]
+        desk.positions[:n] = particles.positions[start:stop]
+        # Some models add to what is there, or leave out what is not an atom.
+        desk.forces[:n] = 0.0
+        desk.lists[: 2 * n + 2] = particles.lists[2 * (row + start) : 2 * (row + stop) + 2]
+        if self._told_atomic_energies:
+            desk.atomic_energy[:n] = 0.0
+        self._model.compute(self._arguments)
+        particles.energy[row] = desk.energy[0]
+        particles.forces[start:stop] = desk.forces[:n]
+        if self._told_atomic_energies:
+            particles.atomic_energy[start:stop] = desk.atomic_energy[:n]
+
+    def _clear_desk(self, particles: "Particles", *, atomic_energies: bool) -> _Desk:
+        """Tell the model where to read and to write; the largest configuration must fit."""
+        most = int(np.diff(particles.offsets).max(initial=1))
+        if self._desk is None or most > len(self._desk.codes):
+            self._desk = _Desk.of(2 * most)
+        desk, point = self._desk, self._arguments.set_argument_pointer
+        point(_NAMES.numberOfParticles, desk.number)
+        point(_NAMES.particleSpeciesCodes, desk.codes)
+        point(_NAMES.particleContributing, desk.contributing)
+        point(_NAMES.coordinates, desk.positions)
+        point(_NAMES.partialEnergy, desk.energy)
+        point(_NAMES.partialForces, desk.forces)
+        self._told_atomic_energies = atomic_energies
+        if atomic_energies:
+            point(_NAMES.partialParticleEnergy, desk.atomic_energy)
+        elif self.tells_atomic_energies:
+            self._arguments.set_argument_null_pointer(_NAMES.partialParticleEnergy)
+        self._arguments.set_callback_pointer(
+            kimpy.compute_callback_name.GetNeighborList,
+            self._callback,
+            _new_capsule(desk.lists.ctypes.data, None, None),
+        )
+        return desk
+
+    def _label_into(self, labels: BatchLabels, part: Configurations, row: int) -> None:
+        """Label one configuration on kimpy's own lists."""
+        try:
+            label = self._label_alone(part.atoms(row))
+        except (RuntimeError, ValueError) as error:
+            labels.errors[row] = reason_of(error)
+            return
+        labels.energy[row], labels.stress[row] = label.energy, label.stress
+        labels.forces[part.offsets[row] : part.offsets[row + 1]] = label.forces
+
+    def _label_alone(self, atoms: Atoms) -> Label:
+        """Return the label of one configuration, on kimpy's own lists."""
         n_atoms = len(atoms)
         coordinates, codes, image_of = self._with_images(atoms)
         need = np.ones(len(codes), dtype=np.intc)
         if not self._images_need_neighbours:
             need[n_atoms:] = 0
         self._neighbours.build(coordinates, self.cutoff, self._cutoffs, need)
+        self._arguments.set_callback_pointer(
+            kimpy.compute_callback_name.GetNeighborList,
+            kimpy.neighlist.get_neigh_kim(),
+            self._neighbours,
+        )
         energy, forces = self._compute(coordinates, codes, n_atoms)
         folded = forces[:n_atoms].copy()
         np.add.at(folded, image_of, forces[n_atoms:])
@@ -144,19 +319,30 @@ class KimPotential:
         )
         for argument, array in arrays:
             self._arguments.set_argument_pointer(argument, array)
+        if self.tells_atomic_energies:
+            # Left pointing at the memory of a batch, which may be shorter.
+            self._arguments.set_argument_null_pointer(name.partialParticleEnergy)
         self._model.compute(self._arguments)
         return float(energy[0]), forces
 
     def _species_codes(self, numbers: IntArray) -> Codes:
-        """Return the model's species code of each atom."""
+        """Return the model's species code of each atom; ``ValueError`` if it lacks one."""
+        refuse_unknown_elements(self.name, numbers, self._known(numbers))
+        return self._codes_of(numbers)
+
+    def _codes_of(self, numbers: IntArray) -> Codes:
+        """Return the model's species code of each atom, ``_UNKNOWN`` where it has none."""
         codes = self._codes[numbers]
         if (codes == _NOT_ASKED).any():
             for number in np.unique(numbers):
                 self._codes[number] = self._ask_code(int(number))
             codes = self._codes[numbers]
-        if (codes == _UNKNOWN).any():
-            refuse_unknown_elements(self.name, numbers, self.elements)
         return codes
+
+    def _known(self, numbers: IntArray) -> frozenset[int]:
+        """Return all elements it knows, as far as that matters for these."""
+        codes = self._codes_of(numbers)
+        return self.elements if (codes == _UNKNOWN).any() else frozenset(map(int, numbers))
 
     def _ask_code(self, number: int) -> int:
         """Return the model's species code of an element."""
@@ -249,6 +435,12 @@ def _read_value(tokens: list[str]) -> Any:
         items.append(_read_value(tokens))
     tokens.pop()
     return items if token == "[" else dict(zip(items[::2], items[1::2], strict=True))
+
+
+# An address as kimpy takes it.
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype = ctypes.py_object
+_new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
 
 
 def _into_cell(positions: FloatArray, cell: FloatArray, pbc: BoolArray) -> FloatArray:
