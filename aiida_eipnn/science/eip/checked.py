@@ -25,9 +25,9 @@ ELEMENTS = ("Si", "Al", "Cu", "Ni", "Mo", "W", "Fe", "Ta")
 SHIPPED = Path(__file__).with_name("checked_models.json")
 COMMAND = f"aiida-eipnn eip check --elements {','.join(ELEMENTS)} --output FILE"
 
-# Two models give the same numbers where all crystals agree to this: the pairs of models that are
-# one potential, tabulated twice, differ by up to 8e-6 eV/atom and 2e-4 eV/Å, and among some 7000
-# pairs of models there are four between 1e-5 and 1e-4 eV/atom.
+# Two models give the same numbers where all crystals agree to this: re-tabulations of one potential
+# differ by less than 1e-5 eV/atom and by up to 6e-4 eV/Å, and among some 7000 pairs of models there
+# are four between 1e-5 and 1e-4 eV/atom.
 SAME_ENERGY = 1e-5
 SAME_FORCE = 1e-3
 # Models of an alloy that were not made for the pure element are far from all others: their energy
