@@ -28,8 +28,10 @@ BLOCKED = (
     "torch",
     "safetensors",
     "kimpy",
+    "numba",
     "matplotlib",
 )
+NEEDS_NUMBA = {"aiida_eipnn.science.eip.neighbours"}
 NEEDS_KIM = {"aiida_eipnn.science.eip.catalogue", "aiida_eipnn.science.eip.kim"}
 NEEDS_TORCH = {"aiida_eipnn.jobs.train", "aiida_eipnn.jobs.evaluate"}
 # Distances of atoms, and what asks for them. The rest, the description of a job among it, needs
@@ -40,6 +42,7 @@ NEEDS_VESIN = {
     "aiida_eipnn.science.descriptors",
     "aiida_eipnn.science.dynamics",
     "aiida_eipnn.science.eip.analytic",
+    "aiida_eipnn.science.eip.batch",
     "aiida_eipnn.science.eip.engine",
     "aiida_eipnn.science.duplicates",
     "aiida_eipnn.science.gate",
@@ -94,7 +97,8 @@ def node_modules():
         name
         for room in ("science", "jobs")
         for name in modules_of(room)
-        if name not in NEEDS_KIM | NEEDS_TORCH and not name.startswith("aiida_eipnn.science.nn")
+        if name not in NEEDS_KIM | NEEDS_NUMBA | NEEDS_TORCH
+        and not name.startswith("aiida_eipnn.science.nn")
     }
 
 
@@ -111,7 +115,13 @@ def test_what_measures_no_distances_imports_without_vesin():
 
 
 @pytest.mark.parametrize(
-    ("package", "modules"), [("vesin", NEEDS_VESIN), ("torch", NEEDS_TORCH), ("kimpy", NEEDS_KIM)]
+    ("package", "modules"),
+    [
+        ("vesin", NEEDS_VESIN),
+        ("torch", NEEDS_TORCH),
+        ("kimpy", NEEDS_KIM),
+        ("numba", NEEDS_NUMBA),
+    ],
 )
 def test_what_is_excused_from_a_rule_has_to_be(package, modules):
     code = (

@@ -287,3 +287,21 @@ def test_batches_agree_with_kimpys_own_lists_for_every_usable_model(symbol):
             np.testing.assert_allclose(
                 labels.stress[row], expected.stress, rtol=1e-10, atol=1e-10, err_msg=where
             )
+
+
+def test_without_numba_the_labels_are_the_same(monkeypatch):
+    from aiida_eipnn.science.eip.kim import open_kim_potential
+
+    configurations = Configurations.from_atoms(shapes("Si"))
+    potential = open_kim_potential(SW)
+    compiled = potential.label_batch(Batch(configurations, [potential.reach]))
+    for module in ("kim", "batch"):
+        monkeypatch.setattr(f"aiida_eipnn.science.eip.{module}.COMPILED", False)
+
+    plain = potential.label_batch(Batch(configurations))
+
+    assert potential.reach is None
+    assert Batch(configurations).faults() == {}
+    np.testing.assert_allclose(plain.energy, compiled.energy, rtol=1e-11, atol=1e-9)
+    np.testing.assert_allclose(plain.forces, compiled.forces, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(plain.stress, compiled.stress, rtol=1e-9, atol=1e-9)
