@@ -340,7 +340,7 @@ def main() -> None:
     """Measure, print the table and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--n", type=int, default=200, help="configurations of each pool")
-    parser.add_argument("--n-workers", type=int, default=20_000, help="... of that for two workers")
+    parser.add_argument("--n-workers", type=int, default=40_000, help="... of that for two workers")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()

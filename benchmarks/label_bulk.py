@@ -96,7 +96,7 @@ def main() -> None:
     """Run it, print the figures and add them to the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--n", type=int, default=100_000, help="configurations")
-    parser.add_argument("--walltime", type=int, default=60, help="of each job, in s")
+    parser.add_argument("--walltime", type=int, default=120, help="of each job, in s")
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     load_profile()

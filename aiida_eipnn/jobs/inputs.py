@@ -10,8 +10,15 @@ from aiida_eipnn.science.configurations import Configurations, join_configuratio
 from aiida_eipnn.science.labels import Labels, join_labels
 
 
-def read_configurations(folder: Path) -> Configurations:
+def read_configurations(folder: Path, *, mapped: bool = False) -> Configurations:
     """Join all sets of configurations, less those that the job must not see.
+
+    Parameters
+    ----------
+    folder
+        Of the job.
+    mapped
+        Leave a single set on disk, and read of it what is asked for.
 
     Raises
     ------
@@ -19,12 +26,16 @@ def read_configurations(folder: Path) -> Configurations:
         If there are none.
     """
     parts = [
-        Configurations.from_arrays(load_arrays(path)) for path in _sets(folder, spec.CONFIGURATIONS)
+        Configurations.from_arrays(load_arrays(path, mapped=mapped))
+        for path in _sets(folder, spec.CONFIGURATIONS)
     ]
     if not parts or not any(len(part) for part in parts):
         raise ValueError("the pool is empty: give at least one configuration")
     together = join_configurations([part for part in parts if len(part)])
-    return together.take(np.flatnonzero(~np.isin(together.ids, excluded_ids(folder))))
+    excluded = excluded_ids(folder)
+    if not excluded:
+        return together
+    return together.take(np.flatnonzero(~np.isin(together.ids, excluded)))
 
 
 def read_labels(folder: Path, name: str) -> Labels | None:

@@ -48,7 +48,7 @@ def run(job: spec.LabelJob, folder: Path) -> spec.State:
         If there are no configurations, or if an element is known to no EIP.
     """
     started = time.monotonic()
-    pool = read_configurations(folder)
+    pool = read_configurations(folder, mapped=True)
     descriptions = describe_eips(job.eips)
     require_known_elements(pool, descriptions)
     store = label_into(

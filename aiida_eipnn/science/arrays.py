@@ -1,6 +1,7 @@
 """Array types, and folders of ``.npy`` files: how every job and every node keeps its numbers."""
 
-from collections.abc import Mapping
+import mmap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,3 +46,10 @@ def load_arrays(folder: Path, *, mapped: bool = False) -> Arrays:
         raise FileNotFoundError(f"no .npy file in {folder}")
     mode: Literal["r"] | None = "r" if mapped else None
     return {path.stem: np.load(path, mmap_mode=mode, allow_pickle=False) for path in paths}
+
+
+def forget(arrays: Iterable[NDArray[Any]]) -> None:
+    """Give back the memory that was read of arrays on disk; they are read again when needed."""
+    for array in arrays:
+        if isinstance(array, np.memmap):
+            array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]

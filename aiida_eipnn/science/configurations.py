@@ -148,6 +148,8 @@ def join_configurations(parts: Sequence[Configurations]) -> Configurations:
     """Put several sets one after the other; a configuration seen before is dropped."""
     if not parts:
         raise ValueError("nothing to join: give at least one set of configurations")
+    if len(parts) == 1:
+        return _without_copies(parts[0])
     ids = np.concatenate([part.ids for part in parts])
     together = Configurations(
         ids=ids,
@@ -158,8 +160,13 @@ def join_configurations(parts: Sequence[Configurations]) -> Configurations:
         pbc=np.concatenate([part.pbc for part in parts]),
         config_types=np.concatenate([part.config_types for part in parts]),
     )
-    first = np.sort(np.unique(ids, return_index=True)[1])
-    return together if len(first) == len(ids) else together.take(first)
+    return _without_copies(together)
+
+
+def _without_copies(configurations: Configurations) -> Configurations:
+    """Return each configuration once, where it occurs first."""
+    first = np.sort(np.unique(configurations.ids, return_index=True)[1])
+    return configurations if len(first) == len(configurations) else configurations.take(first)
 
 
 def configuration_id(atoms: Atoms) -> str:

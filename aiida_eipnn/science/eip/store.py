@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from aiida_eipnn.science.arrays import FloatArray, IntArray, save_arrays
+from aiida_eipnn.science.arrays import FloatArray, IntArray, forget, save_arrays
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import NOT_RUN
 
@@ -171,7 +171,9 @@ class Store:
     def part(self, chunk: int) -> Configurations:
         """Return the configurations of a chunk."""
         rows = self.rows(chunk)
-        return self.configurations.take(range(rows.start, rows.stop))
+        part = self.configurations.take(range(rows.start, rows.stop))
+        forget(self.configurations.arrays().values())
+        return part
 
     def is_begun(self, chunk: int) -> bool:
         """Return whether a chunk has its arrays."""
