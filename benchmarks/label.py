@@ -14,6 +14,7 @@ floor        `model.compute` alone, on lists that are there
 """
 
 import argparse
+import ctypes
 import ctypes.util
 import json
 import statistics
@@ -52,6 +53,7 @@ MODELS = {
 }
 SLOW = {"SNAP": ("Si", "SNAP_ZuoChenLi_2019_Si__MO_869330304805_000")}
 REPEATS = 7
+DEBIAN_MODULES = "/usr/lib/python3/dist-packages"
 N_NEW = 15
 N_SLOW = 16
 METHODS = ("ours", "ase_reused", "ase_new", "kimpy", "lammps", "floor")
@@ -234,15 +236,17 @@ class Lammps:
 
 
 def lammps_is_there() -> bool:
-    """Return whether Debian's LAMMPS and its Python module can be loaded."""
-    sys.path.append("/usr/lib/python3/dist-packages")
-    try:
-        import lammps  # noqa: F401
-    except ImportError:
+    """Return whether Debian's python3-lammps and liblammps-dev are installed; keep its path."""
+    if not Path(DEBIAN_MODULES, "lammps").is_dir() or not ctypes.util.find_library("lammps"):
         return False
-    finally:
-        sys.path.pop()
-    return ctypes.util.find_library("lammps") is not None
+    if DEBIAN_MODULES not in sys.path:
+        # Last, so that nothing else comes from there.
+        sys.path.append(DEBIAN_MODULES)
+    try:
+        ctypes.CDLL("liblammps.so", ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    return True
 
 
 def methods(element: str, model: str, n: int) -> dict[str, tuple[Callable[[], list[float]], int]]:
@@ -251,7 +255,7 @@ def methods(element: str, model: str, n: int) -> dict[str, tuple[Callable[[], li
     pool = Configurations.from_atoms(frames)
     ours, plain, reused = open_kim_potential(model), PlainKimpy(model), KIM(model)
     prepared = [plain.prepare(atoms) for atoms in frames]
-    ways = {
+    ways: dict[str, tuple[Callable[[], list[float]], int]] = {
         "ours": (lambda: label_ours([ours], pool), n),
         "ase_reused": (lambda: label_with_ase(reused, frames), n),
         "ase_new": (lambda: label_with_new_ase(model, frames[:N_NEW]), min(N_NEW, n)),
@@ -259,7 +263,8 @@ def methods(element: str, model: str, n: int) -> dict[str, tuple[Callable[[], li
         "floor": (lambda: plain.compute_all(prepared), n),
     }
     if lammps_is_there():
-        ways["lammps"] = (lambda: Lammps(model, element).label(frames), n)
+        lammps = Lammps(model, element)
+        ways["lammps"] = (lambda: lammps.label(frames), n)
     return ways
 
 
