@@ -1,5 +1,9 @@
 """KIM models against fresh models, finite differences and symmetry."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from ase import Atoms, units
@@ -305,3 +309,15 @@ def test_without_numba_the_labels_are_the_same(monkeypatch):
     np.testing.assert_allclose(plain.energy, compiled.energy, rtol=1e-11, atol=1e-9)
     np.testing.assert_allclose(plain.forces, compiled.forces, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(plain.stress, compiled.stress, rtol=1e-9, atol=1e-9)
+
+
+def test_kernels_compile_where_nothing_can_be_kept():
+    # None of the places where numba keeps what it compiled is one.
+    environment = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "_ZipCacheLocator"}
+    code = "from aiida_eipnn.science.eip.neighbours import find_close"
+
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+
+    assert ended.returncode == 0, ended.stderr

@@ -7,7 +7,8 @@ are found once, for the model that reaches furthest (:func:`find_pairs`); each m
 own share of them (:func:`make_particles`), which is only a walk over the pairs.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cfunc, njit, types
@@ -23,6 +24,16 @@ CROWDED = 8.0
 
 # Length of the header of the lists that the callback reads: how many particles, where the list is.
 _HEADER = 2
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function, and keep that for the next process where there is a place for it."""
+    try:
+        kept: Callable[..., Any] = njit(cache=True)(function)
+    except RuntimeError:
+        # Neither this package nor the home folder can be written to.
+        kept = njit(function)
+    return kept
 
 
 class Pairs(NamedTuple):
@@ -130,7 +141,7 @@ def find_pairs(
     return Pairs(image_offsets, image_positions, atom_of, pair_offsets, neighbour, squared)
 
 
-@njit(cache=True)
+@_compiled
 def _wrap(cells, inverse, pbc, positions, offsets, cutoff):
     """Return the cutoff in cells, and fractional and Cartesian positions within the cell."""
     fractional = np.empty_like(positions)
@@ -160,7 +171,7 @@ def _wrap(cells, inverse, pbc, positions, offsets, cutoff):
     return reach, fractional, wrapped
 
 
-@njit(cache=True)
+@_compiled
 def _find_images(cells, reach, fractional, wrapped, offsets, cutoff):
     """Return the atoms of each configuration, and after them the images within the cutoff."""
     n = len(cells)
@@ -238,7 +249,7 @@ def _find_images(cells, reach, fractional, wrapped, offsets, cutoff):
     return image_offsets, positions[:count], atom_of[:count]
 
 
-@njit(cache=True)
+@_compiled
 def _find_neighbours(image_offsets, positions, n_atoms, cutoff, of_images):
     """Return the pairs of atoms with images, and of images with images where they are asked for."""
     n_images = len(positions)
@@ -373,7 +384,7 @@ def make_particles(
     return Particles(*_make_particles(pairs, offsets, codes, cutoff, influence, of_images))
 
 
-@njit(cache=True)
+@_compiled
 def _make_particles(pairs, offsets, codes, cutoff, influence, of_images):
     n = len(offsets) - 1
     starts = np.zeros(n + 1, dtype=np.int64)
@@ -455,7 +466,7 @@ def _make_particles(pairs, offsets, codes, cutoff, influence, of_images):
     )
 
 
-@njit(cache=True)
+@_compiled
 def fold(particles, n_atoms, cells, pbc):
     """Return forces and energies of atoms, with what belongs to their images, and the stress."""
     forces = np.zeros((n_atoms, 3))
@@ -481,7 +492,7 @@ def fold(particles, n_atoms, cells, pbc):
     return forces, atomic_energy, stress
 
 
-@njit(cache=True)
+@_compiled
 def find_close(pairs, offsets, radii):
     """Return where two atoms are closer than the sum of their radii. Shape ``(n,)``."""
     close = np.zeros(len(offsets) - 1, dtype=np.bool_)
@@ -499,6 +510,7 @@ def find_close(pairs, offsets, radii):
 _POINTER = types.CPointer
 
 
+# Without a cache: it is compiled in a moment.
 @cfunc(
     types.intc(
         _POINTER(types.int64),
@@ -508,8 +520,7 @@ _POINTER = types.CPointer
         types.intc,
         _POINTER(types.intc),
         _POINTER(types.int64),
-    ),
-    cache=True,
+    )
 )
 def _get_neighbours(lists, n_lists, cutoffs, which, particle, number, neighbours):
     """Tell a model the neighbours of a particle (KIM's GetNeighborList)."""
