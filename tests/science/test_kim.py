@@ -313,7 +313,7 @@ def test_without_numba_the_labels_are_the_same(monkeypatch):
 
 def test_kernels_compile_where_nothing_can_be_kept():
     # None of the places where numba keeps what it compiled is one.
-    environment = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "_ZipCacheLocator"}
+    environment = {**os.environ, "NUMBA_CACHE_LOCATOR_CLASSES": "ZipCacheLocator"}
     code = "from aiida_eipnn.science.eip.neighbours import find_close"
 
     ended = subprocess.run(
