@@ -25,6 +25,9 @@ options.add_argument("--pool", type=Path, help="extended XYZ file with a pool of
 options.add_argument("--known", type=Path, help="extended XYZ file with DFT labels you have")
 options.add_argument("--eip", action="append", default=[], help="name of an EIP; repeat for each")
 options.add_argument("--report", type=Path, help="write the report here when it is done")
+options.add_argument(
+    "--again", action="store_true", help="run it even if a loop with these inputs has finished"
+)
 given = options.parse_args()
 
 if given.structure:
@@ -46,8 +49,12 @@ builder = launch.checked(
         overrides=launch.overrides_of(given.overrides),
     )
 )
-slots = slots_needed(builder.dft.n_lanes.value)
-loop = launch.launch(builder, given, slots=slots, must_finish=False)
+loop = None if given.again else launch.finished_before(builder)
+if loop is not None:
+    print(f"loop {loop.pk} finished with these inputs: nothing to do (--again runs it anew)")
+else:
+    slots = slots_needed(builder.dft.n_lanes.value)
+    loop = launch.launch(builder, given, slots=slots, must_finish=False)
 if given.report and not given.submit:
     write_report(loop, given.report)  # of a broken loop too: it says how far it came
     print(f"the report is in {given.report}")

@@ -1,26 +1,32 @@
 """What the launch scripts share: their options, and how a builder is run or submitted."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from aiida.common.exceptions import NotExistent
+from aiida.common.hashing import make_hash
+from aiida.common.links import LinkType
 from aiida.engine import ProcessBuilder, submit
 from aiida.engine.daemon.client import get_daemon_client
 from aiida.manage import get_config_option, get_manager
+from aiida.manage.caching import get_use_cache
 from aiida.orm import (
     AbstractCode,
     Data,
     ProcessNode,
     QueryBuilder,
     StructureData,
+    WorkChainNode,
     load_code,
     load_node,
 )
 from ase.build import bulk
 
+from aiida_eipnn import __version__
+from aiida_eipnn.calculations.label import LabelCalculation
 from aiida_eipnn.cli.loop import SUBMITTED
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
@@ -155,6 +161,52 @@ def launch(
     if must_finish and not node.is_finished_ok:
         raise SystemExit(1)
     return node
+
+
+def finished_before(builder: ProcessBuilder) -> ProcessNode | None:
+    """Return the newest process that finished with equal inputs, if there is one.
+
+    AiiDA reuses finished calculations but no work chains: to run one again means a process for each
+    of its steps, although every result is there. Asked only where caching is enabled, and only of
+    processes that this version made.
+    """
+    process = builder.process_class
+    if not get_use_cache(identifier=LabelCalculation.build_process_type()):
+        return None
+    wanted = hashes(process.spec().inputs.pre_process(builder._inputs(prune=True)))
+    query = QueryBuilder().append(
+        WorkChainNode,
+        filters={
+            "process_type": process.build_process_type(),
+            "attributes.exit_status": 0,
+            "attributes.version.plugin": __version__,
+        },
+        project="*",
+    )
+    for node in query.order_by({WorkChainNode: {"id": "desc"}}).all(flat=True):
+        incoming = node.base.links.get_incoming(link_type=LinkType.INPUT_WORK).all()
+        if wanted == {entry.link_label: hash_of(entry.node) for entry in incoming}:
+            return node
+    return None
+
+
+def hashes(inputs: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return the hash of every node among nested inputs, by the label of its link."""
+    found: dict[str, str] = {}
+    for name, value in inputs.items():
+        label = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            found |= hashes(value, f"{label}__")
+        elif isinstance(value, Data):
+            found[label] = hash_of(value)
+    return found
+
+
+def hash_of(node: Data) -> str:
+    """Return the hash of a node, also of one that is not stored yet."""
+    caching = node.base.caching
+    known = caching.get_hash() if node.is_stored else None
+    return str(known or make_hash(caching.get_objects_to_hash()))
 
 
 def outcome(node: ProcessNode) -> str:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from aiida.orm import QueryBuilder, WorkChainNode
+from aiida.manage.caching import enable_caching
+from aiida.orm import Int, QueryBuilder, WorkChainNode
 
+from aiida_eipnn.cli import launch
 from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
@@ -108,6 +110,21 @@ def test_the_whole_loop_and_its_report(kim, torch, job_code, pw_code, files, run
     )
     run("05_report.py", loop.pk, "--output", files / "second.html")
     assert (files / "second.html").stat().st_size > 10_000
+
+    builder = loop.get_builder_restart()
+    assert launch.finished_before(builder) is None  # caching is off
+    with enable_caching():
+        assert launch.finished_before(builder).pk == loop.pk
+        printed = run(
+            "active_learning.py",
+            *("--pool", files / "pool.xyz", "--eip", SW, "--eip", EDIP),
+            *("--overrides", files / "overrides.yaml", "--report", files / "third.html"),
+            *("--job-code", job_code.full_label, "--pw-code", pw_code.full_label),
+        )
+        assert f"loop {loop.pk} finished with these inputs: nothing to do" in printed
+        assert (files / "third.html").stat().st_size > 10_000
+        builder.seed = Int(builder.seed.value + 1)
+        assert launch.finished_before(builder) is None
 
 
 @pytest.mark.parametrize(
