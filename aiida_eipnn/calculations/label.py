@@ -12,6 +12,9 @@ from aiida_eipnn.jobs.spec import LabelJob
 class LabelCalculation(JobCalculation):
     """Label sets of configurations with all EIPs in one job."""
 
+    # Since 2: forces and stress in single precision, energies within robust limits.
+    CACHE_VERSION = 2
+
     @classmethod
     def define(cls, spec: CalcJobProcessSpec) -> None:
         """Define the process specification."""

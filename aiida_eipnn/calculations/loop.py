@@ -1,6 +1,6 @@
 """Calcfunctions that steer the loop: split, check, acquire, assess."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -119,37 +119,38 @@ def check_given_labels(
 def refuse_dft_labels(
     pool: ConfigurationsData, labels: LabelsData, eip_labels: LabelsData, **known: LabelsData
 ) -> LabelsData:
-    """Return new DFT labels without those that the gate refuses; see :func:`judge_dft_labels`."""
-    kept, report = judge_dft_labels(pool, labels, eip_labels, list(known.values()))
-    return LabelsData.from_value(kept, level=labels.level, **_gate_facts(report))
+    """Return new DFT labels of the pool without those that the gate refuses.
 
-
-def judge_dft_labels(
-    pool: ConfigurationsData,
-    labels: LabelsData,
-    eip_labels: LabelsData,
-    known: Sequence[LabelsData] = (),
-) -> tuple[Labels, GateReport]:
-    """Judge new DFT labels of the pool beside those of the pool that are known already.
-
-    ``known`` makes the judgement firmer and is not judged again.
+    ``known`` are labels that are there already: of the pool, they make the judgement firmer; they
+    are not judged again. What the gate found is the attribute ``gate`` of the labels.
     """
     new, configurations = labels.value(), pool.value()
-    others = [node.value() for node in known]
+    others = [node.value() for node in known.values()]
     others = [part.take(np.flatnonzero(np.isin(part.ids, configurations.ids))) for part in others]
-    together = join_labels([*others, new]) if others else new
     kept, report = refuse_labels(
-        configurations, together, eip_labels.value(), min_contact=0.0, force_limit=MAX_FORCE
+        configurations,
+        join_labels([*others, new]),
+        eip_labels.value(),
+        min_contact=0.0,
+        force_limit=MAX_FORCE,
     )
     here = set(new.ids.tolist())
-    refused = tuple(failure for failure in report.refused if failure.id in here)
-    return kept.take(kept.rows_of(new.ids)), replace(report, refused=refused)
+    report = replace(report, refused=tuple(f for f in report.refused if f.id in here))
+    kept = kept.take(kept.rows_of(new.ids))
+    return LabelsData.from_value(kept, level=labels.level, **_gate_facts(report))
 
 
 def _gate_facts(report: GateReport) -> dict[str, Any]:
     """Return what the node of labels says about the gate."""
     reasons = {failure.id: failure.reason for failure in report.refused}
-    return {"gate": {"verdict": str(report.verdict), "text": report.summary, "reasons": reasons}}
+    return {
+        "gate": {
+            "verdict": str(report.verdict),
+            "problem": report.problem,
+            "text": report.summary,
+            "reasons": reasons,
+        }
+    }
 
 
 @calcfunction

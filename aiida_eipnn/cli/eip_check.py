@@ -41,9 +41,10 @@ def cmd_check(
     # Needs kimpy, which setup and the other commands do not.
     from aiida_eipnn.science.eip import checked
     from aiida_eipnn.science.eip.kim import installed_kim_models
+    from aiida_eipnn.science.eip.names import split_names
 
-    names = models.split(",") if models else installed_kim_models()
-    symbols = elements.split(",") if elements else checked.ELEMENTS
+    names = split_names(models) if models else installed_kim_models()
+    symbols = split_names(elements) if elements else checked.ELEMENTS
     checks = checked.check_models(names, symbols, seconds=seconds, on_result=_tell)
     faulty = {key: row.faults for key, row in checks.results.items() if row.faults}
     drifting = [key for key, row in checks.results.items() if row.refresh_drift]

@@ -28,18 +28,15 @@ def cmd_list(elements: str, *, everything: bool, as_json: bool) -> None:
     """
     # Needs kimpy, which setup and the other commands do not.
     from aiida_eipnn.science.eip.catalogue import catalogue
+    from aiida_eipnn.science.eip.names import split_names
 
-    entries = catalogue(_split(elements))
+    entries = catalogue(split_names(elements))
     shown = [entry for entry in entries if everything or entry.left_out is None]
     if as_json:
         click.echo(json.dumps([_row_of(entry) for entry in shown], indent=1, ensure_ascii=False))
         return
     _print_table([HEADER, *(_line_of(entry) for entry in shown)])
     click.echo(_summary(entries, everything=everything))
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _row_of(entry: "CatalogueEntry") -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from aiida_eipnn.science.eip.names import split_names, without_kim_id
+
 if TYPE_CHECKING:
     from aiida_eipnn.science.configurations import Configurations
     from aiida_eipnn.science.labels import Labels
@@ -32,7 +34,7 @@ VERDICTS = {
 @click.option(
     "--eips",
     metavar="A,B",
-    help="EIPs to rank, or `all` that are installed for the elements.  [default: the protocol's]",
+    help="EIPs to rank, or `all` that `eip list` shows.  [default: the protocol's]",
 )
 @click.option("--split-key", metavar="KEY", help="Key of the comment line that names the part.")
 @click.option(
@@ -66,12 +68,10 @@ def cmd_rank(
     import numpy as np
 
     from aiida_eipnn.science.eip.engine import label_with_eips
-    from aiida_eipnn.science.eip.names import split_names
-    from aiida_eipnn.science.eip.potential import symbols_of
     from aiida_eipnn.science.league import rank_eips
 
     configurations, reference, ids = read(path, only, split_key, train)
-    symbols = symbols_of(configurations.elements).split(", ")
+    symbols = configurations.symbols
     names = split_names(eips) if eips and eips != ALL else default_eips(symbols, eips)
     click.echo(
         f"labelling {len(configurations)} configurations of {'-'.join(symbols)} with "
@@ -180,20 +180,20 @@ def header(
     )
 
 
-def short(name: str | None) -> str:
-    """Return the name of an EIP without its KIM id."""
-    return name.partition("__")[0] if name else "none"
+def best_of(name: str | None) -> str:
+    """Return the EIP that is best, without its KIM id."""
+    return without_kim_id(name) if name else "none"
 
 
 def table(league: "League") -> list[str]:
     """Return the league table."""
-    width = max(28, *(len(short(row.eip)) for row in league.standings))
+    width = max(28, *(len(without_kim_id(row.eip)) for row in league.standings))
     lines = [
         f"{'':{width}}           energy (meV/atom)           forces (meV/Å)        best (%) in",
         f"{'EIP':{width}}  labels     MAE    RMSE  shifted     MAE    RMSE  scaled  energy forces",
     ]
     lines += [
-        f"{short(row.eip):{width}}  {row.n:6d} {milli(row.energy_mae):>7} "
+        f"{without_kim_id(row.eip):{width}}  {row.n:6d} {milli(row.energy_mae):>7} "
         f"{milli(row.energy_rmse):>7}  {milli(row.shifted_mae):>7} {milli(row.forces_mae):>7} "
         f"{milli(row.forces_rmse):>7} {milli(row.scaled_forces_mae):>7}  "
         f"{percent(row.energy_wins):>6} {percent(row.forces_wins):>6}"
@@ -214,8 +214,8 @@ def table(league: "League") -> list[str]:
 def notes(league: "League", names: Sequence[str]) -> list[str]:
     """Return the findings that are no table."""
     lines = [
-        f"best single EIP       {short(league.best_energy)} in energy, "
-        f"{short(league.best_forces)} in forces",
+        f"best single EIP       {best_of(league.best_energy)} in energy, "
+        f"{best_of(league.best_forces)} in forces",
         f"same winner           the EIP best in energy is best in forces for "
         f"{percent(league.same_winner)} % of the configurations",
         *disagreement_lines(league.energy_disagreement, "energy", "meV/atom"),
@@ -234,7 +234,7 @@ def missing_lines(league: "League") -> list[str]:
     found: dict[tuple[str, int], list[str]] = defaultdict(list)
     for row in league.standings:
         for reason, count in row.missing.items():
-            found[reason, count].append(short(row.eip))
+            found[reason, count].append(without_kim_id(row.eip))
     return [
         f"missing               {who(names, league)}: {count} × {reason}"
         for (reason, count), names in found.items()
@@ -270,7 +270,7 @@ def machine_learned(names: Sequence[str]) -> list[str]:
             # It is in the table as missing, with its reason.
             continue
         if described.machine_learned:
-            found.append(short(name))
+            found.append(without_kim_id(name))
     return found
 
 

@@ -4,7 +4,6 @@ from collections import Counter
 from typing import Any
 
 from aiida.orm import StructureData
-from ase.data import chemical_symbols
 
 from aiida_eipnn.data.science import ScienceData
 from aiida_eipnn.science.configurations import Configurations
@@ -18,7 +17,7 @@ class ConfigurationsData(ScienceData):
     @classmethod
     def facts(cls, value: Configurations) -> dict[str, Any]:
         """Return counts, elements and types; ``has_Si`` since SQLite cannot search in lists."""
-        symbols = [chemical_symbols[number] for number in value.elements]
+        symbols = list(value.symbols)
         return {
             "n_configurations": len(value),
             "n_atoms": len(value.numbers),

@@ -11,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ase.data import atomic_numbers, chemical_symbols
+from ase.data import atomic_numbers
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.inputs import read_configurations
 from aiida_eipnn.science.arrays import load_arrays, save_arrays
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.checked import fault_of
-from aiida_eipnn.science.eip.engine import FORCE_LIMIT, Limits, Progress, label_into
+from aiida_eipnn.science.eip.engine import FORCE_LIMIT, Limits, label_into
 from aiida_eipnn.science.eip.isolation import Lost, each_apart
 from aiida_eipnn.science.eip.potential import (
     PotentialDescription,
     describe_potential,
     symbols_of,
 )
+from aiida_eipnn.science.eip.store import Progress
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.outliers import refuse_outliers
 
@@ -62,13 +63,13 @@ def run(job: spec.LabelJob, folder: Path) -> spec.State:
         on_progress=report_progress,
         progress_interval=PROGRESS_SECONDS,
     )
-    n_done, n_labels = store.n_labels()
-    if n_done < n_labels:
+    progress = store.progress()
+    if progress.n_done < progress.n_labels:
         return spec.State.INTERRUPTED
     output = folder / spec.OUTPUT / spec.LABELS
     store.write_labels(output)
     labels = keep_within_limits(output, pool)
-    faults = {name: fault_of(name, pool_symbols(pool)) or "" for name in job.eips}
+    faults = {name: fault_of(name, pool.symbols) or "" for name in job.eips}
     write_metrics(folder, summarise(labels, store.seconds(), descriptions, faults))
     # All of it is in the output now, and would be brought home twice.
     shutil.rmtree(folder / spec.CHECKPOINT)
@@ -88,11 +89,6 @@ def keep_within_limits(output: Path, pool: Configurations) -> Labels:
         changed = ("energy", "stress", "status", "reasons")
         save_arrays(output, {name: getattr(kept, name) for name in changed})
     return Labels.from_arrays(load_arrays(output, mapped=True))
-
-
-def pool_symbols(pool: Configurations) -> list[str]:
-    """Return the symbols of the elements that occur."""
-    return [chemical_symbols[number] for number in pool.elements]
 
 
 def report_progress(progress: Progress) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.spec import State
+from aiida_eipnn.science.arrays import write_whole
 
 PACKAGES = ("aiida-eipnn", "numpy", "ase", "vesin", "torch", "kimpy", "safetensors")
 
@@ -46,9 +47,7 @@ def _reason(error: Exception) -> str:
 
 def _write_status(folder: Path, state: State, **facts: Any) -> None:
     status = {"state": str(state), "versions": _versions(), "host": platform.node(), **facts}
-    partial = folder / f".{spec.STATUS}"
-    partial.write_text(json.dumps(status, indent=1, sort_keys=True) + "\n")
-    partial.replace(folder / spec.STATUS)
+    write_whole(folder / spec.STATUS, json.dumps(status, indent=1, sort_keys=True) + "\n")
 
 
 def _versions() -> dict[str, str]:

@@ -1,6 +1,5 @@
 """The report of a loop: one HTML file that needs nothing else, neither network nor this package."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from aiida_eipnn.reports import evidence
 from aiida_eipnn.reports.history import History, Iteration, read_history
 from aiida_eipnn.reports.lineage import Lineage, trace
 from aiida_eipnn.reports.points import PointState, inputs_of, outputs_of
+from aiida_eipnn.science.eip.names import without_kim_id
 from aiida_eipnn.science.eip.selection import NONE
 from aiida_eipnn.science.metrics import Errors
 from aiida_eipnn.science.reference import SourceErrors
@@ -521,8 +521,8 @@ def day(moment: datetime) -> str:
 
 def short_name(name: str) -> str:
     """Return the readable part of an extended KIM id; any other name as it is."""
-    found = re.fullmatch(r"(.+)__[A-Z]{2}_\d{12}_\d{3}", name)
-    return found[1].replace("_", " ") if found else name
+    readable = without_kim_id(name)
+    return name if readable == name else readable.replace("_", " ")
 
 
 def _reached(last: Iteration) -> str:

@@ -26,6 +26,13 @@ def save_arrays(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         partial.replace(folder / f"{name}.npy")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file as a whole or not at all, as :func:`save_arrays` does with arrays."""
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def load_arrays(folder: Path, *, mapped: bool = False) -> Arrays:
     """Read every ``.npy`` file of ``folder``, keyed by its name.
 

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 from ase import Atoms
+from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
 from aiida_eipnn.science.arrays import Arrays, BoolArray, FloatArray, IntArray, StrArray
@@ -78,6 +79,11 @@ class Configurations:
     def elements(self) -> tuple[int, ...]:
         """Atomic numbers that occur, ascending."""
         return tuple(int(number) for number in np.unique(self.numbers))
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Their chemical symbols, in the same order."""
+        return tuple(chemical_symbols[number] for number in self.elements)
 
     @classmethod
     def from_atoms(

@@ -15,14 +15,15 @@ from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.duplicates import find_duplicates
 from aiida_eipnn.science.labels import Failure, Labels
 from aiida_eipnn.science.outliers import (
-    LIMIT_NOT_FINITE,
+    NOT_FINITE,
     mark_refused,
     residual,
     spread,
     stray_energies,
     strongest_forces,
+    too_strong,
 )
-from aiida_eipnn.science.reference import element_fractions
+from aiida_eipnn.science.reference import MAD_TO_SIGMA, element_fractions
 from aiida_eipnn.science.uncertainty import spearman
 
 GATE = "gate"
@@ -30,6 +31,8 @@ GATE = "gate"
 # Below 0.6 of the sum of the covalent radii (1.3 Å for silicon) EIPs are extrapolating and
 # pseudopotential cores overlap.
 MIN_CONTACT = 0.6
+# Spheres that fill more than a close packing overlap for sure.
+CLOSE_PACKING = 0.7405
 
 
 def geometry_fault(atoms: Atoms, min_contact: float = MIN_CONTACT) -> str | None:
@@ -71,10 +74,10 @@ def overlap(atoms: Atoms, min_contact: float = MIN_CONTACT) -> float | None:
     """
     radii = covalent_radii[atoms.numbers]
     if atoms.pbc.all():
-        # Spheres that fill more than a close packing overlap for sure. Asked first, because a
-        # collapsed cell has so many images that listing the pairs would exhaust the memory.
+        # Asked first, because a collapsed cell has so many images that listing the pairs would
+        # exhaust the memory.
         filling = 4 / 3 * np.pi * ((min_contact * radii) ** 3).sum() / atoms.get_volume()
-        if filling > 0.7405:
+        if filling > CLOSE_PACKING:
             return float((atoms.get_volume() / len(atoms)) ** (1 / 3))
     cutoff = float(2 * min_contact * radii.max())
     first, second, distance = NeighborList(cutoff=cutoff, full_list=False).compute(
@@ -350,14 +353,14 @@ def refuse_labels(
     shape = labels.energy.shape
     strongest = strongest_forces(labels)
     finite = np.isfinite(labels.energy) & np.isfinite(strongest)
-    faults: list[tuple[BoolArray, str]] = [(~finite, LIMIT_NOT_FINITE)]
+    faults: list[tuple[BoolArray, str]] = [(~finite, NOT_FINITE)]
     sound = np.ones(len(labels), dtype=bool)
     for row in range(len(labels)):
         if fault := geometry_fault(part.atoms(row), min_contact):
             sound[row] = False
             faults.append((_cells(shape, row), fault))
     strong = finite & (strongest > force_limit)
-    faults.append((strong, f"a force is above {force_limit:g} eV/Å"))
+    faults.append((strong, too_strong(force_limit)))
     stray = stray_energies(part, labels.energy, labels.ok & finite & ~strong & sound[:, None])
     faults += [
         (
@@ -668,7 +671,7 @@ def _usual(values: FloatArray) -> float:
     size = np.abs(values - np.median(values))
     # In a mixture of kinds the median may see the quiet kind only, the 90 % quantile does not.
     # 1 meV/atom keeps a perfect EIP from calling rounding an outlier.
-    return float(max(1.4826 * np.median(size), np.quantile(size, 0.9) / 1.645, 1e-3))
+    return float(max(MAD_TO_SIGMA * np.median(size), np.quantile(size, 0.9) / 1.645, 1e-3))
 
 
 def _not_finite(labels: Labels) -> tuple[Failure, ...]:

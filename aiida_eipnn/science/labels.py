@@ -32,6 +32,8 @@ class Failure(NamedTuple):
 class Labels:
     """What ``m`` sources say about ``n`` configurations with ``N`` atoms in all.
 
+    Forces, stress and energies of atoms may be of single precision, as those of EIPs are.
+
     Parameters
     ----------
     ids

@@ -10,6 +10,7 @@ from aiida_eipnn.science.arrays import BoolArray, FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.reference import (
+    MAD_TO_SIGMA,
     SourceErrors,
     element_fractions,
     fit_alignment,
@@ -23,8 +24,6 @@ from aiida_eipnn.science.worth import MIN_COVERAGE, Worth, first_of_copies, judg
 DRAW = 1e-6
 # Fewer EIPs cannot disagree about a median.
 MIN_EIPS = 3
-
-_MAD_TO_SIGMA = 1.4826
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -372,7 +371,7 @@ def _median_and_spread(values: FloatArray) -> tuple[FloatArray, FloatArray]:
     if not values.size:
         return np.zeros(values.shape[1:]), np.zeros(values.shape[1:])
     consensus = np.nanmedian(values, axis=0)
-    return consensus, _MAD_TO_SIGMA * np.nanmedian(np.abs(values - consensus), axis=0)
+    return consensus, MAD_TO_SIGMA * np.nanmedian(np.abs(values - consensus), axis=0)
 
 
 def _disagreement(spread: FloatArray, errors: FloatArray, weights: FloatArray) -> Disagreement:

@@ -7,7 +7,7 @@ import numpy as np
 from aiida_eipnn.science.arrays import BoolArray, FloatArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import Labels
-from aiida_eipnn.science.reference import element_fractions
+from aiida_eipnn.science.reference import MAD_TO_SIGMA, element_fractions
 
 # Robust standard deviations.
 SIGMA = 6.0
@@ -22,7 +22,7 @@ MIN_CONFIGURATIONS = 20
 # Configurations whose forces are looked at together: bounds the memory.
 BLOCK = 4096
 
-LIMIT_NOT_FINITE = "energy or forces are not finite"
+NOT_FINITE = "energy or forces are not finite"
 
 
 def refuse_outliers(
@@ -60,12 +60,17 @@ def refuse_outliers(
     return mark_refused(
         labels,
         [
-            (~finite, LIMIT_NOT_FINITE),
-            (strong, f"a force is above {force_limit:g} eV/Å"),
+            (~finite, NOT_FINITE),
+            (strong, too_strong(force_limit)),
             (stray < 0, "the energy per atom is far below what the pool and other EIPs let expect"),
             (stray > 0, "the energy per atom is far above what the pool and other EIPs let expect"),
         ],
     )
+
+
+def too_strong(limit: float) -> str:
+    """Return the reason to refuse forces above a limit in eV/Å."""
+    return f"a force is above {limit:g} eV/Å"
 
 
 def mark_refused(labels: Labels, faults: list[tuple[BoolArray, str]]) -> Labels:
@@ -181,6 +186,6 @@ def _beyond(values: FloatArray) -> BoolArray:
         # Each side has a spread of its own: energies rise steeply and never fall far.
         here = finite & (side * centred > 0)
         if here.any():
-            sigma = 1.4826 * np.median(np.abs(centred[here]))
+            sigma = MAD_TO_SIGMA * np.median(np.abs(centred[here]))
             beyond |= here & (np.abs(centred) > SIGMA * sigma)
     return beyond

@@ -29,7 +29,7 @@ CLEAR_DIFFERENCE = 3.0
 
 _HUBER = 1.345  # 95 % efficiency for normal errors
 _FAR_OUT = 3.0  # robust standard deviations
-_MAD_TO_SIGMA = 1.4826
+MAD_TO_SIGMA = 1.4826
 _ROUNDS = 30
 
 
@@ -360,7 +360,7 @@ def _fit_scale_and_shifts(
         before = np.append(shift, scale)
         residual = target - scale * energy - fractions @ shift
         sigma = robust_sigma(residual)
-        weights = _huber_weights(residual, sigma)
+        weights = huber_weights(residual, sigma)
         scale = _fit_scale(fractions, energy, target, trust * weights, sigma)
         shift = _fit_shifts(fractions, target - scale * energy, trust * weights, sigma)
         if _is_settled(before, np.append(shift, scale)):
@@ -398,7 +398,7 @@ def fit_robust_shifts(fractions: FloatArray, per_atom: FloatArray) -> FloatArray
     shift = _fit_least_absolute(fractions, per_atom)
     sigma = robust_sigma(per_atom - fractions @ shift)
     for _ in range(_ROUNDS):
-        before, weights = shift, _huber_weights(per_atom - fractions @ shift, sigma)
+        before, weights = shift, huber_weights(per_atom - fractions @ shift, sigma)
         shift = _fit_shifts(fractions, per_atom, weights, sigma)
         if _is_settled(before, shift):
             break
@@ -422,7 +422,7 @@ def _is_settled(before: FloatArray, after: FloatArray) -> bool:
     return bool(np.abs(after - before).max() < 1e-7)
 
 
-def _huber_weights(residual: FloatArray, sigma: float) -> FloatArray:
+def huber_weights(residual: FloatArray, sigma: float) -> FloatArray:
     """Return the weight of each residual."""
     return np.asarray(1.0 / np.maximum(1.0, np.abs(residual) / (_HUBER * sigma)), dtype=np.float64)
 
@@ -430,7 +430,7 @@ def _huber_weights(residual: FloatArray, sigma: float) -> FloatArray:
 def robust_sigma(residual: FloatArray) -> float:
     """Return the standard deviation about zero by the median, at least 1e-9."""
     # The floor, in eV/atom, matters where more than half of the labels are met exactly.
-    return max(_MAD_TO_SIGMA * float(np.median(np.abs(residual))), 1e-9)
+    return max(MAD_TO_SIGMA * float(np.median(np.abs(residual))), 1e-9)
 
 
 def _fit_scale(

@@ -6,14 +6,13 @@ from typing import NamedTuple
 import numpy as np
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
+from aiida_eipnn.science.reference import huber_weights, robust_sigma
 
 # A column smaller than this share of the largest one is not brought to the size of the others.
 RARE = 1e-2
 # Predictions end at this many times the largest value that was learnt.
 FARTHEST = 2.0
 
-_HUBER = 1.345
-_MAD_TO_SIGMA = 1.4826
 _ROUNDS = 6
 
 
@@ -130,7 +129,7 @@ def fit_linear(
     # What training rows hardly know stays small, so that the ridge takes care of it.
     size = np.maximum(size, RARE * size.max())
     train, test = train / size, test / size
-    weights = _huber_weights(train, values, strengths[0])
+    weights = _robust_weights(train, values, strengths[0])
     best, smallest = Fit(np.zeros(0), np.zeros(0)), np.inf
     groups = [np.flatnonzero(parts == part) for part in np.unique(parts)]
     moments = [_moments(train[rows], values[rows], weights[rows]) for rows in groups]
@@ -165,10 +164,9 @@ def _ridge(square: FloatArray, product: FloatArray, total: float, strength: floa
     return np.asarray(np.linalg.solve(square + ridge, product), dtype=np.float64)
 
 
-def _huber_weights(train: FloatArray, values: FloatArray, strength: float) -> FloatArray:
+def _robust_weights(train: FloatArray, values: FloatArray, strength: float) -> FloatArray:
     weights: FloatArray = np.ones(len(values))
     for _ in range(_ROUNDS):
-        residual = np.abs(values - train @ _ridge(*_moments(train, values, weights), strength))
-        sigma = max(_MAD_TO_SIGMA * float(np.median(residual)), 1e-9)
-        weights = np.minimum(1.0, _HUBER * sigma / np.maximum(residual, 1e-300))
+        residual = values - train @ _ridge(*_moments(train, values, weights), strength)
+        weights = huber_weights(residual, robust_sigma(residual))
     return weights

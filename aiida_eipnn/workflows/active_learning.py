@@ -507,18 +507,17 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
 
     def _gated(self, labels: LabelsData) -> LabelsData:
         """Return new DFT labels without those that the gate refuses, and say which."""
-        # Asked first without a process: as a rule nothing is refused, and the graph stays small.
-        known = dict(self.ctx.labels)
-        _, report = loop.judge_dft_labels(
-            self.ctx.pool, labels, self.ctx.eip_labels, list(known.values())
+        kept: LabelsData = loop.refuse_dft_labels(
+            self.ctx.pool, labels, self.ctx.eip_labels, **self.ctx.labels
         )
-        if report.problem:
+        found = kept.base.attributes.get("gate")
+        if found["problem"]:
             # What pw.x gives has the right unit: then the EIPs are far off, which is worth knowing.
-            self.report(f"gate: the EIPs and DFT do not fit together: {report.text}")
-        if not report.refused:
-            return labels
-        self.report(f"gate: DFT labels: {report.summary}; first: {report.refused[0].reason}")
-        return loop.refuse_dft_labels(self.ctx.pool, labels, self.ctx.eip_labels, **known)
+            self.report(f"gate: the EIPs and DFT do not fit together: {found['problem']}")
+        if found["reasons"]:
+            first = next(iter(found["reasons"].values()))
+            self.report(f"gate: DFT labels: {found['text']}; first: {first}")
+        return kept
 
     def _taken(self) -> dict[str, ChoiceData]:
         return {f"{loop.TAKEN}{key}": node for key, node in self.ctx.choices.items()}

@@ -103,15 +103,15 @@ def test_a_dft_label_of_a_known_geometry_is_refused(known):
     new = Labels.missing(pool, ["dft"])
     new = replace(new, energy=energy, forces=np.zeros_like(new.forces), status=new.status * 0)
 
-    kept, report = loop.judge_dft_labels(
+    kept = loop.refuse_dft_labels(
         ConfigurationsData.from_value(pool),
         LabelsData.from_value(new.take([30])),
         eip_labels,
-        [LabelsData.from_value(new.take(range(30)))],
+        i001=LabelsData.from_value(new.take(range(30))),
     )
 
-    assert not kept.ok.any()
-    assert "same geometry" in report.refused[0].reason
+    assert not kept.value().ok.any()
+    assert "same geometry" in kept.value().failures()[0].reason
 
 
 def test_the_gate_refuses_overlapping_atoms_and_says_why(rattled_silicon):

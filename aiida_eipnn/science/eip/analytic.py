@@ -240,7 +240,7 @@ _LEE = Publication(
     2012,
 )
 
-# Published sets by name. All but the last have a KIM model with the same numbers.
+# Published sets by name, each with a KIM model of the same numbers.
 PUBLISHED: dict[str, tuple[StillingerWeber, Publication]] = {
     "stillinger-1985": (
         StillingerWeber(),

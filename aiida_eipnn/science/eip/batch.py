@@ -1,17 +1,19 @@
 """Configurations that many EIPs label together, and what one EIP says about them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from ase import Atoms
 from ase.cell import Cell
 from ase.data import covalent_radii
 
 from aiida_eipnn.science.arrays import BoolArray, FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
-from aiida_eipnn.science.gate import MIN_CONTACT, geometry_fault, overlap
+from aiida_eipnn.science.eip.potential import Label
+from aiida_eipnn.science.gate import CLOSE_PACKING, MIN_CONTACT, geometry_fault, overlap
 
 if TYPE_CHECKING:
     from aiida_eipnn.science.eip.neighbours import Pairs
@@ -23,8 +25,6 @@ OVERLAP = f"two atoms are closer than {MIN_CONTACT:g} of the sum of their covale
 
 # A list that reaches further than an EIP needs is walked through in vain: no more than this.
 _LARGEST_EXCESS = 1.35
-# Spheres that fill more than a close packing overlap.
-_CLOSE_PACKING = 0.7405
 # Å³ per atom; far below any crystal. Cells this small are looked at one by one.
 _SMALL_VOLUME = 3.0
 
@@ -80,6 +80,15 @@ class BatchLabels:
             atomic_energy=np.full(n_atoms, np.nan),
             errors={},
         )
+
+    def ask(self, label: Callable[[Atoms], Label], part: Configurations, row: int) -> None:
+        """Take in what a potential that knows no batches says about a row of ``part``."""
+        try:
+            energy, forces, stress = label(part.atoms(row))
+            self.energy[row], self.stress[row] = energy, stress
+            self.forces[part.offsets[row] : part.offsets[row + 1]] = forces
+        except Exception as error:  # whatever a potential raises is a reason, not a crash
+            self.errors[row] = reason_of(error)
 
 
 class Batch:
@@ -154,7 +163,7 @@ class Batch:
             volumes = np.abs(np.linalg.det(part.cells))
             ordinary = (volumes > _SMALL_VOLUME * part.n_atoms) & (part.n_atoms > 0)
             # Collapsed cells have more images than the memory holds: they must not get into a list.
-            ordinary &= (filled < _CLOSE_PACKING * volumes) & np.isfinite(volumes)
+            ordinary &= (filled < CLOSE_PACKING * volumes) & np.isfinite(volumes)
         lost = np.flatnonzero(~np.isfinite(part.positions).all(axis=1))
         ordinary[np.searchsorted(part.offsets, lost, side="right") - 1] = False
         return np.asarray(ordinary & part.pbc.all(axis=1))

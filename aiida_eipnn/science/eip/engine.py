@@ -30,27 +30,27 @@ import numpy as np
 from aiida_eipnn.science.arrays import FloatArray, IntArray, load_arrays
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.batch import Batch, BatchLabels, Reach, cut_batches, reason_of
-from aiida_eipnn.science.eip.isolation import CONTEXT, how_it_ended, preload
+from aiida_eipnn.science.eip.isolation import CONTEXT, how_it_ended, leave_ending_to_parent, preload
 from aiida_eipnn.science.eip.potential import EmpiricalPotential, open_potential
 from aiida_eipnn.science.eip.store import (
-    FAILED,
     LABELLED,
     MISSING,
     REFUSED,
     ChunkArrays,
     Plan,
+    Progress,
     Store,
     open_chunk,
 )
 from aiida_eipnn.science.labels import Labels
+from aiida_eipnn.science.outliers import NOT_FINITE, too_strong
 
 # Configurations beyond this, or with closer atoms than MIN_CONTACT, are outside what EIPs were made
 # for, and a DFT run of them seldom converges: such labels would only teach nonsense. SW silicon
 # reaches 50 eV/Å in a dimer of 1.45 Å, Tersoff T3 at 1.5 Å; MIN_CONTACT is 1.33 Å there.
 FORCE_LIMIT = 50.0
 
-STRONG_FORCE = f"a force is above {FORCE_LIMIT:g} eV/Å"
-NOT_FINITE = "energy or forces are not finite"
+STRONG_FORCE = too_strong(FORCE_LIMIT)
 MAX_DEATHS = 4
 
 # Configurations that share neighbour lists: these fit into the cache of a core.
@@ -79,22 +79,6 @@ class BatchPotential(Protocol):
         self, batch: Batch, rows: Iterable[int] | None = None, *, atomic_energies: bool = False
     ) -> BatchLabels:
         """Return what it says about these rows of the batch."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a labelling came.
-
-    Parameters
-    ----------
-    n_done
-        Labels that are made, or that cannot be had.
-    n_labels
-        Labels there will be.
-    """
-
-    n_done: int
-    n_labels: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,12 +203,12 @@ def label_into(
     try:
         while crew.work(deadline):
             if on_progress and time.monotonic() - reported > progress_interval:
-                on_progress(crew.progress())
+                on_progress(store.progress())
                 reported = time.monotonic()
     finally:
         crew.stop()
     if on_progress:
-        on_progress(crew.progress())
+        on_progress(store.progress())
     return store
 
 
@@ -260,18 +244,13 @@ class _Crew:
         for task in self.running:
             task.end()
 
-    def progress(self) -> Progress:
-        """Say how far it came."""
-        n_done, n_labels = self.store.n_labels()
-        return Progress(n_done=n_done, n_labels=n_labels)
-
     def _find_task(self) -> bool:
         """Open chunks until there is something to do; return whether there is."""
         while not self.waiting and self.chunks:
             chunk = self.chunks.popleft()
             arrays = self.store.begin(chunk)
             for column, reason in self.given_up.items():
-                self._fail_rest(arrays, column, reason)
+                self.store.fail_rest(arrays, column, reason)
             columns = [
                 column
                 for column in range(len(self.store.plan.eips))
@@ -289,10 +268,10 @@ class _Crew:
         """See to what a process has left undone."""
         arrays = self.store.arrays(task.chunk, mode="r+")
         undone = [column for column in task.columns if (arrays.state[column] == MISSING).any()]
-        culprit = task.at_work
+        culprit = task.now.column
         if not undone:
             return
-        if culprit is None:
+        if culprit == _NOBODY:
             self._handle_accident(task, arrays, undone)
             return
         if others := [column for column in undone if column != culprit]:
@@ -303,25 +282,27 @@ class _Crew:
     def _handle_accident(self, task: "_Task", arrays: ChunkArrays, undone: list[int]) -> None:
         """Go on where a process died with no EIP at work: lists too long for the memory, say."""
         reason = f"{task.how_it_ended} before an EIP was asked"
-        if task.place < 0:
+        if task.now.place < 0:
             self.accidents += 1
-        elif task.n_at_work == 1:
+        elif task.now.n_rows == 1:
             for column in undone:
-                self._fail(arrays, column, task.place, reason)
+                self.store.fail(arrays, column, task.now.place, reason)
         for column in undone if self.accidents >= MAX_DEATHS else []:
             self._give_up(arrays, column, reason)
         if left := [column for column in undone if (arrays.state[column] == MISSING).any()]:
-            self.waiting.appendleft(self._task(task.chunk, left, one_by_one=task.place >= 0))
+            self.waiting.appendleft(self._task(task.chunk, left, one_by_one=task.now.place >= 0))
 
     def _handle_death(self, task: "_Task", arrays: ChunkArrays, culprit: int) -> None:
         """Find out which configuration an EIP died of, and go on after it."""
         self.loners.add(culprit)
-        if task.place == _OPENING:
+        if task.now.place == _OPENING:
             self._give_up(arrays, culprit, f"{task.how_it_ended} while it opened the potential")
             return
         # In company it may have been another EIP that spoilt the memory.
-        if len(task.columns) == 1 and task.n_at_work == 1:
-            self._fail(arrays, culprit, task.place, f"{task.how_it_ended} on this configuration")
+        if len(task.columns) == 1 and task.now.n_rows == 1:
+            self.store.fail(
+                arrays, culprit, task.now.place, f"{task.how_it_ended} on this configuration"
+            )
             self.deaths[culprit] += 1
         if (n := self.deaths[culprit]) >= MAX_DEATHS:
             self._give_up(arrays, culprit, f"given up: it ended its process on {n} configurations")
@@ -330,20 +311,7 @@ class _Crew:
 
     def _give_up(self, arrays: ChunkArrays, column: int, reason: str) -> None:
         self.given_up[column] = reason
-        self._fail_rest(arrays, column, reason)
-
-    def _fail_rest(self, arrays: ChunkArrays, column: int, reason: str) -> None:
-        for place in np.flatnonzero(arrays.state[column] == MISSING):
-            self._fail(arrays, column, int(place), reason)
-
-    def _fail(self, arrays: ChunkArrays, column: int, place: int, reason: str) -> None:
-        _set_reason(self.store, arrays, column, place, reason)
-
-
-def _set_reason(store: Store, arrays: ChunkArrays, column: int, place: int, reason: str) -> None:
-    """Record why a label cannot be had."""
-    arrays.reason[column, place] = store.number_of(reason)
-    arrays.state[column, place] = FAILED
+        self.store.fail_rest(arrays, column, reason)
 
 
 class _Task:
@@ -382,22 +350,6 @@ class _Task:
         sender.close()
 
     @property
-    def at_work(self) -> int | None:
-        """Which EIP was at work last."""
-        column = self.now.column
-        return None if column < 0 else column
-
-    @property
-    def place(self) -> int:
-        """The configuration it was at work on, the first of them if there were several."""
-        return self.now.place
-
-    @property
-    def n_at_work(self) -> int:
-        """How many configurations it was at work on."""
-        return self.now.n_rows
-
-    @property
     def time_left(self) -> float:
         """Seconds until the EIP at work has taken too long."""
         since = self.now.since
@@ -433,10 +385,9 @@ class _Task:
             while self.reports.poll():
                 column, place, reason = self.reports.recv()
                 if place is None:
-                    for missing in np.flatnonzero(self.arrays.state[column] == MISSING):
-                        _set_reason(self.store, self.arrays, column, int(missing), reason)
+                    self.store.fail_rest(self.arrays, column, reason)
                 else:
-                    _set_reason(self.store, self.arrays, column, place, reason)
+                    self.store.fail(self.arrays, column, place, reason)
 
 
 @dataclass(slots=True)
@@ -538,7 +489,8 @@ class _Worker:
                     batch, rows, atomic_energies=self.order.atomic_energies
                 )
             else:
-                labels = _label_one(potential, batch.configurations, int(rows[0]))
+                labels = BatchLabels.empty(batch.configurations)
+                labels.ask(potential.label, batch.configurations, int(rows[0]))
             self._take_in(column, labels, batch.configurations, rows, start)
             self.arrays.seconds[column] += time.perf_counter() - began
 
@@ -587,18 +539,6 @@ def _work(order: _Order, memory: Any, reports: Connection) -> None:
         worker.label(part)
 
 
-def _label_one(potential: EmpiricalPotential, part: Configurations, row: int) -> BatchLabels:
-    """Return what a potential that knows no batches says about one row."""
-    labels = BatchLabels.empty(part)
-    try:
-        label = potential.label(part.atoms(row))
-        labels.energy[row], labels.stress[row] = label.energy, label.stress
-        labels.forces[part.offsets[row] : part.offsets[row + 1]] = label.forces
-    except Exception as error:  # whatever a potential raises is a reason, not a crash
-        labels.errors[row] = reason_of(error)
-    return labels
-
-
 def _why_not(labels: BatchLabels, part: Configurations, rows: IntArray) -> dict[int, str]:
     """Return the rows whose labels must not be used, with the reason."""
     with np.errstate(over="ignore"):
@@ -624,9 +564,7 @@ def _reach_of(potential: EmpiricalPotential) -> Any:
 
 def _end_with_parent() -> None:
     """See to it that this process ends when the one that reads its labels is gone."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    # Ctrl-C goes to the whole group: the parent decides what becomes of this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_ending_to_parent()
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()

@@ -97,9 +97,7 @@ def _serve(
     task: Callable[[Any], Any], items: Sequence[Any], sender: Connection, seconds: float
 ) -> None:
     """Send the outcome of each item; runs in the other process."""
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    # Ctrl-C goes to the whole group: the parent decides what becomes of this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_ending_to_parent()
     for item in items:
         signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE)
         try:
@@ -107,6 +105,12 @@ def _serve(
         except Exception as error:  # whatever foreign code raises is a reason, not a crash
             outcome = Lost(" ".join(f"{type(error).__name__}: {error}".split()))
         sender.send(outcome)
+
+
+def leave_ending_to_parent() -> None:
+    """Let an alarm end this process, and Ctrl-C, which goes to the whole group, not."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def how_it_ended(exitcode: int | None) -> str:

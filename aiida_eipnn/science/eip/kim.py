@@ -102,7 +102,6 @@ class KimPotential:
         status = self._arguments.get_argument_support_status(_NAMES.partialParticleEnergy)
         self.tells_atomic_energies = bool(status != kimpy.support_status.notSupported)
         self._desk: _Desk | None = None
-        self._told_atomic_energies = False
         self._callback = _new_capsule(callback_address(), None, None) if COMPILED else None
 
     @cached_property
@@ -164,7 +163,7 @@ class KimPotential:
         todo = range(len(part)) if rows is None else rows
         if self.reach is None:
             for row in todo:
-                self._label_into(labels, part, int(row))
+                labels.ask(self._label_alone, part, int(row))
             return labels
         codes = self._codes_of(part.numbers)
         unknown = np.flatnonzero(codes == _UNKNOWN)
@@ -212,13 +211,11 @@ class KimPotential:
         # Some models add to what is there, or leave out what is not an atom.
         desk.forces[:n] = 0.0
         desk.lists[: 2 * n + 2] = particles.lists[2 * (row + start) : 2 * (row + stop) + 2]
-        if self._told_atomic_energies:
-            desk.atomic_energy[:n] = 0.0
+        desk.atomic_energy[:n] = 0.0
         self._model.compute(self._arguments)
         particles.energy[row] = desk.energy[0]
         particles.forces[start:stop] = desk.forces[:n]
-        if self._told_atomic_energies:
-            particles.atomic_energy[start:stop] = desk.atomic_energy[:n]
+        particles.atomic_energy[start:stop] = desk.atomic_energy[:n]
 
     def _clear_desk(self, particles: "Particles", *, atomic_energies: bool) -> _Desk:
         """Tell the model where to read and to write; the largest configuration must fit."""
@@ -232,7 +229,6 @@ class KimPotential:
         point(_NAMES.coordinates, desk.positions)
         point(_NAMES.partialEnergy, desk.energy)
         point(_NAMES.partialForces, desk.forces)
-        self._told_atomic_energies = atomic_energies
         if atomic_energies:
             point(_NAMES.partialParticleEnergy, desk.atomic_energy)
         elif self.tells_atomic_energies:
@@ -243,16 +239,6 @@ class KimPotential:
             _new_capsule(desk.lists.ctypes.data, None, None),
         )
         return desk
-
-    def _label_into(self, labels: BatchLabels, part: Configurations, row: int) -> None:
-        """Label one configuration on kimpy's own lists."""
-        try:
-            label = self._label_alone(part.atoms(row))
-        except (RuntimeError, ValueError) as error:
-            labels.errors[row] = reason_of(error)
-            return
-        labels.energy[row], labels.stress[row] = label.energy, label.stress
-        labels.forces[part.offsets[row] : part.offsets[row + 1]] = label.forces
 
     def _label_alone(self, atoms: Atoms) -> Label:
         """Return the label of one configuration, on kimpy's own lists."""

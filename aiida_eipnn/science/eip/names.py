@@ -76,6 +76,12 @@ def split_names(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
+def without_kim_id(name: str) -> str:
+    """Return the readable part of an extended KIM id; any other name as it is."""
+    found = re.fullmatch(r"(.+)__[A-Z]{2}_\d{12}_\d{3}", name)
+    return found[1] if found else name
+
+
 def number_of(name: str, key: str, text: str) -> float:
     """Return a setting as a number.
 

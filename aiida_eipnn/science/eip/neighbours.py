@@ -172,13 +172,20 @@ def _wrap(cells, inverse, pbc, positions, offsets, cutoff):
 
 
 @_compiled
+def _grown(array, count, room):
+    """Return an array with room for more rows, and the first of them as they were."""
+    more = np.empty((room, *array.shape[1:]), array.dtype)
+    more[:count] = array[:count]
+    return more
+
+
+@_compiled
 def _find_images(cells, reach, fractional, wrapped, offsets, cutoff):
     """Return the atoms of each configuration, and after them the images within the cutoff."""
     n = len(cells)
     image_offsets = np.zeros(n + 1, dtype=np.int64)
     room = 24 * len(wrapped) + 4096
-    positions = np.empty((room, 3))
-    atom_of = np.empty(room, dtype=np.int32)
+    positions, atom_of = np.empty((room, 3)), np.empty(room, dtype=np.int32)
     lo, hi = np.empty(3), np.empty(3)
     bottom, top = np.empty(3), np.empty(3)
     here = np.empty(3)
@@ -189,21 +196,17 @@ def _find_images(cells, reach, fractional, wrapped, offsets, cutoff):
             lo[k], hi[k], bottom[k], top[k] = np.inf, -np.inf, np.inf, -np.inf
         for atom in range(start, stop):
             for k in range(3):
-                lo[k], hi[k] = min(lo[k], fractional[atom, k]), max(hi[k], fractional[atom, k])
+                lo[k] = min(lo[k], fractional[atom, k] - reach[row, k])
+                hi[k] = max(hi[k], fractional[atom, k] + reach[row, k])
                 bottom[k] = min(bottom[k], wrapped[atom, k] - cutoff)
                 top[k] = max(top[k], wrapped[atom, k] + cutoff)
         nx = int(np.ceil(reach[row, 0]))
         ny = int(np.ceil(reach[row, 1]))
         nz = int(np.ceil(reach[row, 2]))
         most = (2 * nx + 1) * (2 * ny + 1) * (2 * nz + 1) * (stop - start)
-        if count + most > room:
-            room = 2 * (count + most)
-            more = np.empty((room, 3))
-            more[:count] = positions[:count]
-            positions = more
-            more_of = np.empty(room, dtype=np.int32)
-            more_of[:count] = atom_of[:count]
-            atom_of = more_of
+        if count + most > len(positions):
+            positions = _grown(positions, count, 2 * (count + most))
+            atom_of = _grown(atom_of, count, 2 * (count + most))
         for atom in range(start, stop):
             positions[count] = wrapped[atom]
             atom_of[count] = atom - start
@@ -216,37 +219,82 @@ def _find_images(cells, reach, fractional, wrapped, offsets, cutoff):
                     for k in range(3):
                         here[k] = x * cells[row, 0, k] + y * cells[row, 1, k] + z * cells[row, 2, k]
                     for atom in range(start, stop):
-                        fx = fractional[atom, 0] + x
-                        fy = fractional[atom, 1] + y
-                        fz = fractional[atom, 2] + z
-                        if (
-                            fx < lo[0] - reach[row, 0]
-                            or fx > hi[0] + reach[row, 0]
-                            or fy < lo[1] - reach[row, 1]
-                            or fy > hi[1] + reach[row, 1]
-                            or fz < lo[2] - reach[row, 2]
-                            or fz > hi[2] + reach[row, 2]
-                        ):
-                            continue
-                        px = wrapped[atom, 0] + here[0]
-                        py = wrapped[atom, 1] + here[1]
-                        pz = wrapped[atom, 2] + here[2]
-                        if (
-                            px < bottom[0]
-                            or px > top[0]
-                            or py < bottom[1]
-                            or py > top[1]
-                            or pz < bottom[2]
-                            or pz > top[2]
-                        ):
-                            continue
-                        positions[count, 0] = px
-                        positions[count, 1] = py
-                        positions[count, 2] = pz
-                        atom_of[count] = atom - start
-                        count += 1
+                        # In reach of the cell along each vector, and of the atoms along each axis.
+                        near = (
+                            lo[0] <= fractional[atom, 0] + x <= hi[0]
+                            and lo[1] <= fractional[atom, 1] + y <= hi[1]
+                            and lo[2] <= fractional[atom, 2] + z <= hi[2]
+                            and bottom[0] <= wrapped[atom, 0] + here[0] <= top[0]
+                            and bottom[1] <= wrapped[atom, 1] + here[1] <= top[1]
+                            and bottom[2] <= wrapped[atom, 2] + here[2] <= top[2]
+                        )
+                        if near:
+                            for k in range(3):
+                                positions[count, k] = wrapped[atom, k] + here[k]
+                            atom_of[count] = atom - start
+                            count += 1
         image_offsets[row + 1] = count
     return image_offsets, positions[:count], atom_of[:count]
+
+
+class _Cells(NamedTuple):
+    """Images of one configuration, sorted into cells.
+
+    ``order`` and ``positions`` are the images and where they are, cell by cell; those of cell ``c``
+    begin at ``first[c]``. ``cell_of`` is the cell of each image, ``size`` the number of cells along
+    each axis, and no pair within the cutoff is more than ``reach`` cells apart.
+    """
+
+    first: IntArray
+    order: NDArray[np.int32]
+    positions: FloatArray
+    cell_of: IntArray
+    size: IntArray
+    reach: int
+
+
+@_compiled
+def _sort_into_cells(positions, cutoff):
+    n = len(positions)
+    lo, size = np.empty(3), np.empty(3, dtype=np.int64)
+    span, volume = np.empty(3), 1.0
+    for k in range(3):
+        low, high = positions[0, k], positions[0, k]
+        for image in range(1, n):
+            value = positions[image, k]
+            if value < low:
+                low = value
+            if value > high:
+                high = value
+        lo[k], span[k] = low, high - low
+        volume *= high - low + 1e-3
+    # Small cells leave out more pairs that are too far apart; empty ones cost more than that.
+    reach = 2 if n * cutoff**3 > CROWDED * volume else 1
+    # A little wider, so that rounding puts no pair into cells further apart than that.
+    width = cutoff / reach * (1 + 1e-9)
+    per_width = 1.0 / width
+    for k in range(3):
+        # The last cell is wider where there would be too many.
+        size[k] = max(1, min(64, int(span[k] / width) + 1))
+    cell_of = np.empty(n, dtype=np.int64)
+    first = np.zeros(size[0] * size[1] * size[2] + 1, dtype=np.int64)
+    for image in range(n):
+        x = min(size[0] - 1, np.int64((positions[image, 0] - lo[0]) * per_width))
+        y = min(size[1] - 1, np.int64((positions[image, 1] - lo[1]) * per_width))
+        z = min(size[2] - 1, np.int64((positions[image, 2] - lo[2]) * per_width))
+        cell_of[image] = (x * size[1] + y) * size[2] + z
+        first[cell_of[image] + 1] += 1
+    for cell in range(len(first) - 1):
+        first[cell + 1] += first[cell]
+    order, ordered = np.empty(n, dtype=np.int32), np.empty((3, n))
+    cursor = first[:-1].copy()
+    for image in range(n):
+        at = cursor[cell_of[image]]
+        cursor[cell_of[image]] += 1
+        order[at] = image
+        for k in range(3):
+            ordered[k, at] = positions[image, k]
+    return _Cells(first, order, ordered, cell_of, size, reach)
 
 
 @_compiled
@@ -255,106 +303,71 @@ def _find_neighbours(image_offsets, positions, n_atoms, cutoff, of_images):
     n_images = len(positions)
     pair_offsets = np.zeros(n_images + 1, dtype=np.int64)
     room = 48 * (n_images if of_images else n_atoms.sum()) + n_images
-    neighbour = np.empty(room, dtype=np.int32)
-    squared = np.empty(room)
-    limit = cutoff * cutoff
-    order = np.empty(n_images, dtype=np.int32)
-    ordered = np.empty((3, n_images))
+    neighbour, squared = np.empty(room, dtype=np.int32), np.empty(room)
     used = np.empty(n_images, dtype=np.bool_)
-    cell_of = np.empty(n_images, dtype=np.int64)
-    lo, hi = np.empty(3), np.empty(3)
-    size = np.empty(3, dtype=np.int64)
     # Unsigned, as all indices of the innermost loop: numba looks whether others are negative.
     count = np.uint64(0)
     for row in range(len(n_atoms)):
         start, stop = image_offsets[row], image_offsets[row + 1]
         if start == stop:
             continue
-        volume = 1.0
-        for k in range(3):
-            low, high = positions[start, k], positions[start, k]
-            for image in range(start + 1, stop):
-                value = positions[image, k]
-                if value < low:
-                    low = value
-                if value > high:
-                    high = value
-            lo[k], hi[k] = low, high
-            volume *= high - low + 1e-3
-        # Small cells leave out more pairs that are too far apart; empty ones cost more than that.
-        reach = 2 if (stop - start) * cutoff**3 > CROWDED * volume else 1
-        # A little wider, so that rounding puts no pair into cells further apart than that.
-        width = cutoff / reach * (1 + 1e-9)
-        per_width = 1.0 / width
-        total = 1
-        for k in range(3):
-            size[k] = max(1, min(64, int((hi[k] - lo[k]) / width) + 1))
-            total *= size[k]
-        first = np.zeros(total + 1, dtype=np.int64)
-        for image in range(start, stop):
-            x = min(size[0] - 1, np.int64((positions[image, 0] - lo[0]) * per_width))
-            y = min(size[1] - 1, np.int64((positions[image, 1] - lo[1]) * per_width))
-            z = min(size[2] - 1, np.int64((positions[image, 2] - lo[2]) * per_width))
-            cell_of[image] = (x * size[1] + y) * size[2] + z
-            first[cell_of[image] + 1] += 1
-        for cell in range(total):
-            first[cell + 1] += first[cell]
-        cursor = first[:-1].copy()
-        for image in range(start, stop):
-            at = cursor[cell_of[image]]
-            cursor[cell_of[image]] += 1
-            order[at] = image - start
-            ordered[0, at] = positions[image, 0]
-            ordered[1, at] = positions[image, 1]
-            ordered[2, at] = positions[image, 2]
-        last = stop if of_images else start + n_atoms[row]
+        cells = _sort_into_cells(positions[start:stop], cutoff)
         used[start:stop] = False
-        for image in range(start, last):
-            if image == start + n_atoms[row]:
+        used[start : start + n_atoms[row]] = True
+        for image in range(start, stop):
+            if image == start + n_atoms[row] and of_images:
                 # From here on images that are not atoms: no model sees those that no atom reaches.
                 for at in range(pair_offsets[start], np.int64(count)):
                     used[start + neighbour[at]] = True
-            if image >= start + n_atoms[row] and not used[image]:
-                pair_offsets[image + 1] = count
-                continue
-            if np.int64(count) + (stop - start) >= room:
-                room = 2 * (np.int64(count) + stop - start) + 1
-                more = np.empty(room, dtype=np.int32)
-                more[:count] = neighbour[:count]
-                neighbour = more
-                more_squared = np.empty(room)
-                more_squared[:count] = squared[:count]
-                squared = more_squared
-            px, py, pz = positions[image, 0], positions[image, 1], positions[image, 2]
-            cell = cell_of[image]
-            cz = cell % size[2]
-            cy = (cell // size[2]) % size[1]
-            cx = cell // (size[2] * size[1])
-            # The last cell along an axis may be wider, where there would be too many of them.
-            z_from, z_to = max(0, cz - reach), min(size[2] - 1, cz + reach)
-            for x in range(max(0, cx - reach), min(size[0] - 1, cx + reach) + 1):
-                for y in range(max(0, cy - reach), min(size[1] - 1, cy + reach) + 1):
-                    line = (x * size[1] + y) * size[2]
-                    begin = np.uint64(first[line + z_from])
-                    for at in range(begin, np.uint64(first[line + z_to + 1])):
-                        dx = ordered[0, at] - px
-                        dy = ordered[1, at] - py
-                        dz = ordered[2, at] - pz
-                        distance = dx * dx + dy * dy + dz * dz
-                        # Written in any case and kept by counting: a branch here costs more.
-                        neighbour[count] = order[at]
-                        squared[count] = distance
-                        count += np.uint64(distance < limit)
-            # It has found itself too; the last one takes that place.
-            count -= np.uint64(1)
-            for at in range(np.uint64(pair_offsets[image]), count):
-                if neighbour[at] == image - start:
-                    neighbour[at], squared[at] = neighbour[count], squared[count]
-                    break
-            pair_offsets[image + 1] = count
-        for image in range(last, stop):
+            if used[image]:
+                if np.int64(count) + stop - start >= len(neighbour):
+                    room = 2 * (np.int64(count) + stop - start) + 1
+                    neighbour = _grown(neighbour, np.int64(count), room)
+                    squared = _grown(squared, np.int64(count), room)
+                count = _add_neighbours(
+                    cells, image - start, positions[image], cutoff, neighbour, squared, count
+                )
             pair_offsets[image + 1] = count
     return pair_offsets, neighbour[:count], squared[:count]
+
+
+@_compiled
+def _add_neighbours(cells, image, position, cutoff, neighbour, squared, begin):
+    """Write what is within the cutoff of an image from ``begin`` on; return where that ends."""
+    limit, count = cutoff * cutoff, begin
+    px, py, pz = position[0], position[1], position[2]
+    first, order, ordered, size, reach = (
+        cells.first,
+        cells.order,
+        cells.positions,
+        cells.size,
+        cells.reach,
+    )
+    cell = cells.cell_of[image]
+    cz = cell % size[2]
+    cy = (cell // size[2]) % size[1]
+    cx = cell // (size[2] * size[1])
+    z_from, z_to = max(0, cz - reach), min(size[2] - 1, cz + reach)
+    for x in range(max(0, cx - reach), min(size[0] - 1, cx + reach) + 1):
+        for y in range(max(0, cy - reach), min(size[1] - 1, cy + reach) + 1):
+            line = (x * size[1] + y) * size[2]
+            from_here = np.uint64(first[line + z_from])
+            for at in range(from_here, np.uint64(first[line + z_to + 1])):
+                dx = ordered[0, at] - px
+                dy = ordered[1, at] - py
+                dz = ordered[2, at] - pz
+                distance = dx * dx + dy * dy + dz * dz
+                # Written in any case and kept by counting: a branch here costs more.
+                neighbour[count] = order[at]
+                squared[count] = distance
+                count += np.uint64(distance < limit)
+    # It has found itself too; the last one takes that place.
+    count -= np.uint64(1)
+    for at in range(begin, count):
+        if neighbour[at] == image:
+            neighbour[at], squared[at] = neighbour[count], squared[count]
+            break
+    return count
 
 
 def make_particles(

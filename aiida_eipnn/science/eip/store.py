@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from aiida_eipnn.science.arrays import FloatArray, IntArray, forget, save_arrays
+from aiida_eipnn.science.arrays import FloatArray, IntArray, forget, save_arrays, write_whole
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import NOT_RUN
 
@@ -111,6 +111,22 @@ class Plan:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a labelling came.
+
+    Parameters
+    ----------
+    n_done
+        Labels that are made, or that cannot be had.
+    n_labels
+        Labels there will be.
+    """
+
+    n_done: int
+    n_labels: int
+
+
 @dataclass(slots=True)
 class Store:
     """A folder with the labels of a pool.
@@ -153,7 +169,7 @@ class Store:
                 )
             plan = old
         else:
-            _write_json(path, asdict(plan))
+            write_whole(path, json.dumps(asdict(plan)))
         reasons = [NOT_RUN]
         if (folder / REASONS).exists():
             reasons = json.loads((folder / REASONS).read_text())
@@ -168,6 +184,10 @@ class Store:
         """Return the rows of a chunk."""
         return slice(self.plan.bounds[chunk], self.plan.bounds[chunk + 1])
 
+    def path(self, chunk: int) -> Path:
+        """Return the folder of a chunk."""
+        return self.folder / f"chunk_{chunk:06d}"
+
     def part(self, chunk: int) -> Configurations:
         """Return the configurations of a chunk."""
         rows = self.rows(chunk)
@@ -177,40 +197,44 @@ class Store:
 
     def is_begun(self, chunk: int) -> bool:
         """Return whether a chunk has its arrays."""
-        return (self._path(chunk) / "state.npy").exists()
+        return (self.path(chunk) / "state.npy").exists()
 
     def begin(self, chunk: int) -> ChunkArrays:
         """Open a chunk to label it; what failed without a reason is to be tried again."""
-        if not self.is_begun(chunk):
-            self._create(chunk)
         arrays = self.arrays(chunk, mode="r+")
         arrays.state[arrays.state == REFUSED] = MISSING
         return arrays
 
     def arrays(self, chunk: int, mode: str = "r") -> ChunkArrays:
-        """Return the arrays of a chunk, memory-mapped."""
-        return open_chunk(self._path(chunk), mode)
+        """Return the arrays of a chunk, memory-mapped; they are made where there are none."""
+        if not self.is_begun(chunk):
+            self._create(chunk)
+        return open_chunk(self.path(chunk), mode)
 
-    def path(self, chunk: int) -> Path:
-        """Return the folder of a chunk."""
-        return self._path(chunk)
-
-    def number_of(self, reason: str) -> int:
-        """Return the number of a reason, a new one where it is new; on disk before it is used."""
+    def fail(self, arrays: ChunkArrays, column: int, place: int, reason: str) -> None:
+        """Record why a label cannot be had; the reason is on disk before it is used."""
         if reason not in self.reasons:
             self.reasons.append(reason)
-            _write_json(self.folder / REASONS, self.reasons)
-        return self.reasons.index(reason)
+            write_whole(self.folder / REASONS, json.dumps(self.reasons, ensure_ascii=False))
+        arrays.reason[column, place] = self.reasons.index(reason)
+        arrays.state[column, place] = FAILED
 
-    def n_labels(self) -> tuple[int, int]:
-        """Return how many labels are made or have failed, and how many there will be."""
+    def fail_rest(self, arrays: ChunkArrays, column: int, reason: str) -> None:
+        """Record why an EIP will label nothing more of a chunk."""
+        for place in np.flatnonzero(arrays.state[column] == MISSING):
+            self.fail(arrays, column, int(place), reason)
+
+    def progress(self) -> Progress:
+        """Say how far the labelling is."""
         states = [
-            np.load(self._path(chunk) / "state.npy")
+            np.load(self.path(chunk) / "state.npy")
             for chunk in range(self.n_chunks)
             if self.is_begun(chunk)
         ]
-        done = sum(int(((state == LABELLED) | (state == FAILED)).sum()) for state in states)
-        return done, len(self.configurations) * len(self.plan.eips)
+        return Progress(
+            n_done=sum(int(((state == LABELLED) | (state == FAILED)).sum()) for state in states),
+            n_labels=len(self.configurations) * len(self.plan.eips),
+        )
 
     def seconds(self) -> dict[str, float]:
         """Return the time that each EIP has taken."""
@@ -244,26 +268,21 @@ class Store:
     def _by_row(self, name: str) -> Any:
         """Yield an array of each chunk with the configurations first."""
         for chunk in range(self.n_chunks):
-            yield np.moveaxis(getattr(self._readable(chunk), name), 0, 1)
+            yield np.moveaxis(getattr(self.arrays(chunk), name), 0, 1)
 
     def _by_source(self, name: str, m: int) -> Any:
         """Yield an array of each EIP and chunk."""
         for source in range(m):
             for chunk in range(self.n_chunks):
-                yield getattr(self._readable(chunk), name)[source]
+                yield getattr(self.arrays(chunk), name)[source]
 
     def _status(self) -> Any:
         """Yield the status of each chunk: 0 where there is a label, else the number of a reason."""
         not_run = self.reasons.index(NOT_RUN)
         for chunk in range(self.n_chunks):
-            arrays = self._readable(chunk)
+            arrays = self.arrays(chunk)
             number = np.where(arrays.state == FAILED, arrays.reason, not_run).astype(np.int32)
             yield np.where(arrays.state == LABELLED, 0, number + 1).T
-
-    def _readable(self, chunk: int) -> ChunkArrays:
-        if not self.is_begun(chunk):
-            self._create(chunk)
-        return self.arrays(chunk)
 
     def _create(self, chunk: int) -> None:
         """Make the arrays of a chunk, with nothing in them."""
@@ -283,11 +302,8 @@ class Store:
         )._asdict()
         # The state says that there is a chunk: it comes last.
         state = arrays.pop("state")
-        save_arrays(self._path(chunk), arrays)
-        save_arrays(self._path(chunk), {"state": state})
-
-    def _path(self, chunk: int) -> Path:
-        return self.folder / f"chunk_{chunk:06d}"
+        save_arrays(self.path(chunk), arrays)
+        save_arrays(self.path(chunk), {"state": state})
 
 
 def open_chunk(folder: Path, mode: str) -> ChunkArrays:
@@ -324,10 +340,3 @@ def _stream(path: Path, shape: tuple[int, ...], dtype: Any, parts: Any) -> None:
         npy.write_array_header_2_0(stream, header)
         for part in parts:
             stream.write(np.ascontiguousarray(part, dtype=dtype).tobytes())
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Write a file as a whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(content, ensure_ascii=False))
-    partial.replace(path)
