@@ -58,6 +58,9 @@ N_NEW = 15
 N_SLOW = 16
 METHODS = ("ours", "ase_reused", "ase_new", "kimpy", "lammps", "floor")
 
+# Ways to label: what to call, and how many configurations that labels.
+Ways = dict[str, tuple[Callable[[], list[float]], int]]
+
 CELLS = {
     "Si": [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2)],
     "Al": [(2, 1, 1), (2, 2, 1), (2, 2, 2), (4, 2, 2)],
@@ -249,13 +252,13 @@ def lammps_is_there() -> bool:
     return True
 
 
-def methods(element: str, model: str, n: int) -> dict[str, tuple[Callable[[], list[float]], int]]:
+def methods(element: str, model: str, n: int) -> Ways:
     """Return every way to label, with the number of configurations it labels."""
     frames = make_pool(element, n)
     pool = Configurations.from_atoms(frames)
     ours, plain, reused = open_kim_potential(model), PlainKimpy(model), KIM(model)
     prepared = [plain.prepare(atoms) for atoms in frames]
-    ways: dict[str, tuple[Callable[[], list[float]], int]] = {
+    ways: Ways = {
         "ours": (lambda: label_ours([ours], pool), n),
         "ase_reused": (lambda: label_with_ase(reused, frames), n),
         "ase_new": (lambda: label_with_new_ase(model, frames[:N_NEW]), min(N_NEW, n)),
@@ -268,18 +271,22 @@ def methods(element: str, model: str, n: int) -> dict[str, tuple[Callable[[], li
     return ways
 
 
-def measure(ways: dict[str, tuple[Callable[[], list[float]], int]], repeats: int) -> dict[str, Any]:
-    """Return the median CPU time of each way in µs, and how far the energies are apart."""
-    energies = {name: np.array(call()) for name, (call, _) in ways.items()}
+def median_times(ways: Ways, repeats: int) -> dict[str, float]:
+    """Return the CPU time of each way in µs per configuration, of interleaved repeats."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, (call, n) in ways.items():
             start = time.process_time()
             call()
             times[name].append((time.process_time() - start) / n * 1e6)
-    row: dict[str, Any] = {
-        f"{name}_us": statistics.median(times[name]) if name in ways else None for name in METHODS
-    }
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(ways: Ways, repeats: int) -> dict[str, Any]:
+    """Return the median CPU time of each way in µs, and how far the energies are apart."""
+    energies = {name: np.array(call()) for name, (call, _) in ways.items()}
+    medians = median_times(ways, repeats)
+    row: dict[str, Any] = {f"{name}_us": medians.get(name) for name in METHODS}
     row["kimpy_difference_eV"] = float(np.abs(energies["ours"] - energies["kimpy"]).max())
     row["ase_difference_eV"] = float(np.abs(energies["ours"] - energies["ase_reused"]).max())
     return row
@@ -289,15 +296,11 @@ def measure_sharing(element: str, models: list[str], n: int, repeats: int) -> di
     """Return the time that several models take together, and each by itself, in µs."""
     pool = Configurations.from_atoms(make_pool(element, n))
     potentials = [open_kim_potential(model) for model in models]
-    groups = {"together": [potentials], "apart": [[potential] for potential in potentials]}
-    times: dict[str, list[float]] = {name: [] for name in groups}
-    for _ in range(repeats):
-        for name, parts in groups.items():
-            start = time.process_time()
-            for part in parts:
-                label_ours(part, pool)
-            times[name].append((time.process_time() - start) / n * 1e6)
-    return {f"{name}_us": statistics.median(values) for name, values in times.items()}
+    ways: Ways = {
+        "together": (lambda: label_ours(potentials, pool), n),
+        "apart": (lambda: [label_ours([each], pool)[0] for each in potentials], n),
+    }
+    return {f"{name}_us": value for name, value in median_times(ways, repeats).items()}
 
 
 def measure_workers(models: list[str], n: int) -> dict[str, float]:

@@ -14,34 +14,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 from aiida import load_profile
 from aiida.engine import run_get_node
 from aiida.orm import Node, QueryBuilder, load_code
-from ase.build import bulk
-from label import RESULTS, write  # type: ignore[import-not-found]
+from label import RESULTS, make_pool, write  # type: ignore[import-not-found]
 
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.workflows.restart import LabelBaseWorkChain
 
-CELLS = [(1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2)]
 EVERY = 0.2
-
-
-def make_pool(n: int) -> Configurations:
-    """Return rattled, strained silicon of 8, 16, 32 and 64 atoms in equal parts."""
-    rng = np.random.default_rng(0)
-    cells = [bulk("Si", cubic=True).repeat(cell) for cell in CELLS]
-    frames = []
-    for number in range(n):
-        atoms = cells[number % 4].copy()
-        strain = np.eye(3) + rng.normal(0, 0.02, (3, 3))
-        atoms.set_cell(atoms.cell.array @ strain, scale_atoms=True)
-        atoms.positions += rng.normal(0, 0.08, atoms.positions.shape)
-        frames.append(atoms)
-    return Configurations.from_atoms(frames, "rattled")
 
 
 class Watch:
@@ -100,7 +83,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     load_profile()
-    pool = ConfigurationsData.from_value(make_pool(given.n)).store()
+    pool = ConfigurationsData.from_value(
+        Configurations.from_atoms(make_pool("Si", given.n), "rattled")
+    ).store()
     builder = LabelBaseWorkChain.get_builder_from_protocol(
         load_code("eipnn-job@localhost"),
         pool,
