@@ -299,3 +299,23 @@ def test_kernels_compile_where_nothing_can_be_kept():
     )
 
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize("row", range(15))
+def test_pairs_are_all_that_are_near_enough_also_of_images(row):
+    from aiida_eipnn.science.eip.batch import Reach
+
+    atoms = shapes("Si")[row]
+    batch = Batch(Configurations.from_atoms([atoms]), [Reach(4.0, True)])
+
+    pairs = batch.pairs(Reach(4.0, True))
+
+    between = np.linalg.norm(pairs.positions[:, None] - pairs.positions, axis=2)
+    near = (between < 4.0) & ~np.eye(len(between), dtype=bool)
+    # Only of what some atom reaches: no model sees the other images.
+    seen = near[: len(atoms)].any(axis=0)
+    seen[: len(atoms)] = True
+    found = np.zeros_like(near)
+    for image in range(len(near)):
+        found[image, pairs.neighbour[pairs.pair_offsets[image] : pairs.pair_offsets[image + 1]]] = 1
+    np.testing.assert_array_equal(found, near & seen[:, None])
