@@ -13,7 +13,7 @@ from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.spec import State
 from aiida_eipnn.science.arrays import write_whole
 
-PACKAGES = ("aiida-eipnn", "numpy", "ase", "vesin", "torch", "kimpy", "safetensors")
+PACKAGES = ("aiida-eipnn", "numpy", "ase", "vesin", "torch", "kimpy", "numba", "safetensors")
 
 LOGGER = logging.getLogger(__name__)
 

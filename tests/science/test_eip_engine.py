@@ -270,6 +270,16 @@ def test_labels_of_another_pool_are_not_gone_on_with(tmp_path):
         label_into(tmp_path, pool_of(8, 4), [LJ])
 
 
+def test_chunks_without_a_plan_are_made_anew(tmp_path):
+    label_into(tmp_path, pool_of(8, 6, 4), [LJ])
+    (tmp_path / "plan.json").unlink()
+
+    store = label_into(tmp_path, pool_of(2, 4), [LJ])
+
+    assert store.arrays(0).energy.shape == (1, 2)
+    assert store.progress().n_done == 2
+
+
 @pytest.mark.usefixtures("kim")
 def test_energies_of_atoms_are_kept_where_they_are_told():
     labels = label_with_eips(pool_of(8, 6), [SW, EDIP], atomic_energies=True)

@@ -6,6 +6,7 @@ it had labelled when it died, was killed or ran out of time is there, and stays 
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -169,6 +170,9 @@ class Store:
                 )
             plan = old
         else:
+            # Of a store that was being removed: what its chunks hold nobody knows any more.
+            for stale in folder.glob("chunk_*"):
+                shutil.rmtree(stale)
             write_whole(path, json.dumps(asdict(plan)))
         reasons = [NOT_RUN]
         if (folder / REASONS).exists():
