@@ -1,6 +1,7 @@
 """Fine-tune a committee on DFT labels; without a pre-trained one, train it from scratch.
 
-verdi run workflows/04_finetune_committee.py --pool PK --labels PK --committee PK
+verdi run workflows/04_finetune_committee.py --pool PK --labels PK --committee PK \
+  --eip-labels PK
 """
 
 from aiida_eipnn.cli import launch
@@ -15,12 +16,15 @@ launch.add_protocol(options)
 options.add_argument("--pool", required=True, help="PK of the configurations")
 options.add_argument("--labels", required=True, help="PK of their DFT labels")
 options.add_argument("--committee", help="PK of the pre-trained committee")
+options.add_argument("--eip-labels", help="PK of the EIP labels that hold what it learnt from them")
 given = options.parse_args()
 
 data = {
     "configurations": {"pool": launch.node_of(given.pool, ConfigurationsData)},
     "labels": {"dft": launch.node_of(given.labels, LabelsData)},
 }
+if given.eip_labels:
+    data["eip_labels"] = {"eips": launch.node_of(given.eip_labels, LabelsData)}
 if given.committee:
     data["committee"] = launch.node_of(given.committee, CommitteeData)
 builder = launch.checked(

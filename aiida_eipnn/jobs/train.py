@@ -34,7 +34,8 @@ from aiida_eipnn.science.nn.checkpoint import (
 )
 from aiida_eipnn.science.nn.committee import Committee
 from aiida_eipnn.science.nn.network import Network, NetworkParameters
-from aiida_eipnn.science.nn.stages import STAGES, Stage, StageInputs, StageSettings, prepare
+from aiida_eipnn.science.nn.stage import Stage, StageInputs, StageSettings
+from aiida_eipnn.science.nn.stages import STAGES, prepare
 from aiida_eipnn.science.nn.training import Diverged, TrainingParameters, fit, start_training
 
 LOGGER = logging.getLogger(__name__)

@@ -396,8 +396,9 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             scratch.job.labels = dict(self.ctx.labels)
             self.to_context(scratch=self._submit_train(scratch, "scratch"))
         inputs.job.committee = self.ctx.pretrained
+        # Replay: what the EIPs say stays in the loss.
+        inputs.job.eip_labels = {"pool": self.ctx.eip_labels}
         if self.inputs.use_pseudo_labels:
-            inputs.job.eip_labels = {"pool": self.ctx.eip_labels}
             inputs.job.selection = self.ctx.selection
         self.to_context(finetuning=self._submit_train(inputs, "finetune"))
 

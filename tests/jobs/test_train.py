@@ -84,7 +84,7 @@ def job_for(stage, *, seeds=(1, 2), network=NETWORK, n_workers=1, **training):
         stage=stage,
         seeds=seeds,
         network=network,
-        training={"epochs": 3, **training},
+        training={"steps": 6, "min_epochs": 3, **training},
         n_workers=n_workers,
     )
 
@@ -165,7 +165,7 @@ def test_the_three_stages_build_on_each_other(tmp_path, pool, pretraining):
     assert [committee.stage for committee in committees] == ["pretrain", "classify", "finetune"]
     assert {committee.eips for committee in committees} == {("soft", "hard")}
     assert {committee.seeds for committee in committees} == {(1, 2)}
-    assert committees[2].members[0].heads.names == ("dft",)
+    assert committees[2].members[0].heads.names == ("dft", "soft", "hard", "consensus")
     per_atom = committees[2].predict(pool).energy / 2
     assert (np.abs(per_atom + 100) < 3).all()
 
@@ -257,7 +257,7 @@ def test_a_job_without_time_is_interrupted_with_a_checkpoint(pretraining):
 
 def test_a_killed_job_leaves_no_worker_behind_and_loses_little(tmp_path, pretraining):
     # More than anyone waits for: what ends here was ended.
-    folder = pretraining(epochs=10**6, max_steps=10**8, n_workers=2)
+    folder = pretraining(steps=10**8, n_workers=2)
     script = tmp_path / "run.py"
     script.write_text(RUN)
     process = subprocess.Popen([sys.executable, script, folder])

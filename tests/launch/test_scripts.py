@@ -45,7 +45,7 @@ def files(tmp_path, rattled_silicon, pseudo_family):
         },
         "network": {"n_radial": 4, "l_max": 2, "width": 8, "depth": 1},
         "explore": {"recipes": [{"config_type": "rattled", "count": 6}]},
-        **{name: {"epochs": 3} for name in ("pretrain", "classify", "finetune", "scratch")},
+        **{name: {"steps": 12} for name in ("pretrain", "classify", "finetune", "scratch")},
         "split": {"test": 2, "initial": 2},
         "acquisition": {"n_select": 1},
         "stop": {"max_iterations": 2},

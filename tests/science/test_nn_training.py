@@ -9,6 +9,7 @@ from ase.build import bulk
 
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.analytic import LennardJones
+from aiida_eipnn.science.eip.pseudo_labels import pseudo_labels_of_selection
 from aiida_eipnn.science.eip.selection import (
     NONE,
     Selection,
@@ -20,18 +21,16 @@ from aiida_eipnn.science.labels import Labels
 
 torch = pytest.importorskip("torch")
 
-from aiida_eipnn.science.nn import stages  # noqa: E402
 from aiida_eipnn.science.nn.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from aiida_eipnn.science.nn.committee import Committee  # noqa: E402
-from aiida_eipnn.science.nn.network import NetworkParameters  # noqa: E402
-from aiida_eipnn.science.nn.stages import (  # noqa: E402
-    STAGES,
-    StageInputs,
-    StageSettings,
-    choose_heads,
-    eip_targets,
-    prepare,
+from aiida_eipnn.science.nn.eip_targets import eip_targets  # noqa: E402
+from aiida_eipnn.science.nn.heads import sum_atoms  # noqa: E402
+from aiida_eipnn.science.nn.network import (  # noqa: E402
+    NetworkParameters,
+    describe_configurations,
 )
+from aiida_eipnn.science.nn.stage import StageInputs, StageSettings  # noqa: E402
+from aiida_eipnn.science.nn.stages import STAGES, prepare  # noqa: E402
 from aiida_eipnn.science.nn.training import (  # noqa: E402
     Diverged,
     Loss,
@@ -124,7 +123,7 @@ def eip_inputs():
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_an_interrupted_training_ends_with_the_same_weights(eip_inputs, tmp_path, precision):
     settings = settings_for(
-        "pretrain", SMALL | {"precision": precision}, epochs=4, batch_size=5, bootstrap=True
+        "pretrain", SMALL | {"precision": precision}, steps=20, batch_size=5, bootstrap=True
     )
     stage, whole = train("pretrain", eip_inputs, settings, seed=7)
 
@@ -154,7 +153,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(eip_inputs, tmp_path
 
 
 def test_a_checkpoint_of_other_data_is_refused(eip_inputs, tmp_path):
-    settings = settings_for("pretrain", epochs=1)
+    settings = settings_for("pretrain", steps=1)
     state = train("pretrain", eip_inputs, settings)[1]
     save_checkpoint(tmp_path / "member.safetensors", state, "mine")
 
@@ -170,7 +169,7 @@ def test_a_broken_checkpoint_is_refused(tmp_path):
 
 
 def test_equal_seeds_give_equal_members_and_others_do_not(eip_inputs):
-    settings = settings_for("pretrain", epochs=1)
+    settings = settings_for("pretrain", steps=1)
     first, again, other = (
         train("pretrain", eip_inputs, settings, seed)[1].network.heads.weight for seed in (1, 1, 2)
     )
@@ -187,7 +186,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(eip_inputs):
         def loss(self, network, rows, step):
             return Loss(network.heads.weight.sum() * math.nan, {})
 
-    settings = settings_for("pretrain", epochs=2)
+    settings = settings_for("pretrain", steps=2)
     network = prepare("pretrain", eip_inputs, settings).network(0, 0)
 
     with pytest.raises(Diverged, match="the loss became nan in epoch 1"):
@@ -200,17 +199,17 @@ def test_the_learning_rate_rises_fast_and_falls_to_a_hundredth():
     assert rates == pytest.approx([0.05, 1.0, 0.52, 0.01], abs=2e-3)
 
 
-def test_a_large_set_is_seen_less_often():
-    parameters = TrainingParameters(epochs=100, min_epochs=20, max_steps=1000, batch_size=10)
+def test_a_small_set_is_seen_often_and_a_large_one_often_enough():
+    parameters = TrainingParameters(steps=1000, min_epochs=20, batch_size=10)
 
-    assert [parameters.n_epochs(n) for n in (50, 400, 100_000)] == [100, 25, 20]
+    assert [parameters.n_epochs(n) for n in (3, 50, 400, 100_000)] == [1000, 200, 25, 20]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"epoch": 3}, r"no setting \['epoch'\], only .*'epochs'"),
-        ({"epochs": 0}, "epochs must be a whole number from 1 on, not 0"),
+        ({"step": 3}, r"no setting \['step'\], only .*'steps'"),
+        ({"steps": 0}, "steps must be a whole number from 1 on, not 0"),
         ({"learning_rate": 0}, "learning_rate must be above 0"),
         ({"energy_weight": -1}, "energy_weight must not be below 0"),
         ({"ema_decay": 1.0}, "ema_decay must be below 1"),
@@ -220,7 +219,7 @@ def test_a_large_set_is_seen_less_often():
 )
 def test_bad_training_settings_are_refused(content, message):
     with pytest.raises(ValueError, match=message):
-        TrainingParameters.from_dict(content, {"epochs": 10})
+        TrainingParameters.from_dict(content, {"steps": 10})
 
 
 def test_missing_labels_are_masked_and_empty_configurations_dropped(eip_inputs):
@@ -230,7 +229,7 @@ def test_missing_labels_are_masked_and_empty_configurations_dropped(eip_inputs):
     stage, state = train(
         "pretrain",
         replace(eip_inputs, eip_labels=labels),
-        settings_for("pretrain", epochs=2),
+        settings_for("pretrain", steps=2),
     )
 
     assert len(targets.configurations) == len(stage) == 23
@@ -266,26 +265,17 @@ def test_energies_far_off_on_either_side_are_not_learnt(eip_inputs, energy):
     assert np.nanmax(np.abs(targets.energy)) < 100
 
 
-def test_forces_are_drawn_from_heads_that_have_a_label():
-    known = np.array([[True, False, True, True], [False, True, False, True]])
-
-    drawn = np.array([choose_heads(known, np.random.default_rng(seed)) for seed in range(200)])
-
-    assert set(drawn[:, 0]) == {0, 2, 3}
-    assert set(drawn[:, 1]) == {1, 3}
-
-
 def test_a_pretrained_network_knows_its_eips_each_on_its_own_zero():
     pool = pool_of(60)
     labels = labels_of(pool, {"soft": SOFT, "hard": HARD})
     labels = replace(labels, energy=labels.energy - np.array([0.0, 300.0]))
     inputs = StageInputs(configurations=pool, eip_labels=labels)
 
-    network = train("pretrain", inputs, settings_for("pretrain", epochs=40))[1].network
+    network = train("pretrain", inputs, settings_for("pretrain", steps=600))[1].network
 
     assert network.heads.names == ("soft", "hard", "consensus")
     row = network.heads.row("hard")
-    described = stages.describe_configurations(pool, network.settings, (14,))
+    described = describe_configurations(pool, network.settings, (14,))
     with torch.no_grad():
         batch = described.batch(np.arange(60))
         energies = network.energies(network.trunk(batch), batch.graph)
@@ -303,20 +293,21 @@ def test_fine_tuning_beats_the_constant_and_pretraining_beats_scratch():
     pretrained = train(
         "pretrain",
         StageInputs(configurations=pool, eip_labels=eip_labels),
-        settings_for("pretrain", epochs=40),
+        settings_for("pretrain", steps=600),
     )[1].network
-    settings = settings_for("finetune", epochs=60)
+    settings = settings_for("finetune", steps=180)
     inputs = StageInputs(configurations=pool, labels=dft)
 
     scratch = train("finetune", inputs, settings)[1].network
-    tuned = train("finetune", replace(inputs, members=(pretrained,)), settings)[1].network
+    taught = replace(inputs, eip_labels=eip_labels, members=(pretrained,))
+    tuned = train("finetune", taught, settings)[1].network
 
     per_atom = wanted.energy[:, 0] / wanted.n_atoms
     constant = np.abs(per_atom - (dft.energy[:, 0] / dft.n_atoms).mean()).mean()
     no_forces = np.abs(wanted.forces).mean()
     assert errors(scratch, test, wanted)[0] < 0.5 * constant
     assert errors(tuned, test, wanted)[0] < 0.5 * errors(scratch, test, wanted)[0]
-    assert errors(tuned, test, wanted)[1] < 0.5 * errors(scratch, test, wanted)[1]
+    assert errors(tuned, test, wanted)[1] < 0.7 * errors(scratch, test, wanted)[1]
     assert errors(tuned, test, wanted)[1] < 0.2 * no_forces
 
 
@@ -326,7 +317,7 @@ def test_the_zero_of_energy_moves_the_reference_and_nothing_else(eip_inputs):
         train(
             "finetune",
             StageInputs(configurations=pool, labels=labels_of(pool, {"dft": SOFT}, shift)),
-            settings_for("finetune", epochs=2),
+            settings_for("finetune", steps=2, min_epochs=1),
         )[1].network
         for shift in (0.0, -5000.0)
     ]
@@ -350,7 +341,7 @@ def test_stress_is_learnt_where_it_weighs():
     for weight in (0.0, 10.0):
         settings = settings_for(
             "finetune",
-            epochs=100,
+            steps=300,
             learning_rate=1e-2,
             stress_weight=weight,
             energy_weight=0.01,
@@ -364,7 +355,7 @@ def test_stress_is_learnt_where_it_weighs():
 
 
 def test_members_that_start_alike_are_shaken_apart(eip_inputs):
-    pretrained = train("pretrain", eip_inputs, settings_for("pretrain", epochs=1))[1].network
+    pretrained = train("pretrain", eip_inputs, settings_for("pretrain", steps=1))[1].network
     pool = eip_inputs.configurations
     stage = prepare(
         "finetune",
@@ -376,10 +367,82 @@ def test_members_that_start_alike_are_shaken_apart(eip_inputs):
 
     first, second = stage.network(1, 0), stage.network(2, 1)
 
-    assert torch.equal(first.trunk.layers[0].weight, pretrained.trunk.layers[0].weight)
-    consensus = pretrained.heads.weight[pretrained.heads.row("consensus")]
-    assert torch.allclose(first.heads.weight[0], consensus, atol=0.2 * consensus.abs().max().item())
+    for name, weight in pretrained.trunk.state_dict().items():
+        assert torch.equal(weight, first.trunk.state_dict()[name]), name
     assert not torch.equal(first.heads.weight, second.heads.weight)
+
+
+def test_the_head_of_dft_starts_as_the_eips_that_fit_it():
+    pool = pool_of(60)
+    odd = LennardJones(epsilon=0.2, sigma=1.6)
+    inputs = StageInputs(
+        configurations=pool, eip_labels=labels_of(pool, {"soft": SOFT, "hard": HARD, "odd": odd})
+    )
+    pretrained = train("pretrain", inputs, settings_for("pretrain", steps=800))[1].network
+    few = pool.take(range(8))
+    truth = labels_of(few, {"a": SOFT, "b": HARD})
+    mixed = replace(
+        labels_of(few, {"dft": SOFT}),
+        energy=truth.energy.mean(axis=1, keepdims=True) - 50.0 * few.n_atoms[:, None],
+        forces=truth.forces.mean(axis=0, keepdims=True),
+    )
+    stage = prepare(
+        "finetune",
+        StageInputs(configurations=pool, labels=mixed, members=(pretrained,)),
+        settings_for("finetune", head_noise=0.0),
+    )
+
+    energy, forces = errors(stage.network(1, 0), few, mixed)
+
+    assert energy < 0.1 * np.std(mixed.energy[:, 0] / few.n_atoms)
+    assert forces < 0.2 * np.abs(mixed.forces).mean()
+
+
+def test_replay_holds_the_heads_of_the_eips():
+    pool = pool_of(60)
+    eip_labels = labels_of(pool, {"soft": SOFT, "hard": HARD})
+    inputs = StageInputs(configurations=pool, eip_labels=eip_labels)
+    pretrained = train("pretrain", inputs, settings_for("pretrain", steps=800))[1].network
+    few = pool.take(range(6))
+    # DFT that no EIP knows anything of.
+    truth = labels_of(few, {"dft": LennardJones(epsilon=0.1, sigma=1.5)})
+    found = {}
+    for weight in (0.0, 1.0):
+        settings = settings_for("finetune", steps=400, replay_weight=weight, learning_rate=5e-3)
+        tuned = train("finetune", replace(inputs, labels=truth, members=(pretrained,)), settings)[1]
+        found[weight] = head_errors(tuned.network, pretrained, pool, eip_labels)
+
+    before = head_errors(pretrained, pretrained, pool, eip_labels)
+    assert found[1.0] < 1.1 * before
+    assert found[0.0] > 2 * before
+
+
+def head_errors(network, pretrained, pool, eip_labels):
+    """Return the mean error of the EIP heads, in eV/atom, with the heads as they are, or were."""
+    described = describe_configurations(pool, network.settings, (14,))
+    batch = described.batch(np.arange(len(pool)))
+    heads = network.heads if "soft" in network.heads.names else pretrained.heads
+    with torch.no_grad():
+        features = network.trunk(batch)
+        graph = batch.graph
+        energy = sum_atoms(heads(features), graph) + heads.references(graph)
+    rows = [heads.row("soft"), heads.row("hard")]
+    wrong = energy[:, rows].numpy() - eip_labels.energy
+    return np.abs(wrong / pool.n_atoms[:, None]).mean()
+
+
+def test_replay_with_labels_of_other_eips_is_refused(eip_inputs):
+    pretrained = train("pretrain", eip_inputs, settings_for("pretrain", steps=1))[1].network
+    pool = eip_inputs.configurations
+    inputs = StageInputs(
+        configurations=pool,
+        labels=labels_of(pool.take(range(2)), {"dft": SOFT}),
+        eip_labels=labels_of(pool, {"other": HARD}),
+        members=(pretrained,),
+    )
+
+    with pytest.raises(ValueError, match=r"no heads for \['other'\], only .*'soft'.*replay_weight"):
+        prepare("finetune", inputs, settings_for("finetune"))
 
 
 def planted_selection(n, rng):
@@ -402,7 +465,7 @@ def test_the_classifier_finds_the_half_where_each_eip_is_right(rng):
     pretrained = train(
         "pretrain",
         StageInputs(configurations=pool, eip_labels=labels_of(pool, {"soft": SOFT, "hard": HARD})),
-        settings_for("pretrain", epochs=5),
+        settings_for("pretrain", steps=50),
     )[1].network
     inputs = StageInputs(
         configurations=pool,
@@ -470,19 +533,17 @@ def test_pseudo_labels_are_aligned_and_only_where_dft_has_none():
         probabilities=np.eye(3)[choice],
         choice=choice,
     )
-    inputs = StageInputs(
-        configurations=pool, labels=dft, eip_labels=eip_labels, selection=selection
-    )
 
-    pseudo = stages.pseudo_labels(inputs, dft, NetworkParameters(**SMALL), (14,))
+    pseudo = pseudo_labels_of_selection(pool, dft, eip_labels, selection)
 
     chosen = [row for row in range(5, 12) if choice[row] != 2]
-    assert len(pseudo.energy) == len(pseudo.described) == len(chosen)
+    assert pseudo.ids.tolist() == pool.ids[chosen].tolist()
     soft = [place for place, row in enumerate(chosen) if choice[row] == 0]
     rows = [row for row in chosen if choice[row] == 0]
     np.testing.assert_allclose(
         pseudo.energy[soft], eip_labels.energy[rows, 0] - 100.0 * pool.n_atoms[rows], rtol=1e-9
     )
+    assert not pseudo.forces_weight.any()
 
 
 def test_pseudo_labels_of_a_good_eip_help():
@@ -493,7 +554,7 @@ def test_pseudo_labels_of_a_good_eip_help():
     selection = select(np.tile([1.0, 0.0, 0.0], (30, 1)), eip_labels)
     plain = StageInputs(configurations=pool, labels=dft)
     helped = replace(plain, eip_labels=eip_labels, selection=selection)
-    settings = settings_for("finetune", epochs=200, learning_rate=1e-2, pseudo_weight=3.0)
+    settings = settings_for("finetune", steps=200, learning_rate=1e-2, pseudo_weight=3.0)
 
     without_pseudo, with_pseudo = (
         errors(train("finetune", inputs, settings)[1].network, pool, wanted)[0]
@@ -528,7 +589,7 @@ def test_labels_of_unknown_configurations_are_refused():
 
 
 def test_an_element_that_the_committee_does_not_know_is_refused(eip_inputs):
-    pretrained = train("pretrain", eip_inputs, settings_for("pretrain", epochs=1))[1].network
+    pretrained = train("pretrain", eip_inputs, settings_for("pretrain", steps=1))[1].network
     other = Configurations.from_atoms([bulk("SiC", "zincblende", a=4.36)])
     labels = labels_of(other, {"dft": SOFT})
 

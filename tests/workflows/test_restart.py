@@ -53,7 +53,7 @@ def train_inputs(code, pool, eip_labels):
         "eip_labels": {"pool": eip_labels},
         "seeds": [1, 2],
         "network": {"n_radial": 4, "l_max": 2, "width": 8, "depth": 1},
-        "training": Dict({"stage": "pretrain", "epochs": 300}),
+        "training": Dict({"stage": "pretrain", "steps": 1200}),
     }
 
 

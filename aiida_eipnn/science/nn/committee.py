@@ -26,7 +26,7 @@ from aiida_eipnn.science.nn.network import (
     derivatives,
     with_gradient,
 )
-from aiida_eipnn.science.nn.stages import energy_head
+from aiida_eipnn.science.nn.stage import energy_head
 from aiida_eipnn.science.predictions import Predictions
 
 SCHEMA_VERSION = 1

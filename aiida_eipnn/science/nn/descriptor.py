@@ -206,6 +206,17 @@ def describe(graph: Graph, basis: Basis, dtype: torch.dtype) -> Described:
     return Described(graph, basis, pairs.to(dtype), density.to(dtype), descriptors.to(dtype))
 
 
+def descriptor_change(
+    graph: Graph, tangent: Tensor, basis: Basis, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the descriptors, and their change when the vectors change by ``tangent``.
+
+    Shapes ``(N, n_descriptors)``; ``tangent`` is zero in empty places. Shape ``(N, K, 3)``.
+    """
+    described = describe(graph, basis, dtype)
+    return described.descriptors, change_of_descriptors(tangent, described)
+
+
 def descriptors_of(described: Described) -> Tensor:
     """Return the descriptors as a differentiable function of ``graph.vectors``."""
     result: Tensor = _Descriptors.apply(described.graph.vectors, described)  # type: ignore[no-untyped-call]
@@ -327,7 +338,7 @@ class _VectorGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor, None]:
-        return _descriptor_tangent(tangents[0], ctx.described), None
+        return change_of_descriptors(tangents[0], ctx.described), None
 
 
 def _vector_gradient(gradient: Tensor, described: Described) -> Tensor:
@@ -342,7 +353,7 @@ def _vector_gradient(gradient: Tensor, described: Described) -> Tensor:
     return gradient_by_vectors.to(described.graph.vectors.dtype)
 
 
-def _descriptor_tangent(tangent: Tensor, described: Described) -> Tensor:
+def change_of_descriptors(tangent: Tensor, described: Described) -> Tensor:
     """Return how the descriptors change when the vectors change by ``tangent``."""
     basis, tangent = described.basis, tangent.to(described.pairs.dtype)
     radial, slope, harmonics, slopes, unit = torch.split(described.pairs, basis.widths, dim=-1)

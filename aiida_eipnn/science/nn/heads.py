@@ -1,6 +1,7 @@
 """Readouts: energies on the scale of each source, and the class of the EIP to believe."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,13 @@ from aiida_eipnn.science.nn.graph import Graph
 # The head of what the EIPs say in the median, and the head of DFT.
 CONSENSUS = "consensus"
 DFT_HEAD = "dft"
+
+
+class Owners(NamedTuple):
+    """The part of a graph that sums over atoms need; see :class:`~.graph.Graph`."""
+
+    owner: Tensor
+    n_atoms: Tensor
 
 
 class EnergyHeads(nn.Module):
@@ -101,7 +109,7 @@ def pool_features(features: Tensor, graph: Graph) -> Tensor:
     return torch.cat([mean, torch.sqrt(variance + 1e-12)], dim=-1)
 
 
-def sum_atoms(values: Tensor, graph: Graph) -> Tensor:
+def sum_atoms(values: Tensor, graph: Graph | Owners) -> Tensor:
     """Sum rows of atoms into rows of configurations."""
     total = torch.zeros(len(graph.n_atoms), *values.shape[1:], dtype=values.dtype)
     return total.index_add(0, graph.owner, values)

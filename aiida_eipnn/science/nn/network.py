@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from aiida_eipnn.science.configurations import Configurations
-from aiida_eipnn.science.nn.descriptor import Basis, Described, DescribedSet, descriptors_of
+from aiida_eipnn.science.nn.descriptor import (
+    Basis,
+    Described,
+    DescribedSet,
+    change_of_descriptors,
+    descriptors_of,
+)
 from aiida_eipnn.science.nn.graph import Graph, find_neighbours
 from aiida_eipnn.science.nn.heads import ClassifierHead, EnergyHeads, pool_features, sum_atoms
 from aiida_eipnn.science.settings import build
@@ -72,6 +78,11 @@ class NetworkParameters:
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
         """Build from plain values; ``ValueError`` names an unknown key."""
         return build(cls, content, "network")
+
+    @property
+    def has_fixed_descriptors(self) -> bool:
+        """Whether all that is trained comes after descriptors of the geometry."""
+        return self.trunk == POWER_SPECTRUM
 
     @property
     def dtype(self) -> torch.dtype:
@@ -139,6 +150,29 @@ class PowerSpectrumTrunk(nn.Module):
             # The element enters once, with the geometry.
             shift = torch.zeros((), dtype=x.dtype)
         return x
+
+    def slopes(self, described: Described, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features and their change when the vectors change by ``tangent``.
+
+        Shapes ``(N, width)``; differentiable by the weights.
+        """
+        change = change_of_descriptors(tangent, described)
+        return self.slopes_by_descriptors(described.descriptors, change, described.graph.species)
+
+    def slopes_by_descriptors(
+        self, descriptors: Tensor, change: Tensor, species: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the features and their change when the descriptors change by ``change``."""
+        x, dx = (descriptors - self.mean) / self.spread, change / self.spread
+        shift = self.embedding[species]
+        for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
+            before = layer(x) + shift
+            gate = torch.sigmoid(before)
+            x = before * gate
+            dx = (dx @ layer.weight.T) * (gate + x * (1 - gate))
+            shift = torch.zeros((), dtype=x.dtype)
+        return x, dx
 
     def standardise(self, descriptors: Tensor) -> None:
         """Let descriptors like these have mean 0 and spreads that differ less than they do."""
@@ -227,9 +261,13 @@ class Network(nn.Module):
 
 
 def describe_configurations(
-    configurations: Configurations, parameters: NetworkParameters, elements: Sequence[int]
+    configurations: Configurations,
+    parameters: NetworkParameters,
+    elements: Sequence[int],
+    *,
+    keep: bool = True,
 ) -> DescribedSet:
-    """Return the descriptors of all configurations.
+    """Return the descriptors of all configurations; ``keep`` for a set that is read repeatedly.
 
     Raises
     ------
@@ -237,7 +275,8 @@ def describe_configurations(
         If a configuration contains an element that is not among ``elements``.
     """
     neighbours = find_neighbours(configurations, elements, parameters.cutoff)
-    return DescribedSet(neighbours, parameters.basis(len(elements)), parameters.dtype)
+    basis = parameters.basis(len(elements))
+    return DescribedSet(neighbours, basis, parameters.dtype, keep=keep)
 
 
 def with_gradient(described: Described) -> Described:

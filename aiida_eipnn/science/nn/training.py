@@ -36,11 +36,11 @@ class TrainingParameters:
 
     Parameters
     ----------
-    epochs
-        How often every configuration is seen.
-    min_epochs, max_steps
-        A large set is seen less often, so that there are about ``max_steps`` steps, but at least
-        ``min_epochs`` times.
+    steps
+        Number of gradient steps; rounded to whole epochs, so that every configuration is seen
+        equally often.
+    min_epochs
+        A large set takes more steps, so that each configuration is seen that often.
     batch_size
         Configurations of a step.
     learning_rate
@@ -60,16 +60,17 @@ class TrainingParameters:
     stress_weight
         Weight of the error of a component of the virial per atom, in eV/atom.
     pseudo_weight
-        Weight of all pseudo-labels together relative to the energies of DFT.
+        Weight of the pseudo-labels relative to the DFT labels, at the start; it falls to zero.
+    replay_weight
+        Weight of what the EIPs say while DFT labels are learnt; 0 lets their heads go.
     head_noise
         Relative noise on a head that is copied: members shall differ.
     bootstrap
         Whether each member draws a set of its own from the labels, with replacement.
     """
 
-    epochs: int
-    min_epochs: int = 10
-    max_steps: int = 60_000
+    steps: int
+    min_epochs: int = 1
     batch_size: int = 8
     learning_rate: float = 3e-3
     trunk_rate_factor: float = 1.0
@@ -79,12 +80,13 @@ class TrainingParameters:
     energy_weight: float = 10.0
     forces_weight: float = 1.0
     stress_weight: float = 0.0
-    pseudo_weight: float = 0.3
+    pseudo_weight: float = 1.0
+    replay_weight: float = 0.1
     head_noise: float = 0.05
     bootstrap: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "min_epochs", "max_steps", "batch_size"):
+        for name in ("steps", "min_epochs", "batch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
@@ -114,8 +116,8 @@ class TrainingParameters:
 
     def n_epochs(self, n_items: int) -> int:
         """Return how many epochs a set of ``n_items`` is trained for."""
-        affordable = self.max_steps // math.ceil(n_items / self.batch_size)
-        return min(self.epochs, max(self.min_epochs, affordable))
+        n_batches = math.ceil(n_items / self.batch_size)
+        return max(1, self.min_epochs, round(self.steps / n_batches))
 
 
 _NOT_NEGATIVE = (
@@ -126,6 +128,7 @@ _NOT_NEGATIVE = (
     "forces_weight",
     "stress_weight",
     "pseudo_weight",
+    "replay_weight",
     "head_noise",
 )
 

@@ -1,0 +1,116 @@
+"""Labels for configurations that DFT did not label, made of what EIPs say."""
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+
+from aiida_eipnn.science.arrays import Arrays, FloatArray, IntArray, StrArray
+from aiida_eipnn.science.configurations import Configurations, pick_fields
+from aiida_eipnn.science.eip.selection import Selection
+from aiida_eipnn.science.labels import Labels
+from aiida_eipnn.science.reference import fit_alignment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PseudoLabels:
+    """Energies and forces to learn from until the network knows better.
+
+    Parameters
+    ----------
+    ids
+        The configurations, by geometry hash. Shape ``(n,)``.
+    offsets
+        The atoms of configuration ``i`` are rows ``offsets[i]`` to ``offsets[i + 1]``.
+    energy
+        On the zero of DFT, in eV. Shape ``(n,)``.
+    energy_weight
+        How much to believe it, from 0 to 1. Shape ``(n,)``.
+    forces
+        In eV/Å; zero where they are not believed at all. Shape ``(N, 3)``.
+    forces_weight
+        How much to believe them, from 0 to 1. Shape ``(n,)``.
+    """
+
+    ids: StrArray
+    offsets: IntArray
+    energy: FloatArray
+    energy_weight: FloatArray
+    forces: FloatArray
+    forces_weight: FloatArray
+
+    def __post_init__(self) -> None:
+        n, n_atoms = len(self.ids), int(self.offsets[-1])
+        for name, shape in (
+            ("offsets", (n + 1,)),
+            ("energy", (n,)),
+            ("energy_weight", (n,)),
+            ("forces", (n_atoms, 3)),
+            ("forces_weight", (n,)),
+        ):
+            if getattr(self, name).shape != shape:
+                raise ValueError(f"{name} has shape {getattr(self, name).shape}, not {shape}")
+        if not (np.isfinite(self.energy).all() and np.isfinite(self.forces).all()):
+            raise ValueError("pseudo-labels must be finite; leave out what is not known")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Self:
+        """Build from :meth:`arrays`."""
+        return cls(**pick_fields(cls, arrays))
+
+    def arrays(self) -> Arrays:
+        """Return every field by name, ready for :func:`~.arrays.save_arrays`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def pseudo_labels_of_selection(
+    configurations: Configurations, labels: Labels, eip_labels: Labels, selection: Selection
+) -> PseudoLabels | None:
+    """Return the aligned energies of the chosen EIPs where there is no DFT label.
+
+    They weigh as much as the classifier was sure of them; forces are left out: the EIP that is best
+    in energy seldom is in forces. ``None`` where no EIP is believed anywhere.
+
+    Parameters
+    ----------
+    configurations
+        Must contain every labelled configuration.
+    labels
+        DFT labels.
+    eip_labels
+        Labels of the EIPs.
+    selection
+        The EIP chosen for each configuration.
+
+    Raises
+    ------
+    ValueError
+        If the selection is among other EIPs.
+    """
+    if selection.sources[:-1].tolist() != eip_labels.sources.tolist():
+        raise ValueError(
+            f"the selection is among {selection.sources[:-1].tolist()}, but the EIP labels "
+            f"are of {eip_labels.sources.tolist()}; give the labels that the selection was made of"
+        )
+    selected = {str(name) for name in selection.ids} - set(map(str, labels.ids))
+    free = np.array([str(name) in selected for name in eip_labels.ids], dtype=bool)
+    alignment = fit_alignment(configurations, labels, eip_labels)
+    aligned = alignment.apply(configurations, eip_labels.take(np.flatnonzero(free)))
+    choice = selection.take(aligned.ids)
+    energy = np.column_stack([aligned.energy, np.full(len(aligned), np.nan)])
+    chosen = energy[np.arange(len(aligned)), choice.choice]
+    use = np.flatnonzero(np.isfinite(chosen))
+    if not len(use):
+        return None
+    part = aligned.take(use)
+    return PseudoLabels(
+        ids=part.ids,
+        offsets=part.offsets,
+        energy=chosen[use],
+        energy_weight=choice.probabilities[use, choice.choice[use]],
+        forces=np.zeros((int(part.offsets[-1]), 3)),
+        forces_weight=np.zeros(len(use)),
+    )

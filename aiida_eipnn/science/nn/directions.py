@@ -1,0 +1,232 @@
+r"""Features of atoms and how they change when all atoms of a configuration move at once.
+
+When the atoms move along a direction :math:`d`, an energy :math:`E = \sum_i w \cdot f_i` changes by
+:math:`\sum_i w \cdot \dot f_i = -\sum_i F_i \cdot d_i`. One pass gives :math:`\dot f`, and with it
+the force along :math:`d` of *every* head, where derivatives by all positions take one pass back for
+each head. For random :math:`d` the mean square of :math:`(F - F') \cdot d` is that of the forces.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from aiida_eipnn.science.arrays import FloatArray, IntArray
+from aiida_eipnn.science.configurations import Configurations, ragged_rows
+from aiida_eipnn.science.nn.descriptor import MAX_KEPT_BYTES, Basis, DescribedSet, descriptor_change
+from aiida_eipnn.science.nn.graph import Graph, batch_graph, find_neighbours
+from aiida_eipnn.science.nn.heads import Owners, sum_atoms
+from aiida_eipnn.science.nn.network import (
+    Network,
+    NetworkParameters,
+    PowerSpectrumTrunk,
+    describe_configurations,
+)
+
+# Directions that are kept of each configuration: a new one in each of as many epochs.
+N_DIRECTIONS = 6
+# Configurations that are described at once.
+_CHUNK = 32
+
+
+class Moved(NamedTuple):
+    r"""What all heads say about a batch of ``n`` configurations whose atoms move.
+
+    Parameters
+    ----------
+    energies
+        Energies per atom without reference, in eV/atom. Shape ``(n, n_heads)``.
+    along
+        Forces along the direction, :math:`\sum_i F_i \cdot d_i / \sqrt{3 N}`, in eV/Å: of the
+        size of a force component. Shape ``(n, n_heads)``.
+    directions
+        Shape ``(N, 3)``.
+    """
+
+    energies: Tensor
+    along: Tensor
+    directions: FloatArray
+
+
+class DirectedSet(Protocol):
+    """Configurations of which each batch is moved along a random direction."""
+
+    def __len__(self) -> int:
+        """Return the number of configurations."""
+        ...
+
+    def move(self, network: Network, rows: IntArray, rng: np.random.Generator) -> Moved:
+        """Return what the heads say about these configurations; differentiable by the weights."""
+        ...
+
+
+class KeptDirections:
+    """Descriptors and their change along a few directions, computed once: for fixed descriptors.
+
+    Parameters
+    ----------
+    configurations
+        The configurations.
+    parameters
+        Of a network whose trunk has fixed descriptors.
+    elements
+        Atomic numbers that the network knows.
+    seed
+        Draws the directions.
+    """
+
+    def __init__(
+        self,
+        configurations: Configurations,
+        parameters: NetworkParameters,
+        elements: tuple[int, ...],
+        seed: int,
+    ) -> None:
+        neighbours = find_neighbours(configurations, elements, parameters.cutoff)
+        basis = parameters.basis(len(elements))
+        n_atoms = len(neighbours.species)
+        rng = np.random.default_rng(seed)
+        self.offsets = configurations.offsets
+        self.species = torch.from_numpy(neighbours.species)
+        self.directions = rng.normal(size=(N_DIRECTIONS, n_atoms, 3)).astype(np.float32)
+        self.descriptors = torch.empty(n_atoms, basis.n_descriptors, dtype=parameters.dtype)
+        self.changes = torch.empty(N_DIRECTIONS, *self.descriptors.shape, dtype=parameters.dtype)
+        for start in range(0, len(configurations), _CHUNK):
+            rows = np.arange(start, min(start + _CHUNK, len(configurations)))
+            self._describe(batch_graph(neighbours, rows), rows, basis)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @staticmethod
+    def fits(
+        configurations: Configurations, parameters: NetworkParameters, n_elements: int
+    ) -> bool:
+        """Return whether all of it may be kept in memory."""
+        n_values = len(configurations.numbers) * parameters.basis(n_elements).n_descriptors
+        return 8 * n_values * (1 + N_DIRECTIONS) <= MAX_KEPT_BYTES
+
+    def move(self, network: Network, rows: IntArray, rng: np.random.Generator) -> Moved:
+        """Return what the heads say about these configurations; differentiable by the weights."""
+        assert isinstance(network.trunk, PowerSpectrumTrunk)
+        atoms = ragged_rows(self.offsets, rows)
+        drawn = int(rng.integers(N_DIRECTIONS))
+        part = torch.from_numpy(atoms)
+        features, slopes = network.trunk.slopes_by_descriptors(
+            self.descriptors[part], self.changes[drawn, part], self.species[part]
+        )
+        n_atoms = np.diff(self.offsets)[rows]
+        return _read(network, features, slopes, n_atoms, self.directions[drawn, atoms])
+
+    def _describe(self, graph: Graph, rows: IntArray, basis: Basis) -> None:
+        atoms = slice(int(self.offsets[rows[0]]), int(self.offsets[rows[-1] + 1]))
+        for number in range(N_DIRECTIONS):
+            moves = torch.from_numpy(self.directions[number, atoms].astype(np.float64))
+            descriptors, change = descriptor_change(
+                graph, tangent_of(graph, moves), basis, self.descriptors.dtype
+            )
+            self.changes[number, atoms] = change
+        self.descriptors[atoms] = descriptors
+
+
+class DrawnDirections:
+    """Any trunk, or a set that is too large to keep: a new direction whenever one is asked for.
+
+    Parameters
+    ----------
+    described
+        The configurations, as the trunk wants them.
+    """
+
+    def __init__(self, described: DescribedSet) -> None:
+        self.described = described
+
+    def __len__(self) -> int:
+        return len(self.described)
+
+    def move(self, network: Network, rows: IntArray, rng: np.random.Generator) -> Moved:
+        """Return what the heads say about these configurations; differentiable by the weights."""
+        batch = self.described.batch(rows)
+        directions = rng.normal(size=(len(batch.graph.species), 3))
+        tangent = tangent_of(batch.graph, torch.from_numpy(directions))
+        features, slopes = network.trunk.slopes(batch, tangent)
+        return _read(network, features, slopes, batch.graph.n_atoms.numpy(), directions)
+
+
+def directed_set(
+    configurations: Configurations,
+    parameters: NetworkParameters,
+    elements: tuple[int, ...],
+    seed: int,
+) -> DirectedSet:
+    """Return the configurations ready to be moved, kept in memory where that is possible."""
+    if parameters.has_fixed_descriptors and KeptDirections.fits(
+        configurations, parameters, len(elements)
+    ):
+        return KeptDirections(configurations, parameters, elements, seed)
+    return DrawnDirections(
+        describe_configurations(configurations, parameters, elements, keep=False)
+    )
+
+
+def tangent_of(graph: Graph, moves: Tensor) -> Tensor:
+    """Return how the vectors change when the atoms move. Shape ``(N, K, 3)``.
+
+    Parameters
+    ----------
+    graph
+        The batch.
+    moves
+        Shape ``(N, 3)``.
+    """
+    filled = graph.vectors.any(dim=-1, keepdim=True)
+    return (moves[graph.partners] - moves[:, None]) * filled
+
+
+def forces_along(
+    forces: NDArray[np.floating[Any]], directions: FloatArray, n_atoms: IntArray
+) -> FloatArray:
+    r"""Return :math:`\sum_i F_i \cdot d_i / \sqrt{3 N}` of each configuration, in eV/Å.
+
+    Parameters
+    ----------
+    forces
+        Of ``m`` sources, in eV/Å. Shape ``(m, N, 3)``.
+    directions
+        Shape ``(N, 3)``.
+    n_atoms
+        Atoms of each configuration. Shape ``(n,)``.
+
+    Returns
+    -------
+    FloatArray
+        Shape ``(n, m)``.
+    """
+    work = np.einsum("mac,ac->am", forces, directions)
+    starts = np.concatenate([[0], np.cumsum(n_atoms)[:-1]]).astype(np.int64)
+    along: FloatArray = np.add.reduceat(work, starts, axis=0) / np.sqrt(3.0 * n_atoms)[:, None]
+    return along
+
+
+def _read(
+    network: Network,
+    features: Tensor,
+    slopes: Tensor,
+    n_atoms: IntArray,
+    directions: FloatArray,
+) -> Moved:
+    """Read the heads of summed features: they are linear, so that is the sum of what they read."""
+    heads, counts = network.heads, torch.from_numpy(n_atoms)
+    owner = torch.repeat_interleave(torch.arange(len(n_atoms)), counts)
+    graph = Owners(owner, counts)
+    size = counts.to(features.dtype)[:, None]
+    mean = sum_atoms(features, graph) / size
+    change = sum_atoms(slopes, graph) / torch.sqrt(3 * size)
+    scale = heads.scale.to(features.dtype)
+    return Moved(
+        energies=(mean @ heads.weight.T + heads.bias) * scale,
+        along=-(change @ heads.weight.T) * scale,
+        directions=directions,
+    )

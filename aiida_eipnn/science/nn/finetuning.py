@@ -1,0 +1,291 @@
+"""The stage that learns DFT labels: from scratch, or from what EIPs taught before.
+
+With few labels a network forgets what it had learnt from EIPs long before it has learnt DFT. So
+the heads of the EIPs stay in the loss (replay), and the head of DFT starts as the combination of
+them that fits the DFT labels best.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aiida_eipnn.science.arrays import IntArray
+from aiida_eipnn.science.configurations import Configurations, ragged_rows
+from aiida_eipnn.science.eip.potential import symbols_of
+from aiida_eipnn.science.eip.pseudo_labels import PseudoLabels, pseudo_labels_of_selection
+from aiida_eipnn.science.labels import Labels
+from aiida_eipnn.science.nn.directions import DrawnDirections, directed_set, forces_along
+from aiida_eipnn.science.nn.eip_targets import eip_targets
+from aiida_eipnn.science.nn.head_start import combine_heads
+from aiida_eipnn.science.nn.heads import CONSENSUS, DFT_HEAD
+from aiida_eipnn.science.nn.losses import absolute, huber, virial_error, weighted_huber
+from aiida_eipnn.science.nn.network import (
+    Network,
+    NetworkParameters,
+    batches_of,
+    derivatives,
+    describe_configurations,
+    fit_pooling,
+    with_gradient,
+)
+from aiida_eipnn.science.nn.pretraining import EipTask
+from aiida_eipnn.science.nn.stage import (
+    LOGGER,
+    StageInputs,
+    StageSettings,
+    Statistics,
+    copy_head,
+    energy_scale,
+    less_references,
+    need_labels,
+    network_parameters,
+    new_network,
+    shake,
+)
+from aiida_eipnn.science.nn.training import Loss, Step
+from aiida_eipnn.science.reference import count_elements, fit_reference_energies
+
+# From these residuals on the loss is linear, so that the mean error counts and not the largest
+# ones: energies in eV/atom, forces in eV/Å.
+HUBER_ENERGY = 0.02
+HUBER_FORCES = 0.1
+# In the last part of the training there are no pseudo-labels.
+PSEUDO_END = 0.8
+# Configurations that EIP heads are held by, and how many of them in a step.
+MAX_REPLAY = 3000
+REPLAY_BATCH = 32
+PSEUDO_BATCH = 32
+
+
+class PseudoTask:
+    """Pseudo-labels where DFT has none.
+
+    Parameters
+    ----------
+    configurations
+        Must contain every configuration with a pseudo-label.
+    labels
+        The pseudo-labels.
+    parameters
+        Of the networks.
+    elements
+        Atomic numbers that the networks know.
+    """
+
+    def __init__(
+        self,
+        configurations: Configurations,
+        labels: PseudoLabels,
+        parameters: NetworkParameters,
+        elements: tuple[int, ...],
+    ) -> None:
+        part = configurations.take(configurations.rows_of(labels.ids))
+        self.labels = labels
+        self.counts = count_elements(part, np.array(elements))
+        self.directed = directed_set(part, parameters, elements, seed=1)
+
+    def loss(self, network: Network, rng: np.random.Generator, energy_weight: float) -> Tensor:
+        """Return the loss of some of them."""
+        labels, row = self.labels, network.heads.row(DFT_HEAD)
+        n = min(PSEUDO_BATCH, len(labels))
+        rows = rng.choice(len(labels), n, replace=False)
+        moved = self.directed.move(network, rows, rng)
+        n_atoms = np.diff(labels.offsets)[rows]
+        shift = self.counts[rows] @ network.heads.reference[row].numpy()
+        atoms = ragged_rows(labels.offsets, rows)
+        along = forces_along(labels.forces[None, atoms], moved.directions, n_atoms)[:, 0]
+        energy = moved.energies[:, row] - torch.from_numpy((labels.energy[rows] - shift) / n_atoms)
+        pull = moved.along[:, row] - torch.from_numpy(along)
+        believed, pulled = (
+            torch.from_numpy(weight[rows])
+            for weight in (labels.energy_weight, labels.forces_weight)
+        )
+        return energy_weight * weighted_huber(energy, believed, HUBER_ENERGY) + weighted_huber(
+            pull, pulled, HUBER_FORCES
+        )
+
+
+class Finetuning:
+    """Learn DFT energies and forces, from the heads of the EIPs or from scratch."""
+
+    defaults: Mapping[str, Any] = {
+        "steps": 1000,
+        # Every label is seen that often, however many there are.
+        "min_epochs": 20,
+        "batch_size": 4,
+        "learning_rate": 3e-3,
+        "weight_decay": 0.1,
+        "ema_decay": 0.99,
+    }
+
+    def __init__(self, inputs: StageInputs, settings: StageSettings) -> None:
+        self.labels = need_labels(inputs.labels, "fine-tuning", "DFT labels")
+        self.settings, self.inputs = settings, inputs
+        self.parameters = network_parameters(inputs, settings)
+        self.statistics = Statistics(inputs, self.parameters)
+        self.elements = self.statistics.elements
+        configurations = inputs.configurations
+        self.configurations = configurations.take(configurations.rows_of(self.labels.ids))
+        self.described = describe_configurations(
+            self.configurations, self.parameters, self.elements
+        )
+        self.replay = replay_task(inputs, settings, self.parameters, self.elements)
+        self.pseudo = pseudo_task(inputs, self.labels, self.parameters, self.elements)
+        self.n_labels = len(self.labels)
+
+    def __len__(self) -> int:
+        return len(self.described)
+
+    def network(self, seed: int, member: int) -> Network:
+        """Return the network that a member starts from."""
+        members = self.inputs.members
+        source = members[member % len(members)] if members else None
+        kept = self.replay.names if self.replay is not None else ()
+        network = new_network(self, (DFT_HEAD, *kept), seed=seed)
+        if source is None:
+            residual = less_references(self.configurations, self.labels.energy[:, 0])
+            network.heads.scale.fill_(energy_scale(residual))
+        else:
+            self._transfer(network, source, seed)
+        self._fit_reference(network)
+        return network
+
+    def loss(self, network: Network, rows: IntArray, step: Step) -> Loss:
+        """Return the loss of energies, forces and stress, of pseudo-labels and of replay."""
+        batch = with_gradient(self.described.batch(rows))
+        weights, labels = self.settings.training, self.labels
+        row = network.heads.row(DFT_HEAD)
+        energy = network.energies(network.trunk(batch), batch.graph)[:, row]
+        wanted = torch.from_numpy(labels.energy[rows, 0])
+        wanted = wanted - network.heads.references(batch.graph)[:, row]
+        per_atom = (energy - wanted) / batch.graph.n_atoms
+        slopes = derivatives(energy, batch, trainable=True)
+        atoms = ragged_rows(self.configurations.offsets, rows)
+        error = slopes.forces - torch.from_numpy(labels.forces[0, atoms])
+        value = weights.energy_weight * huber(per_atom, HUBER_ENERGY)
+        value = value + weights.forces_weight * huber(error, HUBER_FORCES)
+        if weights.stress_weight:
+            virial = virial_error(slopes.virial, labels.stress[rows, 0], batch)
+            value = value + weights.stress_weight * huber(virial, HUBER_ENERGY)
+        value = value + self._knowledge(network, step)
+        return Loss(value, {"energy_mae": absolute(per_atom), "forces_mae": absolute(error)})
+
+    def finish(self, network: Network) -> None:
+        """Fit the standardisation of the pooled features."""
+        fit_pooling(network, self.statistics.described)
+
+    def _knowledge(self, network: Network, step: Step) -> Tensor:
+        """Return the loss of what EIPs say."""
+        weights, value = self.settings.training, torch.zeros(())
+        if self.replay is not None:
+            n = min(REPLAY_BATCH, len(self.replay))
+            rows = step.rng.choice(len(self.replay), n, replace=False)
+            errors = self.replay.errors(network, rows, step.rng, weights)
+            value = value + weights.replay_weight * errors.loss
+        if self.pseudo is not None and step.progress < PSEUDO_END and weights.pseudo_weight:
+            fading = weights.pseudo_weight * (1 - step.progress / PSEUDO_END)
+            value = value + fading * self.pseudo.loss(network, step.rng, weights.energy_weight)
+        return value
+
+    def _transfer(self, network: Network, source: Network, seed: int) -> None:
+        """Take over the trunk and the heads, and start the head of DFT from them."""
+        heads = network.heads
+        network.trunk.load_state_dict(source.trunk.state_dict())
+        heads.scale.copy_(source.heads.scale)
+        teachers = [name for name in source.heads.names if name not in (DFT_HEAD, CONSENSUS)]
+        with torch.no_grad():
+            for name in set(heads.names) & set(source.heads.names):
+                copy_head(network, name, source, name)
+                old = source.heads.reference[source.heads.row(name)]
+                heads.reference[heads.row(name)] = old
+            if DFT_HEAD not in source.heads.names and teachers:
+                self._start_head(network, source, seed)
+        shake(network, self.settings.training.head_noise, seed)
+
+    def _start_head(self, network: Network, source: Network, seed: int) -> None:
+        """Let the head of DFT be the combination of EIP heads that fits its labels."""
+        shares = torch.from_numpy(
+            combine_heads(
+                source,
+                DrawnDirections(self.described),
+                self.configurations,
+                self.labels,
+                np.random.default_rng([seed, 3]),
+            )
+        ).to(network.heads.weight.dtype)
+        row = network.heads.row(DFT_HEAD)
+        network.heads.weight[row] = shares @ source.heads.weight
+        network.heads.bias[row] = shares @ source.heads.bias
+
+    def _fit_reference(self, network: Network) -> None:
+        """Let the references explain what the network does not yet."""
+        row = network.heads.row(DFT_HEAD)
+        with torch.no_grad():
+            predicted = torch.cat(
+                [
+                    network.energies(network.trunk(batch), batch.graph)[:, row]
+                    for batch in batches_of(self.described)
+                ]
+            )
+        residual = self.labels.energy[:, 0] - predicted.numpy()
+        reference = fit_reference_energies(self.configurations, residual)
+        if unknown := sorted(set(self.elements) - set(reference)):
+            LOGGER.warning(
+                "no DFT label contains %s: energies of such configurations have no true zero",
+                symbols_of(unknown),
+            )
+        mean = float(np.mean(list(reference.values())))
+        values = [reference.get(element, mean) for element in self.elements]
+        network.heads.reference[row] = torch.tensor(values, dtype=torch.float64)
+
+
+def replay_task(
+    inputs: StageInputs,
+    settings: StageSettings,
+    parameters: NetworkParameters,
+    elements: tuple[int, ...],
+) -> EipTask | None:
+    """Return what holds the heads of the EIPs; ``None`` where there are none to hold.
+
+    Raises
+    ------
+    ValueError
+        If the EIP labels are of other EIPs than the network learnt from.
+    """
+    if not (inputs.members and inputs.eip_labels and settings.training.replay_weight):
+        return None
+    heads, labels = inputs.members[0].heads, inputs.eip_labels
+    sources = tuple(map(str, labels.sources))
+    if missing := [name for name in sources if name not in heads.names]:
+        raise ValueError(
+            f"the network to fine-tune has no heads for {missing}, only {list(heads.names)}; give "
+            "the labels of the EIPs that it was pre-trained on, or set replay_weight to 0"
+        )
+    # An even part of the set, the same for all members.
+    n = len(labels)
+    rows = np.unique(np.linspace(0, n - 1, min(n, MAX_REPLAY)).astype(np.int64))
+    reference = heads.reference[[heads.row(name) for name in sources]].numpy()
+    targets = eip_targets(inputs.configurations, labels.take(rows), elements, reference)
+    return EipTask(targets, parameters, elements)
+
+
+def pseudo_task(
+    inputs: StageInputs, labels: Labels, parameters: NetworkParameters, elements: tuple[int, ...]
+) -> PseudoTask | None:
+    """Return the pseudo-labels where there is no DFT label; ``None`` where there are none.
+
+    Raises
+    ------
+    ValueError
+        If there is a selection but no EIP labels, or if they are of other EIPs.
+    """
+    pseudo = inputs.pseudo
+    if inputs.selection is not None:
+        said = need_labels(inputs.eip_labels, "fine-tuning with a selection", "the EIPs' labels")
+        pseudo = pseudo_labels_of_selection(inputs.configurations, labels, said, inputs.selection)
+    if pseudo is None or not len(pseudo):
+        return None
+    return PseudoTask(inputs.configurations, pseudo, parameters, elements)

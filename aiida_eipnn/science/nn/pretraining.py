@@ -1,0 +1,146 @@
+"""The stage that learns what every EIP says, and what they say in the median."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aiida_eipnn.science.arrays import IntArray
+from aiida_eipnn.science.configurations import ragged_rows
+from aiida_eipnn.science.nn.directions import directed_set, forces_along
+from aiida_eipnn.science.nn.eip_targets import EipTargets, eip_targets
+from aiida_eipnn.science.nn.heads import CONSENSUS
+from aiida_eipnn.science.nn.losses import absolute, weighted_huber
+from aiida_eipnn.science.nn.network import Network, NetworkParameters, fit_pooling
+from aiida_eipnn.science.nn.stage import (
+    StageInputs,
+    StageSettings,
+    Statistics,
+    copy_head,
+    need_labels,
+    network_parameters,
+    new_network,
+)
+from aiida_eipnn.science.nn.training import Loss, Step, TrainingParameters
+
+# Errors are counted in units of this part of what an EIP's labels spread over, so that one with
+# strong forces does not outweigh the others; beyond these numbers of units the loss is linear.
+UNIT_OF_ENERGY, UNIT_OF_FORCES = 1 / 3, 1 / 2
+HUBER_ENERGY = 1.0
+HUBER_FORCES = 2.0
+
+
+class EipErrors(NamedTuple):
+    """Errors of the heads of EIPs where there is a label: in eV/atom and eV/Å, and the loss."""
+
+    energy: Tensor
+    along: Tensor
+    loss: Tensor
+
+
+class EipTask:
+    """The heads of the EIPs and their labels: energies, and forces along random directions.
+
+    Parameters
+    ----------
+    targets
+        What the heads learn.
+    parameters
+        Of the networks.
+    elements
+        Atomic numbers that the networks know.
+    """
+
+    def __init__(
+        self, targets: EipTargets, parameters: NetworkParameters, elements: tuple[int, ...]
+    ) -> None:
+        self.offsets = targets.configurations.offsets
+        self.names = (*targets.sources, CONSENSUS)
+        n_atoms = targets.configurations.n_atoms[:, None]
+        dtype = parameters.dtype
+        self.per_atom = torch.from_numpy(np.nan_to_num(targets.energy / n_atoms)).to(dtype)
+        self.forces = np.nan_to_num(targets.forces).astype(np.float32)
+        self.known = torch.from_numpy(targets.known)
+        self.energy_unit = torch.from_numpy(UNIT_OF_ENERGY * targets.energy_spread).to(dtype)
+        self.forces_unit = torch.from_numpy(UNIT_OF_FORCES * targets.forces_spread).to(dtype)
+        # The directions belong to the set, not to a member: they are drawn once for all.
+        self.directed = directed_set(targets.configurations, parameters, elements, seed=0)
+
+    def __len__(self) -> int:
+        return len(self.per_atom)
+
+    def errors(
+        self,
+        network: Network,
+        rows: IntArray,
+        rng: np.random.Generator,
+        weights: TrainingParameters,
+    ) -> EipErrors:
+        """Return the errors of the heads on these configurations."""
+        moved = self.directed.move(network, rows, rng)
+        heads = [network.heads.row(name) for name in self.names]
+        atoms = ragged_rows(self.offsets, rows)
+        wanted = forces_along(self.forces[:, atoms], moved.directions, np.diff(self.offsets)[rows])
+        part = torch.from_numpy(rows)
+        known = self.known[part]
+        energy = moved.energies[:, heads] - self.per_atom[part]
+        along = moved.along[:, heads] - torch.from_numpy(wanted).to(energy.dtype)
+        mask = known.to(energy.dtype)
+        loss = weighted_huber(energy / self.energy_unit, mask, HUBER_ENERGY)
+        if weights.forces_weight:
+            loss = loss + weighted_huber(along / self.forces_unit, mask, HUBER_FORCES)
+        return EipErrors(energy[known], along[known], loss / len(heads))
+
+
+class Pretraining:
+    """Learn what every EIP says about every configuration, and what they say in the median."""
+
+    defaults: Mapping[str, Any] = {
+        # Errors of the heads fall as a power of the steps; they are an eighth of what DFT and the
+        # best EIP differ by after this many on 2,000 configurations.
+        "steps": 6000,
+        "batch_size": 64,
+        "learning_rate": 3e-3,
+        "weight_decay": 1e-2,
+        "ema_decay": 0.999,
+    }
+
+    def __init__(self, inputs: StageInputs, settings: StageSettings) -> None:
+        labels = need_labels(inputs.eip_labels, "pre-training", "labels of at least one EIP")
+        self.settings, self.inputs = settings, inputs
+        self.parameters = network_parameters(inputs, settings)
+        self.statistics = Statistics(inputs, self.parameters)
+        self.elements = self.statistics.elements
+        self.targets = eip_targets(inputs.configurations, labels, self.elements)
+        self.n_labels = int(self.targets.known[:, :-1].sum())
+        self.task = EipTask(self.targets, self.parameters, self.elements)
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    def network(self, seed: int, member: int) -> Network:
+        """Return the network that a member starts from."""
+        network = new_network(self, self.task.names, seed=seed)
+        if self.inputs.members:
+            source = self.inputs.members[member % len(self.inputs.members)]
+            network.trunk.load_state_dict(source.trunk.state_dict())
+            for name in set(self.task.names) & set(source.heads.names):
+                copy_head(network, name, source, name)
+        network.heads.reference.copy_(torch.from_numpy(self.targets.reference))
+        network.heads.scale.fill_(self.targets.scale)
+        return network
+
+    def loss(self, network: Network, rows: IntArray, step: Step) -> Loss:
+        """Return the loss: energies and forces of all heads."""
+        errors = self.task.errors(network, rows, step.rng, self.settings.training)
+        # A force along a direction is distributed as its components, and is reported as such.
+        return Loss(
+            errors.loss,
+            {"energy_mae": absolute(errors.energy), "forces_mae": absolute(errors.along)},
+        )
+
+    def finish(self, network: Network) -> None:
+        """Fit the standardisation of the pooled features."""
+        fit_pooling(network, self.statistics.described)

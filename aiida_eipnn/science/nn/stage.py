@@ -1,0 +1,215 @@
+"""What the stages have in common: what they learn from, and the network before and after.
+
+A stage is prepared once for all members, and is then the task of the training loop
+(:class:`aiida_eipnn.science.nn.training.Task`).
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from aiida_eipnn.science.arrays import FloatArray, IntArray
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.eip.pseudo_labels import PseudoLabels
+from aiida_eipnn.science.eip.selection import Selection, SelectionParameters
+from aiida_eipnn.science.labels import Labels
+from aiida_eipnn.science.nn.heads import CONSENSUS, DFT_HEAD
+from aiida_eipnn.science.nn.network import (
+    Network,
+    NetworkParameters,
+    describe_configurations,
+    fit_standardisation,
+)
+from aiida_eipnn.science.nn.training import Loss, Step, TrainingParameters
+from aiida_eipnn.science.reference import count_elements, fit_reference_energies
+
+LOGGER = logging.getLogger(__name__)
+
+# Configurations that the standardisation of descriptors and features is fitted on.
+_MAX_FOR_STATISTICS = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageInputs:
+    """What a stage learns from.
+
+    Parameters
+    ----------
+    configurations
+        Every configuration there is, labelled or not.
+    labels
+        DFT labels, all of them there.
+    eip_labels
+        EIP labels, missing ones among them.
+    selection
+        The EIP chosen for each configuration; makes pseudo-labels in fine-tuning.
+    pseudo
+        Pseudo-labels to learn beside the DFT labels, in fine-tuning; made of the selection where
+        there is one.
+    members
+        Networks to start from, member ``i`` from ``members[i % len(members)]``.
+    eips
+        Names of the EIPs that these learnt from.
+    """
+
+    configurations: Configurations
+    labels: Labels | None = None
+    eip_labels: Labels | None = None
+    selection: Selection | None = None
+    pseudo: PseudoLabels | None = None
+    members: tuple[Network, ...] = ()
+    eips: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSettings:
+    """How a stage learns.
+
+    Parameters
+    ----------
+    network
+        Architecture of networks that start from scratch.
+    training
+        Schedule and weights.
+    selection
+        When an EIP is to be believed.
+    """
+
+    network: NetworkParameters
+    training: TrainingParameters
+    selection: SelectionParameters
+
+
+class Stage(Protocol):
+    """A prepared stage: the task of the loop, and the network before and after."""
+
+    n_labels: int
+
+    def __len__(self) -> int:
+        """Return the number of labelled configurations."""
+        ...
+
+    def network(self, seed: int, member: int) -> Network:
+        """Return the network that a member starts from."""
+        ...
+
+    def loss(self, network: Network, rows: IntArray, step: Step) -> Loss:
+        """Return the loss of the given labelled configurations."""
+        ...
+
+    def finish(self, network: Network) -> None:
+        """Fit what is fitted after the training."""
+        ...
+
+
+class Prepared(Protocol):
+    """What a new network needs to know of a stage."""
+
+    parameters: NetworkParameters
+    elements: tuple[int, ...]
+    statistics: "Statistics"
+
+
+class Statistics:
+    """The configurations that standardisations are fitted on: the set, or an even part of it."""
+
+    def __init__(self, inputs: StageInputs, parameters: NetworkParameters) -> None:
+        n = len(inputs.configurations)
+        rows = np.unique(np.linspace(0, n - 1, min(n, _MAX_FOR_STATISTICS)).astype(np.int64))
+        self.elements = elements_of(inputs)
+        self.described = describe_configurations(
+            inputs.configurations.take(rows), parameters, self.elements
+        )
+
+
+def new_network(
+    stage: "Prepared",
+    heads: tuple[str, ...] | list[str],
+    classes: tuple[str, ...] = (),
+    *,
+    seed: int,
+) -> Network:
+    """Return a network with random weights whose descriptors are standardised."""
+    network = Network(stage.parameters, stage.elements, heads, classes)
+    network.initialise(seed)
+    fit_standardisation(network.trunk, stage.statistics.described)
+    return network
+
+
+def network_parameters(inputs: StageInputs, settings: StageSettings) -> NetworkParameters:
+    """Return the architecture: that of the networks to start from, where there are any."""
+    return inputs.members[0].settings if inputs.members else settings.network
+
+
+def elements_of(inputs: StageInputs) -> tuple[int, ...]:
+    """Return the elements of the network: those it starts with, else all there are."""
+    return inputs.members[0].elements if inputs.members else inputs.configurations.elements
+
+
+def energy_head(network: Network) -> str:
+    """Return the name of the head that speaks for the network.
+
+    Raises
+    ------
+    ValueError
+        If it has none.
+    """
+    for name in (DFT_HEAD, CONSENSUS):
+        if name in network.heads.names:
+            return name
+    raise ValueError(
+        "this committee predicts no energies: it was trained from scratch to classify EIPs; "
+        "pre-train or fine-tune one"
+    )
+
+
+def copy_head(network: Network, name: str, source: Network, source_name: str) -> None:
+    """Copy a head, without its references."""
+    row, source_row = network.heads.row(name), source.heads.row(source_name)
+    with torch.no_grad():
+        network.heads.weight[row] = source.heads.weight[source_row]
+        network.heads.bias[row] = source.heads.bias[source_row]
+
+
+def shake(network: Network, noise: float, seed: int) -> None:
+    """Change the heads by relative noise."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = network.heads.weight
+    drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight.dtype)
+    with torch.no_grad():
+        weight.add_(noise * weight.square().mean().sqrt() * drawn)
+
+
+def energy_scale(per_atom: FloatArray) -> float:
+    """Return the robust spread of energies per atom, in eV; 1 where they are all equal."""
+    deviation = np.abs(per_atom - np.median(per_atom))
+    spread = max(1.4826 * float(np.median(deviation)), 0.1 * float(np.std(per_atom)))
+    return spread if spread > 1e-6 else 1.0
+
+
+def less_references(configurations: Configurations, energy: FloatArray) -> FloatArray:
+    """Return energies per atom less fitted references, in eV/atom. Shape ``(n,)``."""
+    fitted = fit_reference_energies(configurations, energy)
+    counts = count_elements(configurations, np.array(list(fitted)))
+    residual: FloatArray = energy - counts @ np.array(list(fitted.values()))
+    return residual / configurations.n_atoms
+
+
+def need_labels(labels: Labels | None, stage: str, what: str) -> Labels:
+    """Return the labels; ``ValueError`` where there are none."""
+    if labels is None or not len(labels):
+        raise ValueError(f"{stage} needs {what}, and there is not one")
+    return labels
+
+
+def check_known(configurations: Configurations, labels: Labels, what: str) -> None:
+    """Raise ``ValueError`` where labels are of configurations that are not there."""
+    unknown = np.setdiff1d(labels.ids, configurations.ids)
+    if len(unknown):
+        raise ValueError(
+            f"{len(unknown)} of {len(labels)} {what} labels are of configurations that are not in "
+            f"the sets given, such as {unknown[0]}; give the set that they were made of too"
+        )
