@@ -27,6 +27,8 @@ CHECKPOINT = "checkpoint"
 # Outputs
 OUTPUT = "output"
 METRICS = "metrics.json"
+# One line for each record of a training, while it runs.
+PROGRESS = "progress.jsonl"
 PREDICTIONS = "predictions"
 
 

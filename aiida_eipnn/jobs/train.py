@@ -171,6 +171,7 @@ def train_member(
                 settings.training,
                 save=lambda state: save_checkpoint(path, state, mark),
                 out_of_time=out_of_time,
+                report=lambda record: report_progress(folder, member, record),
             )
         except Diverged as error:
             reason = error
@@ -184,6 +185,14 @@ def train_member(
         f"member {member} (seed {job.seeds[member]}) diverged, also at {RATE_FACTORS[-1]} of the "
         f"learning rate: {reason}; lower `learning_rate`, or look for labels that are far off"
     )
+
+
+def report_progress(folder: Path, member: int, record: dict[str, float]) -> None:
+    """Append a record of a member to the file that says how far the training is."""
+    line = json.dumps({"member": member, **record}) + "\n"
+    # One write in append mode: members of other processes cannot get between.
+    with (folder / spec.PROGRESS).open("a") as file:
+        file.write(line)
 
 
 def train_side_by_side(job: TrainJob, folder: Path, deadline: float | None) -> None:

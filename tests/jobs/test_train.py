@@ -181,6 +181,11 @@ def test_the_three_stages_build_on_each_other(tmp_path, pool, pretraining):
     assert member["seed"] == 2
     assert [epoch["epoch"] for epoch in member["epochs"]] == [1, 2, 3]
     assert set(member["epochs"][0]) == {"epoch", "loss", "energy_mae", "forces_mae", "seconds"}
+    lines = (finetune / spec.PROGRESS).read_text().splitlines()
+    progress = [json.loads(line) for line in lines]
+    assert [(row["member"], row["epoch"]) for row in progress] == [
+        (member, epoch) for member in (0, 1) for epoch in (1, 2, 3)
+    ]
     assert sum(metrics_of(classify)["classes"].values()) == 7
     assert sum(metrics_of(classify)["choices"].values()) == 12
     assert not (finetune / spec.CHECKPOINT).exists()

@@ -152,6 +152,77 @@ def test_an_interrupted_training_ends_with_the_same_weights(eip_inputs, tmp_path
     assert [row["loss"] for row in state.history] == [row["loss"] for row in whole.history]
 
 
+def test_an_interrupted_training_with_held_out_labels_ends_with_the_same_weights(tmp_path):
+    inputs = judged_inputs()
+    settings = settings_for("finetune", steps=60, validation_fraction=0.3, learning_rate=2e-2)
+    stage, whole = train("finetune", inputs, settings, seed=3)
+    path = tmp_path / "member.safetensors"
+    while True:
+        state = start_training(stage.network(3, 0), settings.training, 3)
+        if path.exists():
+            load_checkpoint(path, state, "same")
+        left = iter([False] * 7)
+        if fit(
+            state,
+            stage,
+            settings.training,
+            save=lambda state: save_checkpoint(path, state, "same"),
+            out_of_time=lambda left=left: next(left, True),
+        ):
+            break
+
+    for name, weight in whole.network.named_parameters():
+        assert torch.equal(weight, state.network.get_parameter(name)), name
+
+
+def judged_inputs():
+    pool = pool_of(14)
+    labels = labels_of(pool, {"dft": SOFT})
+    # Noise, so that there is something to learn too well.
+    noise = np.random.default_rng(0).normal(0, 0.5, labels.forces.shape)
+    return StageInputs(configurations=pool, labels=replace(labels, forces=labels.forces + noise))
+
+
+def test_the_weights_that_did_best_on_held_out_labels_are_used():
+    settings = settings_for("finetune", steps=600, validation_fraction=0.3, learning_rate=2e-2)
+    stage, state = train("finetune", judged_inputs(), settings)
+
+    scores = [row["validation_score"] for row in state.history]
+    assert len(stage) == 9
+    assert stage.n_labels == 14
+    assert scores[-1] > min(scores)
+    assert stage.validate(state.network)["validation_score"] == pytest.approx(min(scores))
+
+
+def test_training_stops_when_held_out_labels_say_so():
+    settings = settings_for(
+        "finetune", steps=10_000, validation_fraction=0.3, learning_rate=2e-2, patience=3
+    )
+    state = train("finetune", judged_inputs(), settings)[1]
+
+    scores = [row["validation_score"] for row in state.history]
+    assert len(scores) < 100
+    assert np.argmin(scores) == len(scores) - 4
+
+
+def test_all_labels_held_out_are_refused():
+    with pytest.raises(ValueError, match=r"0\.99 of 14 DFT labels leaves none to learn from"):
+        prepare("finetune", judged_inputs(), settings_for("finetune", validation_fraction=0.99))
+
+
+def test_thousands_of_epochs_are_a_hundred_records(eip_inputs):
+    told = []
+    settings = settings_for("pretrain", steps=1234)
+    stage = prepare("pretrain", eip_inputs, settings)
+    state = start_training(stage.network(0, 0), settings.training, 0)
+
+    fit(state, stage, settings.training, report=told.append)
+
+    assert told == state.history
+    assert len(told) == 95
+    assert [row["epoch"] for row in told[-2:]] == [1222, 1234]
+
+
 def test_a_checkpoint_of_other_data_is_refused(eip_inputs, tmp_path):
     settings = settings_for("pretrain", steps=1)
     state = train("pretrain", eip_inputs, settings)[1]
@@ -185,6 +256,9 @@ def test_a_loss_that_is_not_finite_ends_the_training(eip_inputs):
 
         def loss(self, network, rows, step):
             return Loss(network.heads.weight.sum() * math.nan, {})
+
+        def validate(self, network):
+            return {}
 
     settings = settings_for("pretrain", steps=2)
     network = prepare("pretrain", eip_inputs, settings).network(0, 0)

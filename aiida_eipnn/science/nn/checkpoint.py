@@ -14,7 +14,7 @@ from aiida_eipnn.science.nn.training import TrainingState
 
 SCHEMA_VERSION = "1"
 
-_NETWORK, _AVERAGE, _OPTIMISER = "network.", "average.", "optimiser."
+_NETWORK, _AVERAGE, _OPTIMISER, _BEST = "network.", "average.", "optimiser.", "best."
 
 
 def checkpoint_path(folder: Path, member: int) -> Path:
@@ -38,6 +38,7 @@ def save_checkpoint(path: Path, state: TrainingState, fingerprint: str) -> None:
     if not state.finished:
         tensors |= {_AVERAGE + name: tensor for name, tensor in state.average.items()}
         tensors |= _optimiser_tensors(state.optimiser)
+        tensors |= {_BEST + name: tensor for name, tensor in state.best.items()}
     facts = {
         "epoch": state.epoch,
         "step": state.step,
@@ -86,7 +87,7 @@ def load_checkpoint(path: Path, state: TrainingState, fingerprint: str) -> None:
     state.seconds, state.history = facts["seconds"], facts["history"]
     state.finished = facts["finished"]
     if not state.finished:
-        state.average = _part(path, _AVERAGE)
+        state.average, state.best = _part(path, _AVERAGE), _part(path, _BEST)
         _load_optimiser(state.optimiser, _part(path, _OPTIMISER))
 
 

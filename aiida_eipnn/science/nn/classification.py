@@ -86,5 +86,9 @@ class Classification:
         hits = int((logits.argmax(dim=1) == wanted).sum())
         return Loss(nn.functional.cross_entropy(logits, wanted), {"accuracy": (hits, len(rows))})
 
+    def validate(self, network: Network) -> dict[str, float]:
+        """Return nothing: no label is held out."""
+        return {}
+
     def finish(self, network: Network) -> None:
         """Do nothing: the classifier needs the standardisation that it was trained with."""

@@ -142,7 +142,8 @@ class DescribedSet:
         self.neighbours = neighbours
         self.basis = basis
         self.dtype = dtype
-        self._kept = self._keep() if keep and self._bytes() <= MAX_KEPT_BYTES else None
+        small = 0 < self._bytes() <= MAX_KEPT_BYTES
+        self._kept = self._keep() if keep and small else None
 
     def __len__(self) -> int:
         return len(self.neighbours)

@@ -5,6 +5,7 @@ the heads of the EIPs stay in the loss (replay), and the head of DFT starts as t
 them that fits the DFT labels best.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from aiida_eipnn.science.eip.pseudo_labels import PseudoLabels, pseudo_labels_of
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.nn.directions import DrawnDirections, directed_set, forces_along
 from aiida_eipnn.science.nn.eip_targets import eip_targets
-from aiida_eipnn.science.nn.head_start import combine_heads
+from aiida_eipnn.science.nn.head_start import SMALL_ENERGY, SMALL_FORCE, combine_heads
 from aiida_eipnn.science.nn.heads import CONSENSUS, DFT_HEAD
 from aiida_eipnn.science.nn.losses import absolute, huber, virial_error, weighted_huber
 from aiida_eipnn.science.nn.network import (
@@ -45,7 +46,7 @@ from aiida_eipnn.science.nn.stage import (
     new_network,
     shake,
 )
-from aiida_eipnn.science.nn.training import Loss, Step
+from aiida_eipnn.science.nn.training import SCORE, Loss, Step
 from aiida_eipnn.science.reference import count_elements, fit_reference_energies
 
 # From these residuals on the loss is linear, so that the mean error counts and not the largest
@@ -122,8 +123,9 @@ class Finetuning:
     }
 
     def __init__(self, inputs: StageInputs, settings: StageSettings) -> None:
-        self.labels = need_labels(inputs.labels, "fine-tuning", "DFT labels")
+        labels = need_labels(inputs.labels, "fine-tuning", "DFT labels")
         self.settings, self.inputs = settings, inputs
+        self.labels, self.held_out = hold_out(labels, settings.training.validation_fraction)
         self.parameters = network_parameters(inputs, settings)
         self.statistics = Statistics(inputs, self.parameters)
         self.elements = self.statistics.elements
@@ -133,8 +135,11 @@ class Finetuning:
             self.configurations, self.parameters, self.elements
         )
         self.replay = replay_task(inputs, settings, self.parameters, self.elements)
-        self.pseudo = pseudo_task(inputs, self.labels, self.parameters, self.elements)
-        self.n_labels = len(self.labels)
+        self.pseudo = pseudo_task(inputs, labels, self.parameters, self.elements)
+        self.unseen = configurations.take(configurations.rows_of(self.held_out.ids))
+        self.unseen_described = describe_configurations(self.unseen, self.parameters, self.elements)
+        # Those that are held out were paid for too.
+        self.n_labels = len(labels)
 
     def __len__(self) -> int:
         return len(self.described)
@@ -172,6 +177,27 @@ class Finetuning:
             value = value + weights.stress_weight * huber(virial, HUBER_ENERGY)
         value = value + self._knowledge(network, step)
         return Loss(value, {"energy_mae": absolute(per_atom), "forces_mae": absolute(error)})
+
+    def validate(self, network: Network) -> dict[str, float]:
+        """Return the errors on labels that are held out."""
+        if not len(self.held_out):
+            return {}
+        row = network.heads.row(DFT_HEAD)
+        energies, forces = [], []
+        for plain in batches_of(self.unseen_described):
+            batch = with_gradient(plain)
+            energy = network.energies(network.trunk(batch), batch.graph)[:, row]
+            forces.append(derivatives(energy, batch, trainable=False).forces)
+            energies.append(energy.detach() + network.heads.references(batch.graph)[:, row])
+        wrong = torch.cat(energies).numpy() - self.held_out.energy[:, 0]
+        energy_mae = float(np.abs(wrong / self.held_out.n_atoms).mean())
+        forces_mae = float(np.abs(torch.cat(forces).numpy() - self.held_out.forces[0]).mean())
+        return {
+            "validation_energy_mae": energy_mae,
+            "validation_forces_mae": forces_mae,
+            # Relative improvements of both count alike; what is as good as exact counts no more.
+            SCORE: math.log(energy_mae + SMALL_ENERGY) + math.log(forces_mae + SMALL_FORCE),
+        }
 
     def finish(self, network: Network) -> None:
         """Fit the standardisation of the pooled features."""
@@ -240,6 +266,26 @@ class Finetuning:
         mean = float(np.mean(list(reference.values())))
         values = [reference.get(element, mean) for element in self.elements]
         network.heads.reference[row] = torch.tensor(values, dtype=torch.float64)
+
+
+def hold_out(labels: Labels, fraction: float) -> tuple[Labels, Labels]:
+    """Return labels to learn, and labels to judge by: ``fraction`` of them, the same every time.
+
+    Raises
+    ------
+    ValueError
+        If there are too few for both.
+    """
+    n_held = math.ceil(fraction * len(labels))
+    if fraction and n_held >= len(labels):
+        raise ValueError(
+            f"validation_fraction {fraction} of {len(labels)} DFT labels leaves none to learn "
+            "from; lower it, or set it to 0"
+        )
+    # By id, so that the order in which labels came does not matter.
+    order = np.random.default_rng(0).permutation(len(labels))[:n_held]
+    held = np.argsort(labels.ids, kind="stable")[order]
+    return labels.take(np.setdiff1d(np.arange(len(labels)), held)), labels.take(np.sort(held))
 
 
 def replay_task(

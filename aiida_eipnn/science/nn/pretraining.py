@@ -141,6 +141,10 @@ class Pretraining:
             {"energy_mae": absolute(errors.energy), "forces_mae": absolute(errors.along)},
         )
 
+    def validate(self, network: Network) -> dict[str, float]:
+        """Return nothing: no label is held out."""
+        return {}
+
     def finish(self, network: Network) -> None:
         """Fit the standardisation of the pooled features."""
         fit_pooling(network, self.statistics.described)

@@ -100,6 +100,10 @@ class Stage(Protocol):
         """Return the loss of the given labelled configurations."""
         ...
 
+    def validate(self, network: Network) -> dict[str, float]:
+        """Return errors on labels that are held out, empty where there are none."""
+        ...
+
     def finish(self, network: Network) -> None:
         """Fit what is fitted after the training."""
         ...

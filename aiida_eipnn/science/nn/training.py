@@ -20,8 +20,12 @@ from aiida_eipnn.science.settings import build
 
 # The learning rate ends at this part of its start.
 FINAL_RATE = 0.01
+# What decides between weights, on labels that are held out.
+SCORE = "validation_score"
 # Part of the steps in which the learning rate rises from zero.
 WARM_UP = 0.02
+# Records of a training at most: a small set takes thousands of epochs.
+MAX_RECORDS = 100
 # Seconds between two checkpoints.
 CHECKPOINT_SECONDS = 30.0
 
@@ -67,6 +71,11 @@ class TrainingParameters:
         Relative noise on a head that is copied: members shall differ.
     bootstrap
         Whether each member draws a set of its own from the labels, with replacement.
+    validation_fraction
+        Part of the labels that is not learnt but judges: the weights that did best on them are
+        what is used in the end. They are labels all the same, and must be counted as such.
+    patience
+        Stop when so many records in a row did not do better on them; 0 never stops early.
     """
 
     steps: int
@@ -84,6 +93,8 @@ class TrainingParameters:
     replay_weight: float = 0.1
     head_noise: float = 0.05
     bootstrap: bool = False
+    validation_fraction: float = 0.0
+    patience: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "min_epochs", "batch_size"):
@@ -96,6 +107,12 @@ class TrainingParameters:
         for name in _NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be below 0, and finite: {getattr(self, name)}")
+        if not isinstance(self.patience, int) or self.patience < 0:
+            raise ValueError(f"patience must be a whole number from 0 on, not {self.patience!r}")
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction must be from 0 to below 1, not {self.validation_fraction}"
+            )
         if self.ema_decay >= 1:
             raise ValueError(f"ema_decay must be below 1, not {self.ema_decay}")
         if not isinstance(self.bootstrap, bool):
@@ -158,6 +175,13 @@ class Task(Protocol):
         """Return the loss of the given labelled configurations."""
         ...
 
+    def validate(self, network: Network) -> dict[str, float]:
+        """Return errors on labels that are held out, empty where there are none.
+
+        ``validation_score`` among them decides: the smaller the better.
+        """
+        ...
+
 
 @dataclass(slots=True, kw_only=True)
 class TrainingState:
@@ -184,7 +208,10 @@ class TrainingState:
     seconds
         Time spent in this epoch.
     history
-        What is reported of each epoch that is complete.
+        What was reported, now and then, after complete epochs.
+    best
+        The weights that did best on the labels that are held out, by name; empty before the first
+        look.
     finished
         Whether all epochs are.
     """
@@ -200,6 +227,7 @@ class TrainingState:
     sums: dict[str, tuple[float, int]] = field(default_factory=dict)
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    best: dict[str, Tensor] = field(default_factory=dict)
     finished: bool = False
 
 
@@ -238,6 +266,7 @@ def fit(
     *,
     save: Callable[[TrainingState], None] = lambda _: None,
     out_of_time: Callable[[], bool] = lambda: False,
+    report: Callable[[dict[str, float]], None] = lambda _: None,
 ) -> bool:
     """Train until all epochs are complete; return False where the time was up before.
 
@@ -253,6 +282,8 @@ def fit(
         Writes a checkpoint: every now and then, and before the loop returns for lack of time.
     out_of_time
         Asked before every step.
+    report
+        Is told every new record of the history.
 
     Raises
     ------
@@ -276,9 +307,12 @@ def fit(
             _take_step(
                 state, task, parameters, order[first : first + parameters.batch_size], progress
             )
-        _end_epoch(state)
-    _use_average(state)
-    state.finished = True
+        if _end_epoch(state, task, n_epochs):
+            report(state.history[-1])
+            if _is_patience_over(state, parameters):
+                break
+    _use(state, state.best or state.average)
+    state.best, state.finished = {}, True
     return True
 
 
@@ -330,11 +364,38 @@ def _descend(state: TrainingState, parameters: TrainingParameters, progress: flo
         torch._foreach_lerp_(averages, list(trained.values()), 1 - decay)
 
 
-def _end_epoch(state: TrainingState) -> None:
-    means = {name: total / count for name, (total, count) in state.sums.items() if count}
-    state.history.append({"epoch": state.epoch + 1, **means, "seconds": state.seconds})
+def _end_epoch(state: TrainingState, task: Task, n_epochs: int) -> bool:
+    """Go on to the next epoch; return whether there is a new record."""
     state.epoch, state.step = state.epoch + 1, 0
+    if state.epoch % math.ceil(n_epochs / MAX_RECORDS) and state.epoch < n_epochs:
+        return False
+    means = {name: total / count for name, (total, count) in state.sums.items() if count}
+    record = {"epoch": state.epoch, **means, "seconds": state.seconds}
     state.sums, state.seconds = {}, 0.0
+    start = time.monotonic()
+    state.history.append(record | _validate(state, task))
+    state.history[-1]["seconds"] += time.monotonic() - start
+    return True
+
+
+def _validate(state: TrainingState, task: Task) -> dict[str, float]:
+    """Ask the averaged weights about labels that are held out, and keep the best weights."""
+    trained = {name: weight.detach().clone() for name, weight in _trained(state.network).items()}
+    _use(state, state.average)
+    errors = task.validate(state.network)
+    _use(state, trained)
+    if errors:
+        before = [row[SCORE] for row in state.history]
+        if errors[SCORE] < min(before, default=math.inf):
+            state.best = {name: weight.clone() for name, weight in state.average.items()}
+    return errors
+
+
+def _is_patience_over(state: TrainingState, parameters: TrainingParameters) -> bool:
+    scores = [row[SCORE] for row in state.history if SCORE in row]
+    if not (scores and parameters.patience):
+        return False
+    return len(scores) - 1 - int(np.argmin(scores)) >= parameters.patience
 
 
 def _epoch_order(n_items: int, state: TrainingState, *, bootstrap: bool) -> IntArray:
@@ -346,10 +407,10 @@ def _epoch_order(n_items: int, state: TrainingState, *, bootstrap: bool) -> IntA
     return drawn[order]
 
 
-def _use_average(state: TrainingState) -> None:
+def _use(state: TrainingState, weights: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, weight in _trained(state.network).items():
-            weight.copy_(state.average[name])
+            weight.copy_(weights[name])
 
 
 def _trained(network: Network) -> dict[str, torch.nn.Parameter]:
