@@ -46,7 +46,7 @@ from aiida_eipnn.science.nn.stage import (
     new_network,
     shake,
 )
-from aiida_eipnn.science.nn.training import SCORE, Loss, Step
+from aiida_eipnn.science.nn.training import EIP_START, SCORE, Loss, Step
 from aiida_eipnn.science.reference import count_elements, fit_reference_energies
 
 # From these residuals on the loss is linear, so that the mean error counts and not the largest
@@ -227,7 +227,8 @@ class Finetuning:
                 copy_head(network, name, source, name)
                 old = source.heads.reference[source.heads.row(name)]
                 heads.reference[heads.row(name)] = old
-            if DFT_HEAD not in source.heads.names and teachers:
+            wanted = self.settings.training.head_start == EIP_START
+            if wanted and teachers and DFT_HEAD not in source.heads.names:
                 self._start_head(network, source, seed)
         shake(network, self.settings.training.head_noise, seed)
 

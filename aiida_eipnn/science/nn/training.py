@@ -20,6 +20,9 @@ from aiida_eipnn.science.settings import build
 
 # The learning rate ends at this part of its start.
 FINAL_RATE = 0.01
+# Where the head of DFT starts from.
+EIP_START, NEW_START = "eips", "new"
+HEAD_STARTS = (EIP_START, NEW_START)
 # What decides between weights, on labels that are held out.
 SCORE = "validation_score"
 # Part of the steps in which the learning rate rises from zero.
@@ -67,6 +70,9 @@ class TrainingParameters:
         Weight of the pseudo-labels relative to the DFT labels, at the start; it falls to zero.
     replay_weight
         Weight of what the EIPs say while DFT labels are learnt; 0 lets their heads go.
+    head_start
+        Where the head of DFT starts from in a network that learnt from EIPs: ``eips``, the
+        combination of their heads that fits the DFT labels, or ``new``, small random weights.
     head_noise
         Relative noise on a head that is copied: members shall differ.
     bootstrap
@@ -91,6 +97,7 @@ class TrainingParameters:
     stress_weight: float = 0.0
     pseudo_weight: float = 1.0
     replay_weight: float = 0.1
+    head_start: str = EIP_START
     head_noise: float = 0.05
     bootstrap: bool = False
     validation_fraction: float = 0.0
@@ -115,6 +122,8 @@ class TrainingParameters:
             )
         if self.ema_decay >= 1:
             raise ValueError(f"ema_decay must be below 1, not {self.ema_decay}")
+        if self.head_start not in HEAD_STARTS:
+            raise ValueError(f"head_start must be one of {HEAD_STARTS}, not {self.head_start!r}")
         if not isinstance(self.bootstrap, bool):
             raise TypeError(f"bootstrap must be true or false, not {self.bootstrap!r}")
 
