@@ -29,7 +29,6 @@ from aiida_eipnn.science.arrays import FloatArray, IntArray, StrArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.selection import (
     NONE,
-    Selection,
     SelectionParameters,
     class_labels,
     select,
@@ -266,11 +265,12 @@ def train(
     Raises
     ------
     ValueError
-        If the trunk is of another architecture.
+        If the trunk is of another architecture, or if a pseudo-label is not of the pool.
     """
     n_pseudo = 0 if pseudo is None else len(pseudo.ids)
     ids, energy = inputs.train.ids, inputs.train.energy[:, 0]
     if pseudo is not None:
+        _check_of_pool(pseudo, inputs)
         ids, energy = np.concatenate([ids, pseudo.ids]), np.concatenate([energy, pseudo.energy])
     target = _tensor(energy, parameters)
     is_pseudo = torch.arange(len(ids)) >= len(inputs.train)
@@ -534,9 +534,9 @@ def _evaluation_rows(n: int) -> list[IntArray]:
 
 def _choose(probabilities: FloatArray, eips: Labels, parameters: PaperParameters) -> IntArray:
     if parameters.nan_fix:
-        selection: Selection = select(probabilities, eips)
-        return selection.choice
-    return probabilities.argmax(axis=1).astype(np.int64)
+        return select(probabilities, eips).choice
+    choice: IntArray = probabilities.argmax(axis=1).astype(np.int64)
+    return choice
 
 
 def _chosen_energies(eips: Labels, choice: IntArray) -> PseudoLabels:
@@ -545,6 +545,15 @@ def _chosen_energies(eips: Labels, choice: IntArray) -> PseudoLabels:
     chosen = energy[np.arange(len(eips)), choice]
     use = np.isfinite(chosen)
     return PseudoLabels(eips.ids[use], chosen[use], choice[use])
+
+
+def _check_of_pool(pseudo: PseudoLabels, inputs: PaperInputs) -> None:
+    strange = np.setdiff1d(pseudo.ids, inputs.pool)
+    if len(strange):
+        raise ValueError(
+            f"{len(strange)} of {len(pseudo.ids)} pseudo-labels are not of the pool, such as "
+            f"{strange[0]}; label configurations of the pool only"
+        )
 
 
 def _copy_trunk(network: PaperNetwork, pretrained: PaperNetwork) -> None:

@@ -5,6 +5,7 @@ reference energies, and neither SchNet's filters nor its sum end smoothly at the
 the baseline as published (NeurIPS 2022, arXiv:2210.08047), not what one would build today.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -290,7 +291,7 @@ class SoapTrunk(nn.Module):
         sizes = [N_SOAP, *[WIDTH] * SOAP_LAYERS]
         self.layers = nn.ModuleList(
             nn.Linear(a, b, dtype=parameters.dtype)
-            for a, b in zip(sizes[:-1], sizes[1:], strict=True)
+            for a, b in itertools.pairwise(sizes)
         )
 
     def forward(self, batch: PaperBatch) -> Tensor:
