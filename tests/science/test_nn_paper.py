@@ -188,9 +188,9 @@ def test_tukeys_loss_rises_to_a_plateau(r, value, slope):
 
 
 def test_residuals_are_standardised_without_a_gradient_through_the_median():
-    residual = torch.tensor([-3.0, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    residual = torch.tensor([-4.0, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
     standardised = standardise_residuals(residual, residual)
-    np.testing.assert_allclose(standardised.detach(), np.array([-3, 1, 2]) / (1.4826 * 2))
+    np.testing.assert_allclose(standardised.detach(), np.array([-4, 1, 2]) / (1.4826 * 2))
     standardised.sum().backward()
     np.testing.assert_allclose(residual.grad, np.full(3, 1 / (1.4826 * 2)))
 
@@ -251,6 +251,49 @@ def test_images_as_nodes_are_right_for_one_interaction_and_wrong_for_two():
     first, second = (energies_per_atom(network, rattled_cell()) for network in (one, two))
     np.testing.assert_allclose(first, first[0], rtol=1e-6)
     assert np.ptp(second) > 1e-2 * abs(second).max()
+
+
+def test_schnet_sums_filtered_neighbours_without_residual_or_envelope():
+    # A dimer, by hand from the weights.
+    network = PaperNetwork(
+        parameters_of(precision="float64", n_interactions=1), [13, 14], ["dft"], seed=1
+    )
+    weights = {name: w.numpy() for name, w in network.trunk.state_dict().items()}
+    dimer = Configurations.from_atoms([Atoms("AlSi", [[0, 0, 0], [0, 0, 3.9]])])
+    data = paper_set(dimer, network.settings, network.elements)
+    features = network.trunk(data.batch(np.array([0]))).detach().numpy()
+
+    def linear(x, name):
+        name = f"interactions.0.{name}"
+        return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]
+
+    def ssp(x):
+        return np.log(0.5 * np.exp(x) + 0.5)
+
+    gaussians = np.exp(-128 / 4.0 * (3.9 - np.linspace(0, 4.0, 128)) ** 2)
+    filtered = ssp(linear(ssp(linear(gaussians, "filter.0")), "filter.2"))
+    message = linear(weights["embedding.weight"][14], "node") * filtered
+    expected = linear(ssp(linear(message, "out.0")), "out.2")
+    np.testing.assert_allclose(features[0], expected, rtol=1e-10)
+
+
+def test_soapnet_reads_the_power_spectrum_and_nothing_linear_in_the_density():
+    network = PaperNetwork(
+        parameters_of(precision="float64", network="soapnet"), [13], ["dft"], seed=1
+    )
+    cell = Configurations.from_atoms([rattled_cell()])
+    batch = paper_set(cell, network.settings, network.elements).batch(np.array([0]))
+    density = batch.described.density
+    spectrum = [
+        (density[:, :, d**2 : (d + 1) ** 2] @ density[:, :, d**2 : (d + 1) ** 2].mT)[
+            :, *torch.triu_indices(8, 8)
+        ]
+        for d in range(7)
+    ]
+    x = torch.cat(spectrum, dim=1)
+    for number, layer in enumerate(network.trunk.layers):
+        x = layer(torch.log(0.5 * torch.exp(x) + 0.5) if number else x)
+    torch.testing.assert_close(network.trunk(batch), x)
 
 
 @pytest.mark.parametrize("n_interactions", [1, 3])
@@ -414,6 +457,17 @@ def test_only_aligned_energies_tell_a_right_eip_from_a_constant(inputs):
     assert (classes["none"] != 0).all()
 
 
+@pytest.mark.parametrize(("alignment", "error"), [("shift", 0.05), ("affine", 1e-3)])
+def test_an_affine_alignment_finds_the_scale_too(inputs, alignment, error):
+    scaled = with_energy(
+        inputs.eip_labels, slice(None), 0, 1.5 * inputs.eip_labels.energy[:, 0] - 8.0
+    )
+    eips = paper.align_eips(replace(inputs, eip_labels=scaled), parameters_of(alignment=alignment))
+    wrong = np.abs(eips.energy[:, 0] - inputs.eip_labels.energy[:, 0]) / eips.n_atoms
+    assert wrong.mean() < error
+    assert (wrong.mean() > 1e-3) == (alignment == "shift")
+
+
 def test_the_oracle_takes_the_eip_that_is_closest(inputs):
     pool = labels_of(inputs.part(inputs.pool), {"dft": HARD})
     labels = paper.oracle_pseudo_labels(pool, inputs, parameters_of())
@@ -487,6 +541,20 @@ def test_training_lowers_the_error(inputs, network):
     errors = [epoch["validation"] for epoch in result.history]
     assert min(errors) < 0.3 * errors[0]
     assert result.n_steps == 25 * (12 // 4)
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (paper.train, [1.0, 0.802, 0.604, 0.406, 0.208]),
+        (paper.pretrain, [1 / 32, 1.0, 0.7578, 0.5156, 0.2734]),
+        (paper.train_classifier, [1 / 32, 1.0, 0.7578, 0.5156, 0.2734]),
+    ],
+)
+def test_each_stage_has_the_published_schedule(inputs, stage, expected):
+    result = stage(inputs, parameters_of(epochs=5, learning_rate=0.002), seed=0)
+    rates = [epoch["learning_rate"] / 0.002 for epoch in result.history]
+    np.testing.assert_allclose(rates, expected, rtol=1e-3)
 
 
 def test_the_weights_are_those_of_the_epoch_that_validates_best(inputs):
