@@ -176,9 +176,7 @@ def delta(problem: Problem, seed: int, _: Path) -> Trained:
         return energy + np.nan_to_num(said.energy[:, 0]), forces + np.nan_to_num(said.forces[0])
 
     notes = {"eip": str(problem.eip_labels.sources[column]), "score": score}
-    return Trained(
-        predict=predict, steps=n_steps, cpu_s=time.process_time() - start, notes=notes
-    )
+    return Trained(predict=predict, steps=n_steps, cpu_s=time.process_time() - start, notes=notes)
 
 
 def taught(
