@@ -3,25 +3,28 @@
 Every arm trains the same network on the same DFT labels; they differ in what the EIPs teach.
 """
 
+import os
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from aiida_eipnn.science.arrays import FloatArray, IntArray
-from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.arrays import FloatArray
+from aiida_eipnn.science.configurations import Configurations, ragged_rows
+from aiida_eipnn.science.eip.pseudo_labels import PseudoLabels
 from aiida_eipnn.science.eip.selection import SelectionParameters
 from aiida_eipnn.science.labels import Labels
-from aiida_eipnn.science.nn.committee import Committee
+from aiida_eipnn.science.nn.committee import CONFIG, Committee
 from aiida_eipnn.science.nn.network import Network, NetworkParameters
 from aiida_eipnn.science.nn.stage import StageInputs, StageSettings
 from aiida_eipnn.science.nn.stages import STAGES, prepare
 from aiida_eipnn.science.nn.training import SCORE, TrainingParameters, fit, start_training
-from aiida_eipnn.science.reference import fit_alignment
+from aiida_eipnn.science.reference import Alignment, fit_alignment
 
 # The scratch twin may be as long as pre-training and fine-tuning together.
 SCRATCH_STEPS = (300, 1000, 3000, 7000)
@@ -83,7 +86,7 @@ def train_arm(arm: str, problem: Problem, seed: int, cache_folder: Path) -> Trai
 
 
 def scratch(problem: Problem, seed: int, _: Path) -> Trained:
-    """DFT labels alone, the number of steps chosen on validation labels."""
+    """Learn DFT labels alone, for a number of steps chosen on validation labels."""
     start = time.process_time()
     inputs = StageInputs(configurations=problem.pool, labels=problem.labels)
     score, steps = tuned_length(problem, inputs, seed)
@@ -116,12 +119,12 @@ def validation_score(
 
 
 def ours_2(problem: Problem, seed: int, folder: Path) -> Trained:
-    """Pre-training on energies and forces of all EIPs, replay, and the verdict."""
+    """Pre-train on energies and forces of all EIPs, replay them, and judge."""
     return taught(problem, seed, folder, problem.eip_labels, "ours")
 
 
 def paper_2(problem: Problem, seed: int, folder: Path) -> Trained:
-    """The published transfer: energies of all EIPs, a new head, the trunk forgets as it will."""
+    """Transfer as published: learn energies of all EIPs, a new head, a trunk that may forget."""
     start = time.process_time()
     network, steps, cost = pretrained(problem, problem.eip_labels, "paper", folder)
     inputs = StageInputs(configurations=problem.pool, labels=problem.labels, members=(network,))
@@ -132,13 +135,13 @@ def paper_2(problem: Problem, seed: int, folder: Path) -> Trained:
 
 
 def shuffled(problem: Problem, seed: int, folder: Path) -> Trained:
-    """A negative control: what EIPs say belongs to other configurations of as many atoms."""
+    """Learn from EIPs whose labels belong to other configurations of as many atoms."""
     labels = shuffle_labels(problem.eip_labels, np.random.default_rng(0))
     return taught(problem, seed, folder, labels, "shuffled")
 
 
 def worst_eip(problem: Problem, seed: int, folder: Path) -> Trained:
-    """A negative control: the EIP that is worst on the DFT labels is the only teacher."""
+    """Learn from the EIP alone that is worst on the DFT labels."""
     alignment = fit_alignment(problem.pool, problem.labels, problem.eip_labels)
     said = problem.eip_labels.take(problem.eip_labels.rows_of(problem.labels.ids))
     aligned = alignment.apply(problem.pool, said)
@@ -149,7 +152,7 @@ def worst_eip(problem: Problem, seed: int, folder: Path) -> Trained:
 
 
 def delta(problem: Problem, seed: int, _: Path) -> Trained:
-    """A peer: the network learns what the best EIP lacks, and needs the EIP ever after."""
+    """Learn what the best EIP lacks; the EIP is needed ever after."""
     start = time.process_time()
     alignment = fit_alignment(problem.pool, problem.labels, problem.eip_labels)
     column = best_column(problem, alignment.apply(problem.pool, said_of(problem, problem.labels)))
@@ -200,7 +203,7 @@ def taught(
     plain = StageInputs(configurations=problem.pool, labels=problem.labels)
     with_eips = validation_score(problem, inputs, seed, {})
     without, length = tuned_length(problem, plain, seed)
-    notes = {"score": with_eips, "scratch_score": without}
+    notes: dict[str, Any] = {"score": with_eips, "scratch_score": without}
     if without < with_eips:
         tuned, n_steps = run_stage(problem, "finetune", plain, seed, SCRATCH | {"steps": length})
         notes["verdict"] = "EIPs do not help here"
@@ -210,3 +213,120 @@ def taught(
         notes["verdict"] = "EIPs help"
     seconds = time.process_time() - start + cost
     return Trained(predict=predictor(tuned), steps=n_steps, cpu_s=seconds, notes=notes)
+
+
+def run_stage(
+    problem: Problem, name: str, inputs: StageInputs, seed: int, training: dict[str, Any]
+) -> tuple[Network, int]:
+    """Train a network in a stage to the end; return it and its number of steps."""
+    settings = settings_for(problem, name, training)
+    stage = prepare(name, inputs, settings)
+    state = start_training(stage.network(seed, 0), settings.training, seed)
+    fit(state, stage, settings.training)
+    stage.finish(state.network)
+    return state.network, state.n_steps
+
+
+def settings_for(problem: Problem, name: str, training: dict[str, Any]) -> StageSettings:
+    """Return the defaults of a stage with a few settings of its own."""
+    return StageSettings(
+        network=problem.network,
+        training=TrainingParameters.from_dict(training, STAGES[name].defaults),
+        selection=SelectionParameters(),
+    )
+
+
+def pretrained(
+    problem: Problem, eip_labels: Labels, kind: str, folder: Path
+) -> tuple[Network, int, float]:
+    """Return a pre-trained network, its steps and CPU seconds: trained once for all label counts.
+
+    It saw no DFT label, so every draw of labels may start from it.
+    """
+    path = folder / f"{problem.name}-{problem.network.trunk}-{kind}"
+    if not (path / CONFIG).exists():
+        start = time.process_time()
+        inputs = StageInputs(configurations=problem.pool, eip_labels=eip_labels)
+        training = {"forces_weight": 0.0} if kind == "paper" else {}
+        network, n_steps = run_stage(problem, "pretrain", inputs, 0, training)
+        facts = {"steps": n_steps, "cpu_s": time.process_time() - start}
+        # Another process may do the same: the last one to finish wins, whole.
+        partial = path.with_name(f".{path.name}-{os.getpid()}")
+        Committee(members=(network,), stage="pretrain", seeds=(0,), facts=facts).save(partial)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    committee = Committee.load(path)
+    return committee.members[0], committee.facts["steps"], committee.facts["cpu_s"]
+
+
+def predictor(
+    network: Network,
+) -> Callable[[Configurations, Labels], tuple[FloatArray, FloatArray]]:
+    """Return a function that predicts energies and forces, whatever the EIPs say."""
+    committee = Committee(members=(network,), stage="finetune", seeds=(0,))
+
+    def predict(configurations: Configurations, _: Labels) -> tuple[FloatArray, FloatArray]:
+        predictions = committee.predict(configurations)
+        return predictions.energy, predictions.forces
+
+    return predict
+
+
+def said_of(problem: Problem, labels: Labels) -> Labels:
+    """Return what the EIPs say about labelled configurations."""
+    return problem.eip_labels.take(problem.eip_labels.rows_of(labels.ids))
+
+
+def best_column(problem: Problem, aligned: Labels) -> int:
+    """Return the EIP that is best on the DFT labels, energies and forces counting alike."""
+    labels = problem.labels
+    energy = np.abs(aligned.energy - labels.energy) / labels.n_atoms[:, None]
+    forces = np.abs(aligned.forces - labels.forces).mean(axis=2)
+    complete = aligned.ok.mean(axis=0) > 0.9
+    score = np.log(np.nanmean(energy, axis=0) + 2e-3) + np.log(np.nanmean(forces, axis=1) + 5e-3)
+    return int(np.where(complete, score, np.inf).argmin())
+
+
+def only_source(labels: Labels, column: int) -> Labels:
+    """Return the labels of one source."""
+    return replace(
+        labels,
+        sources=labels.sources[[column]],
+        energy=labels.energy[:, [column]],
+        forces=labels.forces[[column]],
+        stress=labels.stress[:, [column]],
+        status=labels.status[:, [column]],
+    )
+
+
+def aligned_source(
+    configurations: Configurations, labels: Labels, alignment: Alignment, column: int
+) -> Labels:
+    """Return the aligned labels of one EIP."""
+    return only_source(alignment.apply(configurations, labels), column)
+
+
+def shuffle_labels(labels: Labels, rng: np.random.Generator) -> Labels:
+    """Return labels that belong to other configurations of as many atoms."""
+    rows = np.arange(len(labels))
+    for n_atoms in np.unique(labels.n_atoms):
+        group = np.flatnonzero(labels.n_atoms == n_atoms)
+        rows[group] = rng.permutation(group)
+    atoms = ragged_rows(labels.offsets, rows)
+    return replace(
+        labels,
+        energy=labels.energy[rows],
+        forces=labels.forces[:, atoms],
+        stress=labels.stress[rows],
+        status=labels.status[rows],
+    )
+
+
+ARMS: dict[str, Callable[[Problem, int, Path], Trained]] = {
+    "scratch": scratch,
+    "paper_2": paper_2,
+    "ours_2": ours_2,
+    "delta": delta,
+    "worst_eip": worst_eip,
+    "shuffled": shuffled,
+}

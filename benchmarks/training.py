@@ -31,7 +31,7 @@ DATA = Path(os.environ.get("EIPNN_DATA", "../shared/data"))
 SECONDS = 240.0
 # Part of the time that is planned for steps; reading and describing the set comes first.
 MARGIN = 0.96
-PROBE_STEPS = 40
+PROBE_STEPS = 300
 # Settings of the stage that differ from its defaults, which are for few labels.
 SETTINGS = {
     "power_spectrum": {"learning_rate": 4e-3, "weight_decay": 1e-2, "ema_decay": 0.999},
