@@ -290,8 +290,7 @@ class SoapTrunk(nn.Module):
         super().__init__()
         sizes = [N_SOAP, *[WIDTH] * SOAP_LAYERS]
         self.layers = nn.ModuleList(
-            nn.Linear(a, b, dtype=parameters.dtype)
-            for a, b in itertools.pairwise(sizes)
+            nn.Linear(a, b, dtype=parameters.dtype) for a, b in itertools.pairwise(sizes)
         )
 
     def forward(self, batch: PaperBatch) -> Tensor:
