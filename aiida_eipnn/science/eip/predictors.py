@@ -93,33 +93,37 @@ def fit_energies(problem: LabelledSet, split: Split) -> dict[str, Fit]:
 
     fits = {
         CONSTANT: Fit(level[test], unit * np.abs(values[train])),
-        STRUCTURE: fit([_add(constant, kernel) for kernel in smooth]),
+        STRUCTURE: fit([add_kernels(constant, kernel) for kernel in smooth]),
     }
-    aligned = aligned_energies(problem, train, level)
+    aligned, _ = aligned_energies(problem, train, level)
     if aligned.shape[1] == 0:
         return fits
     best = int(np.abs(aligned[train] - problem.energy[train, None]).mean(axis=0).argmin())
     fits[BEST] = Fit(aligned[test, best], np.abs(aligned[train, best] - problem.energy[train]))
     says = np.clip((aligned - level[:, None]) / unit, -FAR_OUT, FAR_OUT)
-    stack = _add(constant, linear_kernel(says[train], says[test]))
+    stack = add_kernels(constant, linear_kernel(says[train], says[test]))
     fits[STACK] = fit([stack])
     fits[f"{STACK} + {STRUCTURE}"] = fit(
-        [_add(stack, kernel, share) for kernel in smooth for share in SHARES]
+        [add_kernels(stack, kernel, share) for kernel in smooth for share in SHARES]
     )
     return fits
 
 
-def aligned_energies(problem: LabelledSet, train: IntArray, level: FloatArray) -> FloatArray:
-    """Return aligned energies per atom of the EIPs that labelled enough. Shape ``(n, m)``.
+def aligned_energies(
+    problem: LabelledSet, train: IntArray, level: FloatArray
+) -> tuple[FloatArray, BoolArray]:
+    """Return aligned energies per atom of the EIPs that labelled enough, and where they are labels.
 
-    Where an EIP has no label, the median of the others stands in, or the constant.
+    Where an EIP has no label, the median of the others stands in, or the constant. Both are of
+    shape ``(n, m)``.
     """
     aligned = problem.alignment(train).apply(problem.configurations, problem.labels)
     used = problem.used & covered(aligned.ok[train])
     energy = (aligned.energy / problem.n_atoms[:, None])[:, used]
     nothing = np.isnan(energy).all(axis=1)
     energy[nothing] = level[nothing, None]
-    return np.where(np.isnan(energy), np.nanmedian(energy, axis=1, keepdims=True), energy)
+    filled = np.where(np.isnan(energy), np.nanmedian(energy, axis=1, keepdims=True), energy)
+    return filled, aligned.ok[:, used]
 
 
 def fit_forces(problem: LabelledSet, split: Split) -> dict[str, Fit]:
@@ -172,5 +176,6 @@ def covered(ok: BoolArray) -> BoolArray:
     return np.asarray((counts > 0) & (counts >= MIN_COVERAGE * counts.max(initial=0)))
 
 
-def _add(first: Kernel, second: Kernel, share: float = 1.0) -> Kernel:
+def add_kernels(first: Kernel, second: Kernel, share: float = 1.0) -> Kernel:
+    """Return the kernel of the sum of two functions, the second with this share of variance."""
     return Kernel(first.train + share * second.train, first.test + share * second.test)
