@@ -8,6 +8,7 @@ import numpy as np
 
 from aiida_eipnn.science.arrays import BoolArray, FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.eip.predictors import MIN_COVERAGE
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.reference import (
     MAD_TO_SIGMA,
@@ -18,7 +19,7 @@ from aiida_eipnn.science.reference import (
     source_errors,
 )
 from aiida_eipnn.science.uncertainty import spearman
-from aiida_eipnn.science.worth import MIN_COVERAGE, Worth, first_of_copies, judge_worth
+from aiida_eipnn.science.worth import Worth, first_of_copies, judge_worth
 
 # Errors closer than this are a draw, in eV/atom and eV/Å: re-tabulations of one EIP.
 DRAW = 1e-6

@@ -26,6 +26,31 @@ class Fit(NamedTuple):
     held_out: FloatArray
 
 
+class Regression(NamedTuple):
+    """Predictions for test rows, and what the training rows are above those without their part.
+
+    ``predicted`` has the shape of the test rows, ``residual`` that of the training rows.
+    """
+
+    predicted: FloatArray
+    residual: FloatArray
+
+
+class Linear(NamedTuple):
+    """A linear function that was learnt, and absolute errors on training rows without their part.
+
+    ``coefficients`` are of shape ``(p,)``; no prediction is beyond ``limit``.
+    """
+
+    coefficients: FloatArray
+    limit: float
+    held_out: FloatArray
+
+    def predict(self, test: FloatArray) -> FloatArray:
+        """Return predictions for rows of ``p`` columns. Shape ``(n_test,)``."""
+        return np.clip(test @ self.coefficients, -self.limit, self.limit)
+
+
 class Kernel(NamedTuple):
     """Covariances: among the training rows, and of the test rows with them."""
 
@@ -53,7 +78,7 @@ def gaussian_kernels(
     first, second = train[:, used] / spread[used], test[:, used] / spread[used]
     # Two points of unit spread are sqrt(2 d) apart.
     scale = 2.0 * used.sum()
-    near, far = _squared_distances(first, first) / scale, _squared_distances(second, first) / scale
+    near, far = squared_distances(first, first) / scale, squared_distances(second, first) / scale
     return tuple(
         Kernel(np.exp(-0.5 * near / length**2), np.exp(-0.5 * far / length**2))
         for length in lengths
@@ -63,6 +88,17 @@ def gaussian_kernels(
 def fit_kernels(
     kernels: Iterable[Kernel], values: FloatArray, parts: IntArray, noises: Sequence[float]
 ) -> Fit:
+    """Return the kernel ridge regression with the smallest error on parts it did not see.
+
+    Parameters are those of :func:`regress_on_kernels`.
+    """
+    found = regress_on_kernels(kernels, values, parts, noises)
+    return Fit(found.predicted, np.abs(found.residual))
+
+
+def regress_on_kernels(
+    kernels: Iterable[Kernel], values: FloatArray, parts: IntArray, noises: Sequence[float]
+) -> Regression:
     r"""Return the kernel ridge regression with the smallest error on parts it did not see.
 
     With :math:`C = (K + \lambda I)^{-1}` and :math:`\alpha = C y`, the errors of the fit without
@@ -73,7 +109,8 @@ def fit_kernels(
     kernels
         The kernels to choose from.
     values
-        What to learn, of about unit size. Shape ``(n,)``.
+        What to learn, of about unit size: one quantity or several that share the kernel. Shape
+        ``(n,)`` or ``(n, m)``.
     parts
         Number of the part of each row. Shape ``(n,)``.
     noises
@@ -83,20 +120,20 @@ def fit_kernels(
     ----------
     .. [1] Rasmussen, Williams, Gaussian Processes for Machine Learning, eq. 5.12, for parts.
     """
-    best, smallest = Fit(np.zeros(0), np.zeros(0)), np.inf
+    best, smallest = Regression(np.zeros(0), np.zeros(0)), np.inf
     groups = [np.flatnonzero(parts == part) for part in np.unique(parts)]
     for kernel in kernels:
         sizes, vectors = np.linalg.eigh(kernel.train)
+        turned = vectors.T @ values
         for noise in noises:
-            inverse = (vectors / (np.maximum(sizes, 0.0) + noise)) @ vectors.T
-            alpha = inverse @ values
-            errors = np.empty(len(values))
+            scaled = vectors / (np.maximum(sizes, 0.0) + noise)
+            alpha = scaled @ turned
+            residual = np.empty(values.shape)
             for rows in groups:
-                errors[rows] = np.linalg.solve(inverse[np.ix_(rows, rows)], alpha[rows])
-            size = float(np.abs(errors).mean())
+                residual[rows] = np.linalg.solve(scaled[rows] @ vectors[rows].T, alpha[rows])
+            size = float(np.abs(residual).mean())
             if size < smallest:
-                smallest = size
-                best = Fit(kernel.test @ alpha, np.abs(errors))
+                smallest, best = size, Regression(kernel.test @ alpha, residual)
     return best
 
 
@@ -107,6 +144,14 @@ def fit_linear(
     test: FloatArray,
     strengths: Sequence[float],
 ) -> Fit:
+    """Return predictions by :func:`learn_linear` for ``test``, of shape ``(n_test, p)``."""
+    found = learn_linear(train, values, parts, strengths)
+    return Fit(found.predict(test), found.held_out)
+
+
+def learn_linear(
+    train: FloatArray, values: FloatArray, parts: IntArray, strengths: Sequence[float]
+) -> Linear:
     """Return the linear function with the smallest error on parts it did not see.
 
     Robust: Huber's weights, found once on all rows, and no prediction beyond twice the largest
@@ -114,8 +159,8 @@ def fit_linear(
 
     Parameters
     ----------
-    train, test
-        Rows are points, columns what to combine. Shapes ``(n, p)`` and ``(n_test, p)``.
+    train
+        Rows are points, columns what to combine. Shape ``(n, p)``.
     values
         What to learn. Shape ``(n,)``.
     parts
@@ -124,13 +169,14 @@ def fit_linear(
         Strengths of the ridge to choose from, relative to the columns' mean square.
     """
     size = np.sqrt((train**2).mean(axis=0))
+    limit = float(FARTHEST * np.abs(values).max())
     if not size.any():
-        return Fit(np.zeros(len(test)), np.abs(values))
+        return Linear(np.zeros(train.shape[1]), limit, np.abs(values))
     # What training rows hardly know stays small, so that the ridge takes care of it.
     size = np.maximum(size, RARE * size.max())
-    train, test = train / size, test / size
+    train = train / size
     weights = _robust_weights(train, values, strengths[0])
-    best, smallest = Fit(np.zeros(0), np.zeros(0)), np.inf
+    best, smallest = Linear(np.zeros(0), limit, np.zeros(0)), np.inf
     groups = [np.flatnonzero(parts == part) for part in np.unique(parts)]
     moments = [_moments(train[rows], values[rows], weights[rows]) for rows in groups]
     square, product, total = (sum(item) for item in zip(*moments, strict=True))
@@ -141,12 +187,12 @@ def fit_linear(
             errors[rows] = np.abs(values[rows] - train[rows] @ rest)
         if errors.mean() < smallest:
             smallest = float(errors.mean())
-            best = Fit(test @ _ridge(square, product, total, strength), errors)
-    limit = FARTHEST * np.abs(values).max()
-    return best._replace(predicted=np.clip(best.predicted, -limit, limit))
+            best = Linear(_ridge(square, product, total, strength) / size, limit, errors)
+    return best
 
 
-def _squared_distances(first: FloatArray, second: FloatArray) -> FloatArray:
+def squared_distances(first: FloatArray, second: FloatArray) -> FloatArray:
+    """Return the squared distance of each row of one to each of the other. Shape ``(n, m)``."""
     squares = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1) - 2 * first @ second.T
     return np.asarray(np.maximum(squares, 0.0), dtype=np.float64)
 

@@ -17,25 +17,11 @@ from typing import NamedTuple
 import numpy as np
 
 from aiida_eipnn.science.arrays import BoolArray, FloatArray, IntArray, StrArray
-from aiida_eipnn.science.configurations import Configurations, ragged_rows
-from aiida_eipnn.science.descriptors import Descriptors, describe_structures
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.eip.predictors import LabelledSet, Split, fit_energies, fit_forces
 from aiida_eipnn.science.labels import Labels
-from aiida_eipnn.science.reference import (
-    Alignment,
-    count_elements,
-    element_fractions,
-    fit_alignment,
-    fit_robust_shifts,
-    robust_sigma,
-)
-from aiida_eipnn.science.regression import (
-    Fit,
-    Kernel,
-    fit_kernels,
-    fit_linear,
-    gaussian_kernels,
-    linear_kernel,
-)
+from aiida_eipnn.science.reference import count_elements
+from aiida_eipnn.science.regression import Fit
 
 # A gain below this is not worth the EIPs.
 RELEVANT_GAIN = 0.05
@@ -56,22 +42,9 @@ MIN_GROUPS = 3
 MAX_GROUP_FOLDS = 10
 MIN_TRAIN = 10
 
-# An EIP that labelled less than half of what the most complete one did is left out.
-MIN_COVERAGE = 0.5
-
 RANDOM = "at random"
 BY_TYPE = "one config_type at a time"
 
-# In units of the robust spread of the energies: beyond, a value counts as far out and no more.
-FAR_OUT = 8.0
-NOISES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-LENGTHS = (0.25, 0.5, 1.0, 2.0)
-SHARES = (0.1, 1.0)
-STRENGTHS = (1e-5, 1e-3, 1e-1)
-
-CONSTANT, STRUCTURE = "constant for each element", "structure"
-ZERO, PAIR = "zero", "pair potential"
-BEST, STACK = "best EIP", "EIP stack"
 # Predictors without EIPs come first.
 N_WITHOUT = 2
 WITHOUT, WITH = "without EIPs", "with EIPs"
@@ -189,10 +162,13 @@ def judge_worth(
             f"{len(rows)} distinct labelled configurations are too few, {MIN_TO_TELL} are needed",
             len(rows),
         )
-    problem = _Problem(configurations, reference, labels)
+    problem = LabelledSet(configurations, reference, labels)
+    schemes = [
+        _without_strangers(problem, scheme) for scheme in _schemes(configurations.config_types, rng)
+    ]
     comparisons = tuple(
         comparison
-        for scheme in map(problem.without_strangers, _schemes(configurations.config_types, rng))
+        for scheme in schemes
         if scheme.splits
         for comparison in _compare(problem, scheme, rng)
     )
@@ -236,56 +212,6 @@ def first_of_copies(configurations: Configurations, reference: Labels) -> IntArr
     return np.sort(np.unique(copy_of, return_index=True)[1])
 
 
-class _Problem:
-    """The labelled set as arrays, one row for each configuration or atom."""
-
-    def __init__(self, configurations: Configurations, reference: Labels, labels: Labels) -> None:
-        self.configurations, self.reference, self.labels = configurations, reference, labels
-        self.described: Descriptors = describe_structures(configurations)
-        self.n_atoms = reference.n_atoms
-        self.energy = reference.energy[:, 0] / self.n_atoms
-        elements = np.array(configurations.elements, dtype=np.int64)
-        self.fractions = element_fractions(configurations, elements)
-        self.used = _covered(labels.ok)
-        self.forces = reference.forces[0]
-        self.eip_forces = _filled_forces(labels, self.used)
-        self._alignments: dict[bytes, Alignment] = {}
-
-    def alignment(self, train: IntArray) -> Alignment:
-        """Return the alignment on these rows; energies and forces ask for the same."""
-        key = train.tobytes()
-        if key not in self._alignments:
-            self._alignments[key] = fit_alignment(
-                self.configurations, self.reference.take(train), self.labels
-            )
-        return self._alignments[key]
-
-    def without_strangers(self, scheme: "_Scheme") -> "_Scheme":
-        """Return the scheme without test rows that have an element no training row has.
-
-        Nothing could know its zero of energy.
-        """
-        splits = []
-        for split in scheme.splits:
-            unseen = ~self.fractions[split.train].any(axis=0)
-            strange = self.fractions[split.test][:, unseen].any(axis=1)
-            if not strange.all():
-                splits.append(split._replace(test=split.test[~strange]))
-        return scheme._replace(splits=tuple(splits))
-
-    def atoms(self, rows: IntArray) -> IntArray:
-        """Return the atom rows of these configurations."""
-        return ragged_rows(self.reference.offsets, rows)
-
-
-class _Split(NamedTuple):
-    """Rows to learn from and rows to predict; ``parts`` number the training rows."""
-
-    train: IntArray
-    test: IntArray
-    parts: IntArray
-
-
 class _Scheme(NamedTuple):
     """A way to hold labels out.
 
@@ -294,9 +220,23 @@ class _Scheme(NamedTuple):
     """
 
     where: str
-    splits: tuple[_Split, ...]
+    splits: tuple[Split, ...]
     groups: IntArray | None = None
     drawn: bool = False
+
+
+def _without_strangers(problem: LabelledSet, scheme: _Scheme) -> _Scheme:
+    """Return the scheme without test rows that have an element no training row has.
+
+    Nothing could know its zero of energy.
+    """
+    splits = []
+    for split in scheme.splits:
+        unseen = ~problem.fractions[split.train].any(axis=0)
+        strange = problem.fractions[split.test][:, unseen].any(axis=1)
+        if not strange.all():
+            splits.append(split._replace(test=split.test[~strange]))
+    return scheme._replace(splits=tuple(splits))
 
 
 def _schemes(types: StrArray, rng: np.random.Generator) -> tuple[_Scheme, ...]:
@@ -316,13 +256,13 @@ def _schemes(types: StrArray, rng: np.random.Generator) -> tuple[_Scheme, ...]:
     return tuple(schemes)
 
 
-def _split(train: BoolArray, rng: np.random.Generator) -> _Split:
+def _split(train: BoolArray, rng: np.random.Generator) -> Split:
     """Return a split whose training rows have parts at random, of equal size."""
     parts = rng.permutation(int(train.sum())) % N_FOLDS
-    return _Split(np.flatnonzero(train), np.flatnonzero(~train), parts)
+    return Split(np.flatnonzero(train), np.flatnonzero(~train), parts)
 
 
-def _group_splits(groups: IntArray) -> list[_Split]:
+def _group_splits(groups: IntArray) -> list[Split]:
     """Return splits that hold out one group, or a few where there are many."""
     sizes = np.bincount(groups)
     if len(sizes) < MIN_GROUPS:
@@ -335,11 +275,11 @@ def _group_splits(groups: IntArray) -> list[_Split]:
         if train.sum() < MIN_TRAIN:
             return []
         # What suits new groups is chosen by how it does on groups.
-        splits.append(_Split(np.flatnonzero(train), np.flatnonzero(~train), folds[groups][train]))
+        splits.append(Split(np.flatnonzero(train), np.flatnonzero(~train), folds[groups][train]))
     return splits
 
 
-def _compare(problem: _Problem, scheme: _Scheme, rng: np.random.Generator) -> list[Comparison]:
+def _compare(problem: LabelledSet, scheme: _Scheme, rng: np.random.Generator) -> list[Comparison]:
     """Compare energies, and forces where there are any."""
     comparisons = [_compare_by(problem, scheme, Quantity.ENERGY, rng)]
     if np.abs(problem.forces).mean() > 1e-6:
@@ -348,11 +288,11 @@ def _compare(problem: _Problem, scheme: _Scheme, rng: np.random.Generator) -> li
 
 
 def _compare_by(
-    problem: _Problem, scheme: _Scheme, quantity: Quantity, rng: np.random.Generator
+    problem: LabelledSet, scheme: _Scheme, quantity: Quantity, rng: np.random.Generator
 ) -> Comparison:
     """Predict what each split holds out, and compare the errors of all splits together."""
     energies = quantity is Quantity.ENERGY
-    fit = _fit_energies if energies else _fit_forces
+    fit = fit_energies if energies else fit_forces
     shape = (len(scheme.splits), len(problem.energy))
     errors: dict[str, FloatArray] = defaultdict(lambda: np.zeros(shape))
     weight = np.zeros(shape)
@@ -402,113 +342,13 @@ def _best_of(fits: dict[str, Fit], names: Sequence[str]) -> str:
     return min(names, key=lambda name: fits[name].held_out.mean())
 
 
-def _errors_by_row(problem: _Problem, test: IntArray, predicted: FloatArray) -> FloatArray:
+def _errors_by_row(problem: LabelledSet, test: IntArray, predicted: FloatArray) -> FloatArray:
     """Return the absolute error of each test configuration, of forces the sum over components."""
     if predicted.ndim == 1:
         return np.abs(predicted - problem.energy[test])
     errors = np.abs(predicted - problem.forces[problem.atoms(test)]).sum(axis=1)
     starts = np.concatenate([[0], np.cumsum(problem.n_atoms[test])[:-1]])
     return np.add.reduceat(errors, starts)
-
-
-def _fit_energies(problem: _Problem, split: _Split) -> dict[str, Fit]:
-    """Return each predictor of energies per atom, those without EIPs first."""
-    train, test, parts = split
-    level = problem.fractions @ fit_robust_shifts(problem.fractions[train], problem.energy[train])
-    unit = max(robust_sigma((problem.energy - level)[train]), 1e-6)
-    values = (problem.energy - level) / unit
-    structure = problem.described.structure
-    smooth = gaussian_kernels(structure[train], structure[test], LENGTHS)
-    constant = Kernel(np.ones((len(train),) * 2), np.ones((len(test), len(train))))
-    known = np.clip(values[train], -FAR_OUT, FAR_OUT)
-
-    def fit(kernels: list[Kernel]) -> Fit:
-        found = fit_kernels(kernels, known, parts, NOISES)
-        return Fit(level[test] + unit * found.predicted, unit * found.held_out)
-
-    fits = {
-        CONSTANT: Fit(level[test], unit * np.abs(values[train])),
-        STRUCTURE: fit([_add(constant, kernel) for kernel in smooth]),
-    }
-    aligned = _aligned_energies(problem, train, level)
-    if aligned.shape[1] == 0:
-        return fits
-    best = int(np.abs(aligned[train] - problem.energy[train, None]).mean(axis=0).argmin())
-    fits[BEST] = Fit(aligned[test, best], np.abs(aligned[train, best] - problem.energy[train]))
-    says = np.clip((aligned - level[:, None]) / unit, -FAR_OUT, FAR_OUT)
-    stack = _add(constant, linear_kernel(says[train], says[test]))
-    fits[STACK] = fit([stack])
-    fits[f"{STACK} + {STRUCTURE}"] = fit(
-        [_add(stack, kernel, share) for kernel in smooth for share in SHARES]
-    )
-    return fits
-
-
-def _aligned_energies(problem: _Problem, train: IntArray, level: FloatArray) -> FloatArray:
-    """Return aligned energies per atom of the EIPs that labelled enough. Shape ``(n, m)``.
-
-    Where an EIP has no label, the median of the others stands in, or the constant.
-    """
-    aligned = problem.alignment(train).apply(problem.configurations, problem.labels)
-    used = problem.used & _covered(aligned.ok[train])
-    energy = (aligned.energy / problem.n_atoms[:, None])[:, used]
-    nothing = np.isnan(energy).all(axis=1)
-    energy[nothing] = level[nothing, None]
-    return np.where(np.isnan(energy), np.nanmedian(energy, axis=1, keepdims=True), energy)
-
-
-def _fit_forces(problem: _Problem, split: _Split) -> dict[str, Fit]:
-    """Return each predictor of force components, those without EIPs first."""
-    train, test, parts = split
-    atoms, unseen = problem.atoms(train), problem.atoms(test)
-    target = problem.forces[atoms].ravel()
-    of_component = np.repeat(parts, 3 * problem.n_atoms[train])
-    pair, eips = problem.described.pair_forces, problem.eip_forces
-
-    def fit(design: FloatArray) -> Fit:
-        columns = design.shape[-1]
-        found = fit_linear(
-            design[atoms].reshape(-1, columns),
-            target,
-            of_component,
-            design[unseen].reshape(-1, columns),
-            STRENGTHS,
-        )
-        return Fit(found.predicted.reshape(-1, 3), found.held_out)
-
-    fits = {ZERO: Fit(np.zeros((len(unseen), 3)), np.abs(target)), PAIR: fit(pair)}
-    if eips.shape[2] == 0:
-        return fits
-    # As the EIP gives them, or as the scale of its energies would have them.
-    scale = np.nan_to_num(problem.alignment(train).scale[problem.used])
-    single = np.concatenate([eips, scale * eips], axis=2)
-    errors = np.abs(single[atoms] - problem.forces[atoms][:, :, None])
-    best = int(errors.mean(axis=(0, 1)).argmin())
-    fits[BEST] = Fit(single[unseen, :, best], errors[:, :, best].ravel())
-    fits[STACK] = fit(eips)
-    fits[f"{STACK} + {PAIR}"] = fit(np.concatenate([eips, pair], axis=2))
-    return fits
-
-
-def _filled_forces(labels: Labels, used: BoolArray) -> FloatArray:
-    """Return the forces of these EIPs; where one has none, the mean of the others, or zero.
-
-    Shape ``(N, 3, m)``.
-    """
-    ok = np.repeat(labels.ok[:, used], labels.n_atoms, axis=0)
-    forces = np.where(ok[:, None, :], labels.forces[used].transpose(1, 2, 0), 0.0)
-    counts = np.maximum(ok.sum(axis=1), 1)[:, None, None]
-    return np.where(ok[:, None, :], forces, forces.sum(axis=2, keepdims=True) / counts)
-
-
-def _covered(ok: BoolArray) -> BoolArray:
-    """Return which EIPs labelled enough. Shape ``(m,)``."""
-    counts = ok.sum(axis=0)
-    return np.asarray((counts > 0) & (counts >= MIN_COVERAGE * counts.max(initial=0)))
-
-
-def _add(first: Kernel, second: Kernel, share: float = 1.0) -> Kernel:
-    return Kernel(first.train + share * second.train, first.test + share * second.test)
 
 
 def _sample(configurations: Configurations, rows: IntArray, rng: np.random.Generator) -> IntArray:
