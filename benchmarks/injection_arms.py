@@ -16,7 +16,8 @@ import torch
 
 from aiida_eipnn.science.arrays import FloatArray
 from aiida_eipnn.science.configurations import Configurations, ragged_rows
-from aiida_eipnn.science.eip.pseudo_labels import PseudoLabels
+from aiida_eipnn.science.eip.label_model import LabelModelParameters, make_pseudo_labels
+from aiida_eipnn.science.eip.pseudo_labels import WeightedLabels, weigh_pseudo_labels
 from aiida_eipnn.science.eip.selection import SelectionParameters
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.nn.committee import CONFIG, Committee
@@ -30,6 +31,8 @@ from aiida_eipnn.science.reference import Alignment, fit_alignment
 SCRATCH_STEPS = (300, 1000, 3000, 7000)
 SCRATCH = {"weight_decay": 0.3}
 VALIDATION = 0.2
+# Pseudo-labels are many, and want at least so many steps.
+PSEUDO_STEPS = 3000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,6 +126,48 @@ def ours_2(problem: Problem, seed: int, folder: Path) -> Trained:
     return taught(problem, seed, folder, problem.eip_labels, "ours")
 
 
+def ours_1(problem: Problem, seed: int, _: Path) -> Trained:
+    """Learn pseudo-labels of the label model beside the DFT labels, and judge."""
+    start = time.process_time()
+    pseudo, report = pseudo_labels_of(problem, seed)
+    plain = StageInputs(configurations=problem.pool, labels=problem.labels)
+    inputs = replace(plain, pseudo=pseudo)
+    without, length = tuned_length(problem, plain, seed)
+    settings = SCRATCH | {"steps": max(length, PSEUDO_STEPS)}
+    with_eips = validation_score(problem, inputs, seed, settings)
+    notes: dict[str, Any] = {"score": with_eips, "scratch_score": without, **report}
+    chosen = plain if without < with_eips else inputs
+    settings = SCRATCH | {"steps": length} if chosen is plain else settings
+    network, n_steps = run_stage(problem, "finetune", chosen, seed, settings)
+    notes["verdict"] = "EIPs do not help here" if chosen is plain else "EIPs help"
+    return Trained(
+        predict=predictor(network), steps=n_steps, cpu_s=time.process_time() - start, notes=notes
+    )
+
+
+def ours_both(problem: Problem, seed: int, folder: Path) -> Trained:
+    """Pre-train, replay, learn pseudo-labels too, and judge."""
+    start = time.process_time()
+    pseudo, report = pseudo_labels_of(problem, seed)
+    seconds = time.process_time() - start
+    trained = taught(problem, seed, folder, problem.eip_labels, "ours", pseudo)
+    notes = trained.notes | report
+    return replace(trained, cpu_s=trained.cpu_s + seconds, notes=notes)
+
+
+def pseudo_labels_of(problem: Problem, seed: int) -> tuple[WeightedLabels, dict[str, Any]]:
+    """Return pseudo-labels of the pool, and what they rest on."""
+    pseudo, model = make_pseudo_labels(
+        problem.pool, problem.labels, problem.eip_labels, LabelModelParameters(), seed
+    )
+    weighted = weigh_pseudo_labels(pseudo)
+    return weighted, {
+        "pseudo_energy_error": float(np.median(pseudo.energy_error)),
+        "pseudo_forces_error": float(np.median(pseudo.forces_error)),
+        "n_labels": model.n_labels,
+    }
+
+
 def paper_2(problem: Problem, seed: int, folder: Path) -> Trained:
     """Transfer as published: learn energies of all EIPs, a new head, a trunk that may forget."""
     start = time.process_time()
@@ -188,7 +233,7 @@ def taught(
     folder: Path,
     eip_labels: Labels,
     kind: str,
-    pseudo: PseudoLabels | None = None,
+    pseudo: WeightedLabels | None = None,
 ) -> Trained:
     """Pre-train, fine-tune with replay; the twin from scratch where validation says so."""
     start = time.process_time()
@@ -325,7 +370,9 @@ def shuffle_labels(labels: Labels, rng: np.random.Generator) -> Labels:
 ARMS: dict[str, Callable[[Problem, int, Path], Trained]] = {
     "scratch": scratch,
     "paper_2": paper_2,
+    "ours_1": ours_1,
     "ours_2": ours_2,
+    "ours_both": ours_both,
     "delta": delta,
     "worst_eip": worst_eip,
     "shuffled": shuffled,

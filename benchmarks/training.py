@@ -12,6 +12,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def train(trunk: str, seed: int, train_set: tuple[Configurations, Labels]) -> tu
     return Committee(members=(state.network,), stage="finetune", seeds=(seed,)), state.n_steps
 
 
-def measure(trunk: str, seed: int) -> dict[str, float | int | str]:
+def measure(trunk: str, seed: int) -> dict[str, Any]:
     """Return the test errors of one training."""
     configurations, labels, unseen, wanted = read_split()
     start = time.process_time()
@@ -96,6 +97,14 @@ def measure(trunk: str, seed: int) -> dict[str, float | int | str]:
     }
 
 
+def line_of(row: dict[str, Any]) -> str:
+    """Return a row as a line of the table."""
+    return (
+        f"{row['trunk']:<15} seed {row['seed']}: {row['energy_mae_mev']:6.2f} meV/atom, "
+        f"{row['force_mae_mev']:6.1f} meV/Å, {row['steps']} steps, {row['cpu_s']:.0f} CPU s"
+    )
+
+
 def main() -> None:
     """Train with each seed, print a table, write JSON."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -107,11 +116,7 @@ def main() -> None:
     for trunk in given.trunks:
         for seed in range(given.seeds):
             rows.append(measure(trunk, seed))
-            print(
-                "{trunk:<15} seed {seed}: {energy_mae_mev:6.2f} meV/atom, {force_mae_mev:6.1f} "
-                "meV/Å, {steps} steps, {cpu_s:.0f} CPU s".format(**rows[-1]),
-                flush=True,
-            )
+            print(line_of(rows[-1]), flush=True)
         mine = [row for row in rows if row["trunk"] == trunk]
         means = [np.mean([row[key] for row in mine]) for key in ("energy_mae_mev", "force_mae_mev")]
         print(f"{trunk:<15} mean:   {means[0]:6.2f} meV/atom, {means[1]:6.1f} meV/Å")

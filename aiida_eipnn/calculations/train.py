@@ -46,6 +46,16 @@ class TrainCalculation(JobCalculation):
         ports.add_dict(spec, "network", "Architecture: fields of NetworkParameters.")
         ports.add_training(spec, "training", None)
         ports.add_dict(spec, "classes", "Class labels of EIPs: fields of SelectionParameters.")
+        spec.input(
+            "pseudo_labels",
+            valid_type=Dict,
+            required=False,
+            serializer=to_aiida_type,
+            help=(
+                "Fields of LabelModelParameters: stage finetune also learns what EIP and DFT "
+                "labels together say of the other configurations; without it, it does not."
+            ),
+        )
         ports.add_dict(spec, "parameters", "n_workers: members that train side by side.")
         ports.add_checkpoint(spec)
         spec.output("committee", valid_type=CommitteeData, help="The trained committee.")
@@ -61,12 +71,14 @@ class TrainCalculation(JobCalculation):
     def job(self, max_seconds: float | None) -> TrainJob:
         """Return the job to run."""
         training = self.inputs.training.get_dict()
+        pseudo = self.inputs.get("pseudo_labels")
         return TrainJob(
             stage=Stage(training.pop("stage")),
             seeds=tuple(self.inputs.seeds.get_list()),
             network=self.inputs.network.get_dict(),
             training=training,
             selection=self.inputs.classes.get_dict(),
+            pseudo_labels=None if pseudo is None else pseudo.get_dict(),
             max_seconds=max_seconds,
             **self.inputs.parameters.get_dict(),
         )

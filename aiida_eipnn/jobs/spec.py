@@ -24,6 +24,10 @@ SELECTION = "selection"
 COMMITTEE = "committee"
 CHECKPOINT = "checkpoint"
 
+# Below the checkpoint of a training.
+PSEUDO_LABELS = "pseudo_labels"
+LABEL_MODEL = "label_model.json"
+
 # Outputs
 OUTPUT = "output"
 METRICS = "metrics.json"
@@ -121,6 +125,10 @@ class TrainJob:
         Fields of :class:`aiida_eipnn.science.nn.training.TrainingParameters`.
     selection
         Fields of :class:`aiida_eipnn.science.eip.selection.SelectionParameters`.
+    pseudo_labels
+        Fields of :class:`aiida_eipnn.science.eip.label_model.LabelModelParameters`: stage
+        ``finetune`` learns what EIP and DFT labels together say of the other configurations too.
+        ``None`` leaves that out.
     n_workers
         Processes that work side by side, one member each.
     max_seconds
@@ -134,6 +142,7 @@ class TrainJob:
     network: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
+    pseudo_labels: dict[str, Any] | None = None
     n_workers: int = 1
     max_seconds: float | None = None
 

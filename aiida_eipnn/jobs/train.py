@@ -23,7 +23,9 @@ import torch
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.inputs import read_configurations, read_labels
 from aiida_eipnn.jobs.spec import State, TrainJob
-from aiida_eipnn.science.arrays import load_arrays, save_arrays
+from aiida_eipnn.science.arrays import load_arrays, save_arrays, write_whole
+from aiida_eipnn.science.eip.label_model import LabelModelParameters, make_pseudo_labels
+from aiida_eipnn.science.eip.pseudo_labels import WeightedLabels, weigh_pseudo_labels
 from aiida_eipnn.science.eip.selection import Selection, SelectionParameters
 from aiida_eipnn.science.nn.checkpoint import (
     checkpoint_path,
@@ -34,7 +36,7 @@ from aiida_eipnn.science.nn.checkpoint import (
 )
 from aiida_eipnn.science.nn.committee import Committee
 from aiida_eipnn.science.nn.network import Network, NetworkParameters
-from aiida_eipnn.science.nn.stage import Stage, StageInputs, StageSettings
+from aiida_eipnn.science.nn.stage import Stage, StageInputs, StageSettings, need_labels
 from aiida_eipnn.science.nn.stages import STAGES, prepare
 from aiida_eipnn.science.nn.training import Diverged, TrainingParameters, fit, start_training
 
@@ -59,6 +61,7 @@ def run(job: TrainJob, folder: Path) -> State:
     started = time.monotonic()
     deadline = None if job.max_seconds is None else started + job.max_seconds
     torch.set_num_threads(1)
+    make_pseudo_labels_of(job, folder)
     inputs, settings = read_inputs(job, folder), read_settings(job)
     stage = prepare(str(job.stage), inputs, settings)
     train_members(job, folder, stage, settings, deadline)
@@ -78,6 +81,9 @@ def run(job: TrainJob, folder: Path) -> State:
         "n_steps": sum(record["n_steps"] for record in records),
         "members": records,
     }
+    if (report := folder / spec.CHECKPOINT / spec.LABEL_MODEL).exists():
+        # What is not a number has no place in JSON: nothing was there to measure.
+        metrics["label_model"] = json.loads(report.read_text(), parse_constant=lambda _: None)
     if job.stage is spec.Stage.CLASSIFY:
         assert inputs.eip_labels is not None
         selection = committee.select(inputs.configurations, inputs.eip_labels)
@@ -90,10 +96,34 @@ def run(job: TrainJob, folder: Path) -> State:
     return State.DONE
 
 
+def make_pseudo_labels_of(job: TrainJob, folder: Path) -> None:
+    """Make the pseudo-labels, once for all members and restarts.
+
+    Raises
+    ------
+    ValueError
+        If there are no labels to make them of.
+    """
+    checkpoint = folder / spec.CHECKPOINT
+    if job.pseudo_labels is None or (checkpoint / spec.LABEL_MODEL).exists():
+        return
+    configurations = read_configurations(folder)
+    labels = need_labels(read_labels(folder, spec.LABELS), "pseudo-labelling", "DFT labels")
+    said = need_labels(read_labels(folder, spec.EIP_LABELS), "pseudo-labelling", "EIP labels")
+    parameters = LabelModelParameters.from_dict(job.pseudo_labels)
+    pseudo, model = make_pseudo_labels(
+        configurations, labels.labelled(), said, parameters, job.seeds[0]
+    )
+    save_arrays(checkpoint / spec.PSEUDO_LABELS, weigh_pseudo_labels(pseudo).arrays())
+    # Written last: it says that the labels are complete.
+    write_whole(checkpoint / spec.LABEL_MODEL, json.dumps(model.report()))
+
+
 def read_inputs(job: TrainJob, folder: Path) -> StageInputs:
     """Read everything that the stage learns from."""
     labels = read_labels(folder, spec.LABELS)
     selection, start = folder / spec.SELECTION, folder / spec.COMMITTEE
+    pseudo = folder / spec.CHECKPOINT / spec.PSEUDO_LABELS
     committee = Committee.load(start) if start.is_dir() else None
     uses_selection = selection.is_dir() and job.stage is spec.Stage.FINETUNE
     return StageInputs(
@@ -101,6 +131,7 @@ def read_inputs(job: TrainJob, folder: Path) -> StageInputs:
         labels=None if labels is None else labels.labelled(),
         eip_labels=read_labels(folder, spec.EIP_LABELS),
         selection=Selection.from_arrays(load_arrays(selection)) if uses_selection else None,
+        pseudo=WeightedLabels.from_arrays(load_arrays(pseudo)) if pseudo.is_dir() else None,
         members=committee.members if committee else (),
         eips=committee.eips if committee else (),
     )
@@ -290,7 +321,14 @@ def committee_of(
 def fingerprint(job: TrainJob, folder: Path) -> str:
     """Return what must be equal for a checkpoint to fit: settings, data, networks to start from."""
     digest = hashlib.blake2b(digest_size=16)
-    relevant = (job.stage, job.seeds, job.network, job.training, job.selection)
+    relevant = (
+        job.stage,
+        job.seeds,
+        job.network,
+        job.training,
+        job.selection,
+        job.pseudo_labels,
+    )
     digest.update(json.dumps(relevant, sort_keys=True).encode())
     names = (spec.CONFIGURATIONS, spec.LABELS, spec.EIP_LABELS, spec.EXCLUDE, spec.SELECTION)
     for name in (*names, spec.COMMITTEE):

@@ -22,6 +22,7 @@ from aiida_eipnn.data.selection import SelectionData
 from aiida_eipnn.jobs.spec import Stage
 from aiida_eipnn.science.acquisition import AcquisitionParameters
 from aiida_eipnn.science.convergence import StopCriteria
+from aiida_eipnn.science.eip.label_model import LabelModelParameters
 from aiida_eipnn.workflows.builder import PROTOCOLS, Codes, Start, fill_builder
 from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, validate_occupations, validate_pw
 from aiida_eipnn.workflows.restart import LabelBaseWorkChain, TrainBaseWorkChain
@@ -129,6 +130,12 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             "How many configurations to hold out (test) and to start from (initial).",
             _validate_split,
         )
+        ports.add_dict(
+            spec,
+            "label_model",
+            "How to make pseudo-labels: fields of LabelModelParameters.",
+            ports.settings_validator(LabelModelParameters.from_dict),
+        )
         ports.add_dict(spec, "gate", "What to refuse: min_contact, in sums of covalent radii.")
         ports.add_dict(
             spec,
@@ -145,7 +152,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         ports.add_seed(spec)
         for name, text in (
             ("train_scratch", "Train a twin from scratch too, to see what the EIPs bring."),
-            ("use_pseudo_labels", "Fine-tune on the energies of the chosen EIPs too."),
+            ("use_pseudo_labels", "Fine-tune on what EIP and DFT labels say of the pool too."),
         ):
             spec.input(
                 name,
@@ -399,7 +406,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         # Replay: what the EIPs say stays in the loss.
         inputs.job.eip_labels = {"pool": self.ctx.eip_labels}
         if self.inputs.use_pseudo_labels:
-            inputs.job.selection = self.ctx.selection
+            inputs.job.pseudo_labels = self.inputs.label_model
         self.to_context(finetuning=self._submit_train(inputs, "finetune"))
 
     def inspect_finetune(self) -> ExitCode | None:

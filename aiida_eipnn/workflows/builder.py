@@ -101,7 +101,7 @@ def fill_builder(
     builder.dft = dft_inputs(inputs["dft"], codes.pw, start.elements, options)
     builder.train.job = train_inputs(inputs, codes.job, options)
     builder.evaluate = {"parameters": Dict(inputs["evaluate"]), **_job(codes.job, options)}
-    for name in (*TRAININGS, "split", "gate", "acquisition", "stop"):
+    for name in (*TRAININGS, "split", "label_model", "gate", "acquisition", "stop"):
         builder[name] = Dict(inputs[name])
     builder.seed = Int(inputs["seed"])
     builder.train_scratch = inputs["train_scratch"]

@@ -195,7 +195,8 @@ def test_known_labels_are_learnt_and_pseudo_labels_are_an_option(loop, builder, 
         for calculation in calculations_of(node, "eipnn.train")
         if calculation.inputs.training["stage"] == "finetune"
     )
-    assert "selection" in finetuning.inputs
+    assert "pseudo_labels" in finetuning.inputs
+    assert finetuning.outputs.metrics["label_model"]["n_labels"] == len(known)
     assert "scratch" not in outputs["iterations"]["i001"]
 
 

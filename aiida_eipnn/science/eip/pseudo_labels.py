@@ -1,19 +1,25 @@
-"""Labels for configurations that DFT did not label, made of what EIPs say."""
+"""Pseudo-labels with their weights: what a network learns beside DFT labels."""
 
 from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
 
-from aiida_eipnn.science.arrays import Arrays, FloatArray, IntArray, StrArray
+from aiida_eipnn.science.arrays import Arrays, BoolArray, FloatArray, IntArray, StrArray
 from aiida_eipnn.science.configurations import Configurations, pick_fields
+from aiida_eipnn.science.eip.label_model import PseudoLabels
 from aiida_eipnn.science.eip.selection import Selection
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.reference import fit_alignment
 
+# Errors at which a pseudo-label counts half as much as a DFT label: from residuals of this size on
+# the loss of DFT labels is linear. In eV/atom and eV/Å.
+HALF_BELIEVED_ENERGY = 0.02
+HALF_BELIEVED_FORCES = 0.1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PseudoLabels:
+class WeightedLabels:
     """Energies and forces to learn from until the network knows better.
 
     Parameters
@@ -66,9 +72,37 @@ class PseudoLabels:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+def weigh_pseudo_labels(pseudo: PseudoLabels) -> WeightedLabels:
+    r"""Return pseudo-labels of a label model, the less believed the larger the error to expect.
+
+    :math:`w = \sigma_0^2 / (\sigma_0^2 + \sigma^2)`, so that labels without a chance of being right
+    weigh nothing, however many there are.
+    """
+    energy = _belief(pseudo.energy_error, HALF_BELIEVED_ENERGY)
+    forces = _belief(pseudo.forces_error, HALF_BELIEVED_FORCES)
+    use = np.flatnonzero((energy > 0) & np.isfinite(pseudo.energy))
+    taken = pseudo.take(pseudo.ids[use])
+    finite = np.isfinite(taken.forces)
+    pulled: BoolArray = np.ones(len(use), dtype=bool)
+    if len(use):
+        pulled = np.logical_and.reduceat(finite.all(axis=1), taken.offsets[:-1])
+    return WeightedLabels(
+        ids=taken.ids,
+        offsets=taken.offsets,
+        energy=taken.energy,
+        energy_weight=energy[use],
+        forces=np.where(finite, taken.forces, 0.0),
+        forces_weight=np.where(pulled, forces[use], 0.0),
+    )
+
+
+def _belief(error: FloatArray, half: float) -> FloatArray:
+    return np.asarray(np.where(np.isfinite(error), half**2 / (half**2 + error**2), 0.0))
+
+
 def pseudo_labels_of_selection(
     configurations: Configurations, labels: Labels, eip_labels: Labels, selection: Selection
-) -> PseudoLabels | None:
+) -> WeightedLabels | None:
     """Return the aligned energies of the chosen EIPs where there is no DFT label.
 
     They weigh as much as the classifier was sure of them; forces are left out: the EIP that is best
@@ -106,7 +140,7 @@ def pseudo_labels_of_selection(
     if not len(use):
         return None
     part = aligned.take(use)
-    return PseudoLabels(
+    return WeightedLabels(
         ids=part.ids,
         offsets=part.offsets,
         energy=chosen[use],

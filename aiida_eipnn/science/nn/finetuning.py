@@ -16,7 +16,7 @@ from torch import Tensor
 from aiida_eipnn.science.arrays import IntArray
 from aiida_eipnn.science.configurations import Configurations, ragged_rows
 from aiida_eipnn.science.eip.potential import symbols_of
-from aiida_eipnn.science.eip.pseudo_labels import PseudoLabels, pseudo_labels_of_selection
+from aiida_eipnn.science.eip.pseudo_labels import WeightedLabels, pseudo_labels_of_selection
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.nn.directions import DrawnDirections, directed_set, forces_along
 from aiida_eipnn.science.nn.eip_targets import eip_targets
@@ -79,7 +79,7 @@ class PseudoTask:
     def __init__(
         self,
         configurations: Configurations,
-        labels: PseudoLabels,
+        labels: WeightedLabels,
         parameters: NetworkParameters,
         elements: tuple[int, ...],
     ) -> None:

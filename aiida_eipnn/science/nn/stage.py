@@ -13,7 +13,7 @@ import torch
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
-from aiida_eipnn.science.eip.pseudo_labels import PseudoLabels
+from aiida_eipnn.science.eip.pseudo_labels import WeightedLabels
 from aiida_eipnn.science.eip.selection import Selection, SelectionParameters
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.nn.heads import CONSENSUS, DFT_HEAD
@@ -59,7 +59,7 @@ class StageInputs:
     labels: Labels | None = None
     eip_labels: Labels | None = None
     selection: Selection | None = None
-    pseudo: PseudoLabels | None = None
+    pseudo: WeightedLabels | None = None
     members: tuple[Network, ...] = ()
     eips: tuple[str, ...] = ()
 
