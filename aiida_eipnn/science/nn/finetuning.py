@@ -57,7 +57,7 @@ HUBER_FORCES = 0.1
 PSEUDO_END = 0.8
 # Configurations that EIP heads are held by, and how many of them in a step.
 MAX_REPLAY = 3000
-REPLAY_BATCH = 32
+REPLAY_BATCH = 16
 PSEUDO_BATCH = 32
 
 
