@@ -18,7 +18,6 @@ from aiida_eipnn.science.configurations import Configurations, ragged_rows
 from aiida_eipnn.science.eip.potential import symbols_of
 from aiida_eipnn.science.eip.selection import NONE, Selection, SelectionParameters, class_labels
 from aiida_eipnn.science.labels import Labels
-from aiida_eipnn.science.nn.descriptor import Described, DescribedSet
 from aiida_eipnn.science.nn.heads import CONSENSUS, DFT_HEAD
 from aiida_eipnn.science.nn.network import (
     Network,
@@ -27,10 +26,10 @@ from aiida_eipnn.science.nn.network import (
     derivatives,
     describe_configurations,
     fit_pooling,
-    fit_standardisation,
     with_gradient,
 )
 from aiida_eipnn.science.nn.training import Loss, Step, TrainingParameters
+from aiida_eipnn.science.nn.trunk import Batch, BatchSet
 from aiida_eipnn.science.reference import count_elements, fit_alignment, fit_reference_energies
 
 LOGGER = logging.getLogger(__name__)
@@ -264,7 +263,7 @@ class Classification:
 class PseudoLabels(NamedTuple):
     """Energies, in eV, of the EIP chosen where DFT has no label, and its probability."""
 
-    described: DescribedSet
+    described: BatchSet
     energy: FloatArray
     weight: FloatArray
 
@@ -338,7 +337,7 @@ class Finetuning:
         """Fit the standardisation of the pooled features."""
         fit_pooling(network, self.statistics.described)
 
-    def _target(self, network: Network, batch: Described, energy: FloatArray) -> Tensor:
+    def _target(self, network: Network, batch: Batch, energy: FloatArray) -> Tensor:
         return torch.from_numpy(energy) - network.heads.references(batch.graph)[:, 0]
 
     def _pseudo_loss(self, network: Network, step: Step) -> Tensor:
@@ -549,7 +548,7 @@ def new_network(
     """Return a network with random weights whose descriptors are standardised."""
     network = Network(stage.parameters, stage.elements, heads, classes)
     network.initialise(seed)
-    fit_standardisation(network.trunk, stage.statistics.described)
+    network.trunk.standardise(stage.statistics.described)
     return network
 
 
@@ -612,7 +611,7 @@ def fit_referenced(configurations: Configurations, energy: FloatArray) -> FloatA
     return residual / configurations.n_atoms
 
 
-def virial_error(virial: Tensor, stress: FloatArray, batch: Described) -> Tensor:
+def virial_error(virial: Tensor, stress: FloatArray, batch: Batch) -> Tensor:
     """Return the errors of the virial per atom, in eV/atom, where there is a stress."""
     wanted = torch.from_numpy(stress) * batch.graph.volumes[:, None]
     error = (virial - wanted.nan_to_num()) / batch.graph.n_atoms[:, None]
