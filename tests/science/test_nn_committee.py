@@ -21,7 +21,6 @@ from aiida_eipnn.science.nn.network import (  # noqa: E402
     NetworkParameters,
     describe_configurations,
     fit_pooling,
-    fit_standardisation,
 )
 
 pytestmark = pytest.mark.usefixtures("torch")
@@ -44,7 +43,7 @@ def committee_of(n_members=2, heads=("dft",), classes=(), eips=(), stage="finetu
     for seed in range(n_members):
         network = Network(SETTINGS, CARBIDE, heads, classes)
         network.initialise(seed)
-        fit_standardisation(network.trunk, described)
+        network.trunk.standardise(described)
         fit_pooling(network, described)
         with torch.no_grad():
             network.heads.reference += torch.tensor([-150.0, -107.0])

@@ -17,7 +17,6 @@ from aiida_eipnn.science.nn.network import (  # noqa: E402
     NetworkParameters,
     derivatives,
     describe_configurations,
-    fit_standardisation,
     with_gradient,
 )
 
@@ -61,9 +60,8 @@ def random_committee(elements=SILICON_CARBIDE, n_members=1, **parameters):
     for seed in range(n_members):
         network = Network(settings, elements, ("dft",))
         network.initialise(seed)
-        fit_standardisation(
-            network.trunk,
-            describe_configurations(Configurations.from_atoms(frames), settings, elements),
+        network.trunk.standardise(
+            describe_configurations(Configurations.from_atoms(frames), settings, elements)
         )
         with torch.no_grad():
             network.heads.weight *= 10
@@ -289,7 +287,7 @@ def test_a_set_too_large_to_keep_is_described_batch_by_batch(monkeypatch):
     ("content", "message"),
     [
         ({"widht": 32}, r"no setting \['widht'\], only .*'width'"),
-        ({"trunk": "mace"}, "no trunk 'mace', only 'power_spectrum'"),
+        ({"trunk": "nequip"}, "no trunk 'nequip', only .*'power_spectrum'"),
         ({"cutoff": -1.0}, "cutoff must be above 0"),
         ({"n_radial": 0}, "n_radial must be a whole number from 1 on, not 0"),
         ({"depth": 1.5}, "depth must be a whole number"),

@@ -18,15 +18,16 @@ from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.selection import Selection, select
 from aiida_eipnn.science.labels import Labels, join_labels
-from aiida_eipnn.science.nn.descriptor import Described, DescribedSet
-from aiida_eipnn.science.nn.graph import find_neighbours
 from aiida_eipnn.science.nn.network import (
+    MACE,
     Network,
     NetworkParameters,
     derivatives,
+    describe_configurations,
     with_gradient,
 )
 from aiida_eipnn.science.nn.stage import energy_head
+from aiida_eipnn.science.nn.trunk import Batch, BatchSet
 from aiida_eipnn.science.predictions import Predictions
 
 SCHEMA_VERSION = 1
@@ -148,7 +149,7 @@ class Committee:
             self._predict(described.batch(rows))
             for rows in _row_batches(len(configurations), batch_size)
         ]
-        return _summarise(configurations, _join(parts, len(self), self.parameters.width))
+        return _summarise(configurations, _join(parts, len(self), self.members[0].trunk.n_features))
 
     def select(
         self, configurations: Configurations, eip_labels: Labels, batch_size: int = 64
@@ -182,25 +183,23 @@ class Committee:
         empty = np.zeros((0, len(self.eips) + 1))
         return select(np.concatenate([empty, *parts]), _rows_for(configurations, eip_labels))
 
-    def _describe(self, configurations: Configurations) -> DescribedSet:
-        neighbours = find_neighbours(configurations, self.elements, self.parameters.cutoff)
-        basis = self.parameters.basis(len(self.elements))
+    def _describe(self, configurations: Configurations) -> BatchSet:
         # Each batch is seen once: nothing to keep.
-        return DescribedSet(neighbours, basis, self.parameters.dtype, keep=False)
+        return describe_configurations(configurations, self.parameters, self.elements, keep=False)
 
-    def _predict(self, described: Described) -> _Batch:
-        results = [_predict_one(member, described) for member in self.members]
+    def _predict(self, batch: Batch) -> _Batch:
+        results = [_predict_one(member, batch) for member in self.members]
         with torch.no_grad():
-            first, graph = self.members[0], described.graph
-            pooled = first.pooled(first.trunk(described), graph)
+            first = self.members[0]
+            pooled = first.pooled(first.trunk(batch), batch.graph)
         energy, forces, stress = (np.stack(values) for values in zip(*results, strict=True))
-        features = pooled[:, : self.parameters.width].numpy().astype(np.float64)
+        features = pooled[:, : first.trunk.n_features].numpy().astype(np.float64)
         return _Batch(energy, forces, stress, features)
 
-    def _probabilities(self, described: Described) -> FloatArray:
+    def _probabilities(self, batch: Batch) -> FloatArray:
         with torch.no_grad():
             each = [
-                member.logits(member.trunk(described), described.graph).softmax(dim=1)
+                member.logits(member.trunk(batch), batch.graph).softmax(dim=1)
                 for member in self.members
             ]
         mean: FloatArray = torch.stack(each).mean(dim=0).numpy().astype(np.float64)
@@ -222,15 +221,13 @@ class Committee:
             "reference_energies": [_references(member) for member in self.members],
             "energy_scale": [float(member.heads.scale) for member in self.members],
             "facts": self.facts,
-            "versions": _versions(),
+            "versions": _versions(self.parameters.trunk),
         }
 
 
-def _predict_one(
-    member: Network, described: Described
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _predict_one(member: Network, batch: Batch) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Return energy, forces and stress of one member."""
-    batch = with_gradient(described)
+    batch = with_gradient(batch)
     row = member.heads.row(energy_head(member))
     energy = member.energies(member.trunk(batch), batch.graph)[:, row]
     slopes = derivatives(energy, batch, trainable=False)
@@ -313,6 +310,7 @@ def _references(member: Network) -> dict[str, dict[str, float]]:
     }
 
 
-def _versions() -> dict[str, str]:
-    others = {name: metadata.version(name) for name in ("torch", "numpy", "vesin", "safetensors")}
+def _versions(trunk: str) -> dict[str, str]:
+    names = ["torch", "numpy", "vesin", "safetensors", *(["mace-torch"] if trunk == MACE else [])]
+    others = {name: metadata.version(name) for name in names}
     return {"aiida-eipnn": __version__, "python": platform.python_version(), **others}

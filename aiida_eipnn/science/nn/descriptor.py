@@ -163,6 +163,17 @@ class DescribedSet:
             descriptors=self._kept.descriptors[atoms],
         )
 
+    def descriptors(self) -> Tensor:
+        """Return the descriptors of all atoms. Shape ``(N, n_descriptors)``."""
+        if self._kept is not None:
+            return self._kept.descriptors
+        parts = [self.batch(rows).descriptors for rows in self._chunks()]
+        return torch.cat([torch.zeros(0, self.basis.n_descriptors, dtype=self.dtype), *parts])
+
+    def _chunks(self) -> list[IntArray]:
+        starts = range(0, len(self), _CHUNK)
+        return [np.arange(start, min(start + _CHUNK, len(self))) for start in starts]
+
     def _bytes(self) -> int:
         n_pairs, n_atoms = len(self.neighbours.partners), len(self.neighbours.species)
         basis = self.basis
@@ -173,8 +184,7 @@ class DescribedSet:
         n_pairs = len(self.neighbours.partners)
         pairs = torch.zeros(n_pairs + 1, sum(self.basis.widths), dtype=self.dtype)
         density, descriptors = [], []
-        for start in range(0, len(self), _CHUNK):
-            rows = np.arange(start, min(start + _CHUNK, len(self)))
+        for rows in self._chunks():
             part = describe(batch_graph(self.neighbours, rows), self.basis, self.dtype)
             filled = part.graph.pairs < n_pairs
             pairs[part.graph.pairs[filled]] = part.pairs[filled]
@@ -215,13 +225,24 @@ def descriptor_change(
     Shapes ``(N, n_descriptors)``; ``tangent`` is zero in empty places. Shape ``(N, K, 3)``.
     """
     described = describe(graph, basis, dtype)
-    return described.descriptors, change_of_descriptors(tangent, described)
+    return described.descriptors, descriptor_tangent(tangent, described)
 
 
 def descriptors_of(described: Described) -> Tensor:
     """Return the descriptors as a differentiable function of ``graph.vectors``."""
     result: Tensor = _Descriptors.apply(described.graph.vectors, described)  # type: ignore[no-untyped-call]
     return result
+
+
+def descriptor_tangent(tangent: Tensor, described: Described) -> Tensor:
+    """Return how the descriptors change when ``graph.vectors`` change by ``tangent``."""
+    basis, tangent = described.basis, tangent.to(described.pairs.dtype)
+    radial, slope, harmonics, slopes, unit = torch.split(described.pairs, basis.widths, dim=-1)
+    stretch = slope * (unit * tangent).sum(dim=-1, keepdim=True)
+    turn = (_by_direction(slopes) * tangent[..., None]).sum(dim=-2)
+    moved = stretch.transpose(1, 2) @ harmonics + radial.transpose(1, 2) @ turn
+    pairs = _power_spectrum(moved, described.density, basis)
+    return torch.cat([moved[..., 0], pairs], dim=-1)
 
 
 def radial_functions(r: Tensor, cutoff: float, n_radial: int) -> tuple[Tensor, Tensor]:
@@ -252,10 +273,21 @@ def radial_functions(r: Tensor, cutoff: float, n_radial: int) -> tuple[Tensor, T
     x = r[..., None]
     bessel = math.sqrt(2 / cutoff) * torch.sin(k * x) / x
     bessel_slope = (math.sqrt(2 / cutoff) * k * torch.cos(k * x) - bessel) / x
-    envelope, envelope_slope = _envelope(x / cutoff)
+    y = x / cutoff
+    smooth, smooth_slope = envelope(y), envelope_slope(y)
     inside = (x < cutoff).to(r.dtype)
-    value = bessel * envelope * inside
-    return value, inside * (bessel_slope * envelope + bessel * envelope_slope / cutoff)
+    value = bessel * smooth * inside
+    return value, inside * (bessel_slope * smooth + bessel * smooth_slope / cutoff)
+
+
+def envelope(x: Tensor) -> Tensor:
+    """Return 1 - 28 x^6 + 48 x^7 - 21 x^8: 1 at 0, and 0 at 1 with two derivatives."""
+    return 1 - x**6 * (28 - 48 * x + 21 * x**2)
+
+
+def envelope_slope(x: Tensor) -> Tensor:
+    """Return the derivative of :func:`envelope`."""
+    return -168 * x**5 * (1 - x) ** 2
 
 
 def spherical_harmonics(unit: Tensor, r: Tensor, l_max: int) -> tuple[Tensor, Tensor]:
@@ -339,7 +371,7 @@ class _VectorGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor) -> tuple[Tensor, None]:
-        return change_of_descriptors(tangents[0], ctx.described), None
+        return descriptor_tangent(tangents[0], ctx.described), None
 
 
 def _vector_gradient(gradient: Tensor, described: Described) -> Tensor:
@@ -352,17 +384,6 @@ def _vector_gradient(gradient: Tensor, described: Described) -> Tensor:
     across = (by_harmonics[..., None, :] * _by_direction(slopes)).sum(dim=-1)
     gradient_by_vectors: Tensor = along * unit + across
     return gradient_by_vectors.to(described.graph.vectors.dtype)
-
-
-def change_of_descriptors(tangent: Tensor, described: Described) -> Tensor:
-    """Return how the descriptors change when the vectors change by ``tangent``."""
-    basis, tangent = described.basis, tangent.to(described.pairs.dtype)
-    radial, slope, harmonics, slopes, unit = torch.split(described.pairs, basis.widths, dim=-1)
-    stretch = slope * (unit * tangent).sum(dim=-1, keepdim=True)
-    turn = (_by_direction(slopes) * tangent[..., None]).sum(dim=-2)
-    moved = stretch.transpose(1, 2) @ harmonics + radial.transpose(1, 2) @ turn
-    pairs = _power_spectrum(moved, described.density, basis)
-    return torch.cat([moved[..., 0], pairs], dim=-1)
 
 
 def _power_spectrum(a: Tensor, b: Tensor, basis: Basis) -> Tensor:
@@ -411,12 +432,6 @@ def _place_of_pair(n: int) -> Tensor:
 def _by_direction(slopes: Tensor) -> Tensor:
     """Return slopes of shape ``(N, K, 3, n_harmonics)``."""
     return slopes.reshape(*slopes.shape[:2], 3, -1)
-
-
-def _envelope(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 1 - 28 x^6 + 48 x^7 - 21 x^8 and its derivative."""
-    x5 = x**5
-    return 1 - x5 * x * (28 - 48 * x + 21 * x**2), -168 * x5 * (1 - x) ** 2
 
 
 def _legendre(z: Tensor, l_max: int) -> list[list[Tensor]]:

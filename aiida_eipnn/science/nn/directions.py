@@ -15,15 +15,16 @@ from torch import Tensor
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations, ragged_rows
-from aiida_eipnn.science.nn.descriptor import MAX_KEPT_BYTES, Basis, DescribedSet, descriptor_change
+from aiida_eipnn.science.nn.descriptor import MAX_KEPT_BYTES, Basis, descriptor_change
 from aiida_eipnn.science.nn.graph import Graph, batch_graph, find_neighbours
 from aiida_eipnn.science.nn.heads import Owners, sum_atoms
 from aiida_eipnn.science.nn.network import (
     Network,
     NetworkParameters,
-    PowerSpectrumTrunk,
     describe_configurations,
 )
+from aiida_eipnn.science.nn.power_spectrum import PowerSpectrumTrunk
+from aiida_eipnn.science.nn.trunk import BatchSet
 
 # Directions that are kept of each configuration: a new one in each of as many epochs.
 N_DIRECTIONS = 6
@@ -140,7 +141,7 @@ class DrawnDirections:
         The configurations, as the trunk wants them.
     """
 
-    def __init__(self, described: DescribedSet) -> None:
+    def __init__(self, described: BatchSet) -> None:
         self.described = described
 
     def __len__(self) -> int:

@@ -86,6 +86,26 @@ class Graph(NamedTuple):
     volumes: Tensor
 
 
+class GraphBatch(NamedTuple):
+    """A batch for a trunk that computes everything from the graph."""
+
+    graph: Graph
+
+
+class GraphSet:
+    """Configurations for a trunk that computes everything from the graph, any batch at a time."""
+
+    def __init__(self, neighbours: Neighbours) -> None:
+        self.neighbours = neighbours
+
+    def __len__(self) -> int:
+        return len(self.neighbours)
+
+    def batch(self, rows: IntArray) -> GraphBatch:
+        """Return the given configurations as one batch."""
+        return GraphBatch(batch_graph(self.neighbours, rows))
+
+
 def find_neighbours(
     configurations: Configurations, elements: Sequence[int], cutoff: float
 ) -> Neighbours:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from aiida_eipnn.science.arrays import FloatArray
-from aiida_eipnn.science.nn.descriptor import Described
+from aiida_eipnn.science.nn.trunk import Batch
 from aiida_eipnn.science.reference import MAD_TO_SIGMA
 
 # 95 % efficiency for normal errors.
@@ -27,7 +27,7 @@ def absolute(residual: Tensor) -> tuple[float, int]:
     return float(residual.detach().abs().sum()), residual.numel()
 
 
-def virial_error(virial: Tensor, stress: FloatArray, batch: Described) -> Tensor:
+def virial_error(virial: Tensor, stress: FloatArray, batch: Batch) -> Tensor:
     """Return the errors of the virial per atom, in eV/atom, where there is a stress."""
     wanted = torch.from_numpy(stress) * batch.graph.volumes[:, None]
     error = (virial - wanted.nan_to_num()) / batch.graph.n_atoms[:, None]

@@ -3,32 +3,32 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from aiida_eipnn.science.configurations import Configurations
-from aiida_eipnn.science.nn.descriptor import (
-    Basis,
-    Described,
-    DescribedSet,
-    change_of_descriptors,
-    descriptors_of,
-)
-from aiida_eipnn.science.nn.graph import Graph, find_neighbours
+from aiida_eipnn.science.nn.descriptor import Basis, DescribedSet
+from aiida_eipnn.science.nn.graph import Graph, GraphSet, find_neighbours
 from aiida_eipnn.science.nn.heads import ClassifierHead, EnergyHeads, pool_features, sum_atoms
+from aiida_eipnn.science.nn.power_spectrum import PowerSpectrumTrunk
+from aiida_eipnn.science.nn.schnet import SchNetTrunk
+from aiida_eipnn.science.nn.trunk import B, Batch, BatchSet, Trunk, draw
 from aiida_eipnn.science.settings import build
 
-POWER_SPECTRUM = "power_spectrum"
+POWER_SPECTRUM, SCHNET, MACE = "power_spectrum", "schnet", "mace"
+# What differs from the defaults of NetworkParameters, where a trunk has others.
+DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    POWER_SPECTRUM: {},
+    SCHNET: {"n_radial": 20, "l_max": 0, "width": 64, "depth": 3},
+    MACE: {"n_radial": 8, "l_max": 3, "width": 32, "depth": 2},
+}
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
 # Spreads below this part of the root mean square of all spreads are noise.
 _MIN_RELATIVE_SPREAD = 1e-3
-# Half-way between no scaling (0), which hides what varies little, and unit variance (1), which
-# makes the wildest functions of the distance as important as the smoothest ones.
-_SCALING_POWER = 0.5
 _VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 
 
@@ -36,20 +36,24 @@ _VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 class NetworkParameters:
     """Architecture of a network.
 
+    The defaults are those of ``power_spectrum``; :meth:`from_dict` knows those of each trunk.
+
     Parameters
     ----------
     trunk
-        Name of the trunk: ``power_spectrum``.
+        Name of the trunk: ``power_spectrum`` (fixed descriptors, then layers), ``schnet``
+        (messages that depend on distances) or ``mace`` (equivariant messages; needs the extra
+        ``mace``).
     cutoff
         Distance up to which an atom sees its neighbours, in Å.
     n_radial
-        Number of radial functions.
+        Number of radial functions: Bessel functions, Gaussians for ``schnet``.
     l_max
-        Highest degree of the spherical harmonics.
+        Highest degree of the spherical harmonics; ``schnet`` has none.
     width
-        Number of features of an atom.
+        Number of features of an atom; ``mace`` has as many in each layer.
     depth
-        Number of layers.
+        Number of layers; of interactions, for ``schnet`` and ``mace``.
     precision
         ``float64`` or ``float32``; positions and total energies are always ``float64``.
     """
@@ -63,8 +67,8 @@ class NetworkParameters:
     precision: str = "float64"
 
     def __post_init__(self) -> None:
-        if self.trunk != POWER_SPECTRUM:
-            raise ValueError(f"there is no trunk {self.trunk!r}, only {POWER_SPECTRUM!r}")
+        if self.trunk not in DEFAULTS:
+            raise ValueError(f"there is no trunk {self.trunk!r}, only {sorted(DEFAULTS)}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {sorted(PRECISIONS)}: {self.precision!r}")
         if not 0 < self.cutoff < math.inf:
@@ -76,8 +80,15 @@ class NetworkParameters:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Build from plain values; ``ValueError`` names an unknown key."""
-        return build(cls, content, "network")
+        """Build from plain values, what is missing being the default of the trunk.
+
+        Raises
+        ------
+        ValueError
+            If a key is unknown or a value cannot be used.
+        """
+        defaults = DEFAULTS.get(str(content.get("trunk", POWER_SPECTRUM)), {})
+        return build(cls, {**defaults, **content}, "network")
 
     @property
     def has_fixed_descriptors(self) -> bool:
@@ -90,22 +101,10 @@ class NetworkParameters:
         return PRECISIONS[self.precision]
 
     def basis(self, n_elements: int) -> Basis:
-        """Return the basis of the descriptors."""
+        """Return the basis of the descriptors of ``power_spectrum``."""
         return Basis(
             cutoff=self.cutoff, n_radial=self.n_radial, l_max=self.l_max, n_elements=n_elements
         )
-
-
-class Trunk(Protocol):
-    """What turns the neighbourhoods of atoms into features; differentiable by ``graph.vectors``."""
-
-    def __call__(self, described: Described) -> Tensor:
-        """Return the features of the atoms of a batch. Shape ``(N, width)``."""
-        ...
-
-    def parameters(self) -> Any:
-        """Iterate over what is trained."""
-        ...
 
 
 class Derivatives(NamedTuple):
@@ -118,81 +117,28 @@ class Derivatives(NamedTuple):
     virial: Tensor
 
 
-class PowerSpectrumTrunk(nn.Module):
-    """Standardised power spectrum, then layers that know the element of the central atom.
+def build_trunk(parameters: NetworkParameters, n_elements: int) -> Trunk[Any]:
+    """Return the trunk that the parameters name, with weights of no meaning.
 
-    Parameters
-    ----------
-    parameters
-        Architecture.
-    n_elements
-        Number of elements.
+    Raises
+    ------
+    ImportError
+        If the package of the trunk is not installed.
     """
+    size: dict[str, Any] = {
+        "width": parameters.width,
+        "depth": parameters.depth,
+        "dtype": parameters.dtype,
+    }
+    if parameters.trunk == POWER_SPECTRUM:
+        return PowerSpectrumTrunk(parameters.basis(n_elements), **size)
+    size |= {"cutoff": parameters.cutoff, "n_radial": parameters.n_radial}
+    if parameters.trunk == SCHNET:
+        return SchNetTrunk(n_elements, **size)
+    # A package of its own, which takes seconds to load.
+    from aiida_eipnn.science.nn.mace import MaceTrunk
 
-    def __init__(self, parameters: NetworkParameters, n_elements: int) -> None:
-        super().__init__()
-        dtype, width = parameters.dtype, parameters.width
-        n_inputs = parameters.basis(n_elements).n_descriptors
-        self.mean: Tensor
-        self.spread: Tensor
-        self.register_buffer("mean", torch.zeros(n_inputs, dtype=dtype))
-        self.register_buffer("spread", torch.ones(n_inputs, dtype=dtype))
-        self.embedding = nn.Parameter(torch.zeros(n_elements, width, dtype=dtype))
-        sizes = [n_inputs, *[width] * (parameters.depth - 1)]
-        self.layers = nn.ModuleList(nn.Linear(size, width, dtype=dtype) for size in sizes)
-
-    def forward(self, described: Described) -> Tensor:
-        """Return the features of atoms. Shape ``(N, width)``."""
-        x = (descriptors_of(described) - self.mean) / self.spread
-        shift = self.embedding[described.graph.species]
-        for layer in self.layers:
-            x = nn.functional.silu(layer(x) + shift)
-            # The element enters once, with the geometry.
-            shift = torch.zeros((), dtype=x.dtype)
-        return x
-
-    def slopes(self, described: Described, tangent: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features and their change when the vectors change by ``tangent``.
-
-        Shapes ``(N, width)``; differentiable by the weights.
-        """
-        change = change_of_descriptors(tangent, described)
-        return self.slopes_by_descriptors(described.descriptors, change, described.graph.species)
-
-    def slopes_by_descriptors(
-        self, descriptors: Tensor, change: Tensor, species: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the features and their change when the descriptors change by ``change``."""
-        x, dx = (descriptors - self.mean) / self.spread, change / self.spread
-        shift = self.embedding[species]
-        for layer in self.layers:
-            assert isinstance(layer, nn.Linear)
-            before = layer(x) + shift
-            gate = torch.sigmoid(before)
-            x = before * gate
-            dx = (dx @ layer.weight.T) * (gate + x * (1 - gate))
-            shift = torch.zeros((), dtype=x.dtype)
-        return x, dx
-
-    def standardise(self, descriptors: Tensor) -> None:
-        """Let descriptors like these have mean 0 and spreads that differ less than they do."""
-        spread = descriptors.std(dim=0, correction=0)
-        typical = spread.square().mean().sqrt()
-        self.mean.copy_(descriptors.mean(dim=0))
-        if typical == 0:
-            # A single atom, or equal ones, vary in nothing: leave the descriptors as they are.
-            self.spread.fill_(1.0)
-            return
-        relative = torch.clamp(spread / typical, min=_MIN_RELATIVE_SPREAD)
-        self.spread.copy_(typical * relative**_SCALING_POWER)
-
-    def initialise(self, generator: torch.Generator) -> None:
-        """Draw new weights."""
-        _draw(self.embedding, 0.5, generator)
-        for layer in self.layers:
-            assert isinstance(layer, nn.Linear)
-            _draw(layer.weight, layer.in_features**-0.5, generator)
-            nn.init.zeros_(layer.bias)
+    return MaceTrunk(n_elements, l_max=parameters.l_max, **size)
 
 
 class Network(nn.Module):
@@ -218,10 +164,11 @@ class Network(nn.Module):
         classes: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        dtype, width = parameters.dtype, parameters.width
+        dtype = parameters.dtype
         self.settings = parameters
         self.elements = tuple(elements)
-        self.trunk = PowerSpectrumTrunk(parameters, len(elements))
+        self.trunk = build_trunk(parameters, len(elements))
+        width = self.trunk.n_features
         self.heads = EnergyHeads(heads, width, len(elements), dtype)
         self.classifier = ClassifierHead(classes, width, dtype) if classes else None
         self.pooled_mean: Tensor
@@ -236,10 +183,10 @@ class Network(nn.Module):
         for head in (self.heads, self.classifier):
             if head is not None:
                 # Small, so that training starts from the reference energies.
-                _draw(head.weight, 0.1 * self.settings.width**-0.5, generator)
+                draw(head.weight, 0.1 * self.trunk.n_features**-0.5, generator)
 
     def pooled(self, features: Tensor, graph: Graph) -> Tensor:
-        """Return standardised mean and spread of the features. Shape ``(n, 2 width)``."""
+        """Return standardised mean and spread of features. Shape ``(n, 2 n_features)``."""
         return (pool_features(features, graph) - self.pooled_mean) / self.pooled_spread
 
     def energies(self, features: Tensor, graph: Graph) -> Tensor:
@@ -266,8 +213,19 @@ def describe_configurations(
     elements: Sequence[int],
     *,
     keep: bool = True,
-) -> DescribedSet:
-    """Return the descriptors of all configurations; ``keep`` for a set that is read repeatedly.
+) -> BatchSet:
+    """Return configurations as the trunk reads them.
+
+    Parameters
+    ----------
+    configurations
+        Any number of them.
+    parameters
+        Architecture of the network.
+    elements
+        Atomic numbers that it knows, ascending.
+    keep
+        Whether to compute beforehand what can be, for a set that is read again and again.
 
     Raises
     ------
@@ -275,29 +233,30 @@ def describe_configurations(
         If a configuration contains an element that is not among ``elements``.
     """
     neighbours = find_neighbours(configurations, elements, parameters.cutoff)
-    basis = parameters.basis(len(elements))
-    return DescribedSet(neighbours, basis, parameters.dtype, keep=keep)
+    if parameters.trunk != POWER_SPECTRUM:
+        return GraphSet(neighbours)
+    return DescribedSet(neighbours, parameters.basis(len(elements)), parameters.dtype, keep=keep)
 
 
-def with_gradient(described: Described) -> Described:
+def with_gradient(batch: B) -> B:
     """Return the batch with vectors that gradients are taken by."""
-    vectors = described.graph.vectors.clone().requires_grad_()
-    return described._replace(graph=described.graph._replace(vectors=vectors))
+    vectors = batch.graph.vectors.clone().requires_grad_()
+    return batch._replace(graph=batch.graph._replace(vectors=vectors))
 
 
-def derivatives(energy: Tensor, described: Described, *, trainable: bool) -> Derivatives:
+def derivatives(energy: Tensor, batch: Batch, *, trainable: bool) -> Derivatives:
     """Return forces and virial.
 
     Parameters
     ----------
     energy
         One energy of each configuration, in eV. Shape ``(n,)``.
-    described
+    batch
         The batch, from :func:`with_gradient`.
     trainable
         Whether they will be differentiated by the weights.
     """
-    graph = described.graph
+    graph = batch.graph
     (slope,) = torch.autograd.grad(
         energy.sum(), graph.vectors, create_graph=trainable, retain_graph=True
     )
@@ -310,13 +269,7 @@ def derivatives(energy: Tensor, described: Described, *, trainable: bool) -> Der
     return Derivatives(slope.sum(dim=1) - reaction, voigt)
 
 
-def fit_standardisation(trunk: PowerSpectrumTrunk, described: DescribedSet) -> None:
-    """Fit the standardisation of the descriptors on a set."""
-    with torch.no_grad():
-        trunk.standardise(torch.cat([batch.descriptors for batch in batches_of(described)]))
-
-
-def fit_pooling(network: Network, described: DescribedSet) -> None:
+def fit_pooling(network: Network, described: BatchSet) -> None:
     """Fit the standardisation of the pooled features on a set."""
     with torch.no_grad():
         pooled = torch.cat(
@@ -328,14 +281,7 @@ def fit_pooling(network: Network, described: DescribedSet) -> None:
     network.pooled_spread.copy_(torch.clamp(spread, min=floor))
 
 
-def batches_of(described: DescribedSet, batch_size: int = 32) -> Iterator[Described]:
+def batches_of(described: BatchSet, batch_size: int = 32) -> Iterator[Any]:
     """Yield all configurations in batches, in order."""
     for start in range(0, len(described), batch_size):
         yield described.batch(np.arange(start, min(start + batch_size, len(described))))
-
-
-def _draw(weight: Tensor, spread: float, generator: torch.Generator) -> None:
-    # Drawn in double precision, so that both precisions start from the same weights.
-    drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-    with torch.no_grad():
-        weight.copy_(spread * drawn)

@@ -21,7 +21,6 @@ from aiida_eipnn.science.nn.network import (
     Network,
     NetworkParameters,
     describe_configurations,
-    fit_standardisation,
 )
 from aiida_eipnn.science.nn.training import Loss, Step, TrainingParameters
 from aiida_eipnn.science.reference import count_elements, fit_reference_energies
@@ -139,7 +138,7 @@ def new_network(
     """Return a network with random weights whose descriptors are standardised."""
     network = Network(stage.parameters, stage.elements, heads, classes)
     network.initialise(seed)
-    fit_standardisation(network.trunk, stage.statistics.described)
+    network.trunk.standardise(stage.statistics.described)
     return network
 
 

@@ -1,0 +1,200 @@
+r"""SchNet: continuous-filter convolutions [1]_ on a periodic graph.
+
+In each interaction an atom collects what its neighbours say, filtered by the distance,
+
+.. math:: x_i \leftarrow x_i + o\Big(\frac{1}{\nu} \sum_j n(x_j) \circ W(r_{ij})\, f(r_{ij})\Big),
+
+where :math:`n` is a linear layer, :math:`W` and :math:`o` are two layers with shifted softplus,
+:math:`\nu` is the mean number of neighbours and :math:`f` is zero at the cutoff together with its
+first two derivatives. Neighbours are the atoms themselves, reached by the vector to their image,
+so that energies are extensive at any depth.
+
+Plain torch, because the SchNet of graph-pes needs pytorch-lightning and e3nn and is slower.
+
+References
+----------
+.. [1] Schütt et al., SchNet, arXiv:1706.08566.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from aiida_eipnn.science.nn.descriptor import envelope
+from aiida_eipnn.science.nn.graph import Graph, GraphBatch
+from aiida_eipnn.science.nn.trunk import BatchSet, Trunk, draw, mean_neighbours
+
+_LN_2 = math.log(2.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchNetVariant:
+    """Where published networks of this name differ.
+
+    Parameters
+    ----------
+    residual
+        Whether an interaction adds to the features; if not, it replaces them.
+    envelope
+        Whether filters go to zero at the cutoff; if not, energies jump there.
+    averaged
+        Whether sums over neighbours are divided by their mean number in the data.
+    gamma
+        Sharpness of the Gaussians :math:`e^{-\\gamma (r - \\mu)^2}`, in 1/Å². ``None``: so that
+        one standard deviation is the distance of two centres.
+    """
+
+    residual: bool = True
+    envelope: bool = True
+    averaged: bool = True
+    gamma: float | None = None
+
+
+class Bonds(NamedTuple):
+    """The ``E`` pairs of a batch, each in one direction only, since filters have none.
+
+    Parameters
+    ----------
+    first, second
+        Rows of the two atoms. Shape ``(E,)`` each.
+    gaussians
+        Shape ``(E, n_radial)``.
+    envelope
+        ``None`` where filters have none. Shape ``(E, 1)``.
+    """
+
+    first: Tensor
+    second: Tensor
+    gaussians: Tensor
+    envelope: Tensor | None
+
+
+class SchNetTrunk(Trunk[GraphBatch]):
+    """Embedding of the elements, then interactions.
+
+    Parameters
+    ----------
+    n_elements
+        Number of elements: rows of the embedding.
+    cutoff
+        Distance up to which an atom sees its neighbours, in Å.
+    n_radial
+        Number of Gaussians, with centres from 0 to the cutoff.
+    width
+        Number of features of an atom, and width of the filters.
+    depth
+        Number of interactions.
+    dtype
+        Precision of the weights.
+    variant
+        What else may differ.
+    """
+
+    def __init__(
+        self,
+        n_elements: int,
+        *,
+        cutoff: float,
+        n_radial: int,
+        width: int,
+        depth: int,
+        dtype: torch.dtype,
+        variant: SchNetVariant | None = None,
+    ) -> None:
+        super().__init__(width)
+        self.variant = variant or SchNetVariant()
+        self.cutoff = cutoff
+        self.embedding = nn.Parameter(torch.zeros(n_elements, width, dtype=dtype))
+        self.interactions = nn.ModuleList(Interaction(n_radial, width, dtype) for _ in range(depth))
+        spacing = cutoff / max(1, n_radial - 1)
+        self.gamma = self.variant.gamma or 0.5 / spacing**2
+        self.centres: Tensor
+        self.n_neighbours: Tensor
+        # Follows from the settings, so it is not among the weights.
+        self.register_buffer(
+            "centres", torch.linspace(0, cutoff, n_radial, dtype=dtype), persistent=False
+        )
+        self.register_buffer("n_neighbours", torch.ones((), dtype=dtype))
+
+    def forward(self, batch: GraphBatch) -> Tensor:
+        """Return the features of atoms. Shape ``(N, width)``."""
+        bonds = self._bonds(batch.graph)
+        x = self.embedding[batch.graph.species]
+        for interaction in self.interactions:
+            collected = interaction(x, bonds) / self.n_neighbours
+            update = interaction.update(collected)
+            x = x + update if self.variant.residual else update
+        return x
+
+    def standardise(self, described: BatchSet) -> None:
+        """Fit the mean number of neighbours."""
+        if self.variant.averaged:
+            self.n_neighbours.fill_(mean_neighbours(described.neighbours))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw new weights."""
+        draw(self.embedding, 1.0, generator)
+        for layer in self.interactions.modules():
+            if isinstance(layer, nn.Linear):
+                draw(layer.weight, layer.in_features**-0.5, generator)
+                nn.init.zeros_(layer.bias)
+
+    def _bonds(self, graph: Graph) -> Bonds:
+        place = torch.nonzero(_one_of_two(graph).flatten())[:, 0]
+        vectors = graph.vectors.reshape(-1, 3).index_select(0, place)
+        distance = vectors.norm(dim=-1, keepdim=True)
+        r = distance.to(self.centres.dtype)
+        return Bonds(
+            first=torch.div(place, graph.partners.shape[1], rounding_mode="floor"),
+            second=graph.partners.flatten()[place],
+            gaussians=torch.exp(-self.gamma * (r - self.centres) ** 2),
+            envelope=envelope(r / self.cutoff) if self.variant.envelope else None,
+        )
+
+
+class Interaction(nn.Module):
+    """One continuous-filter convolution."""
+
+    def __init__(self, n_radial: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.filter_in = nn.Linear(n_radial, width, dtype=dtype)
+        self.filter_out = nn.Linear(width, width, dtype=dtype)
+        self.node = nn.Linear(width, width, dtype=dtype)
+        self.update_in = nn.Linear(width, width, dtype=dtype)
+        self.update_out = nn.Linear(width, width, dtype=dtype)
+
+    def forward(self, x: Tensor, bonds: Bonds) -> Tensor:
+        """Return the sum over the neighbours of each atom. Shape ``(N, width)``."""
+        filters = shifted_softplus(self.filter_in(bonds.gaussians))
+        filters = shifted_softplus(self.filter_out(filters))
+        if bonds.envelope is not None:
+            filters = filters * bonds.envelope
+        said = self.node(x)
+        collected = torch.zeros_like(said)
+        collected = collected.index_add(
+            0, bonds.first, said.index_select(0, bonds.second) * filters
+        )
+        return collected.index_add(0, bonds.second, said.index_select(0, bonds.first) * filters)
+
+    def update(self, collected: Tensor) -> Tensor:
+        """Return what the features change by. Shape ``(N, width)``."""
+        result: Tensor = self.update_out(shifted_softplus(self.update_in(collected)))
+        return result
+
+
+def shifted_softplus(x: Tensor) -> Tensor:
+    """Return ln(1 + exp(x)) - ln 2, which is 0 at 0."""
+    return nn.functional.softplus(x) - _LN_2
+
+
+def _one_of_two(graph: Graph) -> Tensor:
+    """Mark one direction of each pair. Shape ``(N, K)``."""
+    x, y, z = graph.vectors.detach().unbind(dim=-1)
+    # An atom and its own image: the two vectors are opposite, so one of them is positive.
+    positive = (x > 0) | ((x == 0) & ((y > 0) | ((y == 0) & (z > 0))))
+    filled = (x != 0) | (y != 0) | (z != 0)
+    atom = torch.arange(len(graph.partners))[:, None]
+    return filled & ((graph.partners > atom) | ((graph.partners == atom) & positive))

@@ -1,0 +1,108 @@
+"""What every trunk offers: features of atoms, and how they change when neighbours move."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from aiida_eipnn.science.arrays import IntArray
+from aiida_eipnn.science.nn.graph import Graph, Neighbours
+
+
+class Batch(Protocol):
+    """Some configurations at once: the graph, and what a trunk computed beforehand."""
+
+    @property
+    def graph(self) -> Graph:
+        """The graph; derivatives are taken with respect to ``graph.vectors``."""
+        ...
+
+    def _replace(self, *, graph: Graph = ...) -> Self: ...
+
+
+class BatchSet(Protocol):
+    """Configurations ready for a trunk, any batch at a time."""
+
+    neighbours: Neighbours
+
+    def __len__(self) -> int:
+        """Return the number of configurations."""
+        ...
+
+    def batch(self, rows: IntArray) -> Any:
+        """Return the given configurations as one batch of the kind that the trunk reads."""
+        ...
+
+
+B = TypeVar("B", bound=Batch)
+
+
+class Trunk(nn.Module, ABC, Generic[B]):
+    """Turns the neighbourhoods of atoms into features; differentiable by ``graph.vectors``.
+
+    A trunk writes :meth:`forward`, which may use nothing of the geometry but ``graph.vectors`` and
+    what was computed from them beforehand, :meth:`initialise`, and, where something is fitted to
+    the data before the training, :meth:`standardise`.
+
+    Parameters
+    ----------
+    n_features
+        Number of features of an atom.
+    """
+
+    def __init__(self, n_features: int) -> None:
+        super().__init__()
+        self.n_features = n_features
+
+    @abstractmethod
+    def forward(self, batch: B) -> Tensor:
+        """Return the features of the atoms of a batch. Shape ``(N, n_features)``."""
+
+    @abstractmethod
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw new weights."""
+
+    def standardise(self, described: BatchSet) -> None:
+        """Fit what is not trained on a set; nothing here."""
+
+    def slopes(self, batch: B, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features and their change, both differentiable by the weights.
+
+        One pass gives the derivative of everything that is linear in the features, for example of
+        the energies of all heads, along one direction.
+
+        Parameters
+        ----------
+        batch
+            The batch.
+        tangent
+            Change of ``graph.vectors``; of no account in empty places. Shape ``(N, K, 3)``.
+
+        Returns
+        -------
+        tuple
+            Shape ``(N, n_features)`` each.
+        """
+
+        def features(vectors: Tensor) -> Tensor:
+            graph = batch.graph._replace(vectors=vectors)
+            result: Tensor = self(batch._replace(graph=graph))
+            return result
+
+        vectors = batch.graph.vectors.detach()
+        value, change = torch.func.jvp(features, (vectors,), (tangent,))
+        return value, change
+
+
+def mean_neighbours(neighbours: Neighbours) -> float:
+    """Return the mean number of neighbours of an atom, 1 at least."""
+    return max(1.0, len(neighbours.partners) / max(1, len(neighbours.species)))
+
+
+def draw(weight: Tensor, spread: float, generator: torch.Generator) -> None:
+    """Fill ``weight`` with normal random numbers of the given spread."""
+    # Drawn in double precision, so that both precisions start from the same weights.
+    drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        weight.copy_(spread * drawn)
