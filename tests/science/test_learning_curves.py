@@ -83,7 +83,7 @@ def test_the_error_is_weighted_by_what_each_configuration_has():
         weights=np.array([3.0, 0.0, 6.0]),
     )
 
-    # (6 + 0 + 6) / 9 and (12 + 9 + 6) / 9
+    # Of the first seed 12 over 9 components, of the second 27.
     assert found.mae.tolist() == pytest.approx([(12 / 9 + 27 / 9) / 2])
 
 
