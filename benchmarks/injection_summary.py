@@ -68,9 +68,7 @@ def tabulate(rows: Iterable[Row], dataset: str, trunk: str) -> Table:
     for row in rows:
         if row["dataset"] == dataset and row["trunk"] in (trunk, "none"):
             found.setdefault(row["arm"], {}).setdefault(row["n"], []).append(row)
-    return {
-        arm: {n: _means(sizes[n]) for n in sorted(sizes)} for arm, sizes in sorted_arms(found)
-    }
+    return {arm: {n: _means(sizes[n]) for n in sorted(sizes)} for arm, sizes in sorted_arms(found)}
 
 
 def sorted_arms(found: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -85,9 +83,8 @@ def sorted_arms(found: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _means(rows: Sequence[Row]) -> Means:
     energy, force = (np.array([row[key] for row in rows]) for key in QUANTITIES.values())
-    return Means(
-        float(energy.mean()), float(force.mean()), float(energy.std()), float(force.std()), len(rows)
-    )
+    spreads = float(energy.std()), float(force.std())
+    return Means(float(energy.mean()), float(force.mean()), *spreads, len(rows))
 
 
 def change(table: Table, arm: str, n: int, quantity: str) -> float | None:

@@ -63,7 +63,8 @@ class LearningCurve:
     def mae(self) -> FloatArray:
         """Mean absolute error, the mean over seeds. Shape ``(k,)``."""
         n_seeds, n_test = self.errors.shape[1:]
-        return self.resampled_mae(np.ones((1, n_seeds)), np.ones((1, n_test)))[0]
+        once = self.resampled_mae(np.ones((1, n_seeds)), np.ones((1, n_test)))
+        return np.asarray(once[0], dtype=np.float64)
 
     def resampled_mae(self, seeds: FloatArray, tests: FloatArray) -> FloatArray:
         """Return the mean absolute error of ``b`` resamples. Shape ``(b, k)``.
