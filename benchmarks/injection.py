@@ -211,14 +211,21 @@ def run_all(tasks: Sequence[Task], n_workers: int) -> Iterator[tuple[Task, dict[
         running: dict[Future[dict[str, Any]], Task] = {
             workers.submit(run_task, task): task for task in tasks
         }
-        for future in as_completed(running):
-            task = running[future]
-            try:
-                yield task, future.result()
-            except Exception as error:
-                # The others go on: hours of trainings do not end with one that diverged.
-                print("".join(traceback.format_exception(error)), file=sys.stderr)
-                yield task, None
+        try:
+            for future in as_completed(running):
+                yield running[future], _result(future)
+        finally:
+            # Where this is interrupted, those that wait do not start.
+            workers.shutdown(cancel_futures=True)
+
+
+def _result(future: Future[dict[str, Any]]) -> dict[str, Any] | None:
+    try:
+        return future.result()
+    except Exception:
+        # The others go on: hours of trainings do not end with one that diverged.
+        traceback.print_exc()
+        return None
 
 
 class Results:
@@ -235,9 +242,11 @@ class Results:
         """One for each training."""
         return list(self.content["rows"])
 
-    def is_done(self, task: Task) -> bool:
-        """Return whether a training is there, with its errors."""
-        return task.errors_file.exists() and any(Task.of_row(row) == task for row in self.rows)
+    @property
+    def done(self) -> set[Task]:
+        """The trainings whose rows are here and whose errors are kept."""
+        tasks = map(Task.of_row, self.rows)
+        return {task for task in tasks if task.errors_file.exists()}
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row, in place of the one of the same training."""
@@ -248,7 +257,8 @@ class Results:
     def finish(self) -> None:
         """Add the points saved, of all trainings whose errors are here, and what they were on."""
         rows = self.rows
-        here = [row for row in rows if Task.of_row(row).errors_file.exists()]
+        done = self.done
+        here = [row for row in rows if Task.of_row(row) in done]
         saved = {
             (entry["dataset"], entry["trunk"], entry["arm"], entry["n_scratch"]): entry
             for entry in [*self.content["saved"], *list_saved(here)]
@@ -338,7 +348,8 @@ def main() -> int:
     """Train what is not there yet, print the tables and write the JSON."""
     given = read_options()
     results, tasks = Results(given.output), choose_tasks(given)
-    todo = [task for task in tasks if given.fresh or not results.is_done(task)]
+    done = set() if given.fresh else results.done
+    todo = [task for task in tasks if task not in done]
     print(f"{len(tasks)} trainings, {len(tasks) - len(todo)} of them done before", flush=True)
     failed = []
     for number, (task, row) in enumerate(run_all(todo, given.workers), 1):

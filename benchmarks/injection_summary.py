@@ -100,11 +100,15 @@ def text_of(table: Table, arm: str, n: int) -> str:
     if n not in table[arm]:
         return ""
     cell = table[arm][n]
-    text = f"{cell.energy:.3g} / {cell.force:.3g}"
+    text = f"{_short(cell.energy)} / {_short(cell.force)}"
     changes = [change(table, arm, n, quantity) for quantity in QUANTITIES]
     if arm == SCRATCH or None in changes:
         return text
     return f"{text} ({' / '.join(f'{100 * item:+.0f}' for item in changes if item is not None)} %)"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def sizes_of(table: Table) -> list[int]:
@@ -220,7 +224,7 @@ def _judge_order(table: Table, dataset: str, other: str, tolerance: float) -> Ta
     }
     if not ratios:
         return Target(what, "all", "not measured", None)
-    failed = {key: ratio for key, ratio in ratios.items() if ratio > 1.0 + tolerance}
+    failed = {key: ratio for key, ratio in ratios.items() if ratio >= 1.0 + tolerance}
     n, quantity = max(ratios, key=lambda key: ratios[key])
     worst = f"worst {100 * (ratios[n, quantity] - 1):+.1f} % ({quantity}, {n} points)"
     text = f"{len(ratios) - len(failed)} of {len(ratios)}, {worst}"
