@@ -19,13 +19,14 @@ import json
 import os
 import platform
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,9 @@ def run_all(tasks: Sequence[Task], n_workers: int) -> Iterator[tuple[Task, dict[
     """Yield each training with its row when it is done, without a row where it failed."""
     # What the workers start with: each has a core.
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(n_workers, mp_context=get_context("spawn")) as workers:
+    with ProcessPoolExecutor(
+        n_workers, mp_context=get_context("spawn"), initializer=end_with_parent
+    ) as workers:
         running: dict[Future[dict[str, Any]], Task] = {
             workers.submit(run_task, task): task for task in tasks
         }
@@ -217,6 +220,13 @@ def run_all(tasks: Sequence[Task], n_workers: int) -> Iterator[tuple[Task, dict[
         finally:
             # Where this is interrupted, those that wait do not start.
             workers.shutdown(cancel_futures=True)
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it ends, however that comes about."""
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _result(future: Future[dict[str, Any]]) -> dict[str, Any] | None:
