@@ -224,9 +224,14 @@ def run_all(tasks: Sequence[Task], n_workers: int) -> Iterator[tuple[Task, dict[
 
 def end_with_parent() -> None:
     """End this process when the one that started it ends, however that comes about."""
-    parent = parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    if (parent := parent_process()) is not None:
+        parent.join()
+        # Without the steps of an orderly end, which would wait for tasks that never come.
+        os._exit(1)
 
 
 def _result(future: Future[dict[str, Any]]) -> dict[str, Any] | None:

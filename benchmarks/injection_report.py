@@ -58,6 +58,8 @@ The oracle knows the test labels: a bound of what choosing among EIPs can give.
 def write_page(results: dict[str, Any], folder: Path) -> None:
     """Write the page and its figures into a folder."""
     rows, saved = results["rows"], results["saved"]
+    for stale in (folder / "figures").glob("injection-*.svg"):
+        stale.unlink()
     parts = [INTRODUCTION, _conditions(results["meta"], rows)]
     for trunk, targets in judge(rows, saved).items():
         parts.append(f"## Targets, {trunk}\n")
