@@ -25,7 +25,7 @@ export AIIDA_PATH := $(CURDIR)/.aiida
 # `verdi`, `pw.x` and the rest, also for the daemon and the jobs it starts.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help install system demo setup test lint bench-label bench-label-bulk bench-training clean
+.PHONY: help install system demo setup test lint bench-label bench-label-bulk bench-training \ bench-injection bench-injection-full clean
 
 help:
 	@echo 'make install   system packages where that is possible, then .venv with everything'
@@ -34,6 +34,7 @@ help:
 	@echo 'make lint      install, then the checks without the tests'
 	@echo 'make bench-label, make bench-label-bulk   how fast EIPs label; see benchmarks/'
 	@echo 'make bench-training   how well a network learns from scratch in four minutes'
+	@echo 'make bench-injection, make bench-injection-full   what EIPs are worth to a network'
 	@echo 'make clean     remove what was made here, the demo and its data too'
 
 install: $(INSTALLED)
@@ -84,6 +85,14 @@ bench-label-bulk: setup
 bench-training: export OMP_NUM_THREADS := 1
 bench-training: install
 	python benchmarks/training.py
+# Two processes of one thread each; CPU times are part of the results.
+bench-injection bench-injection-full: export OMP_NUM_THREADS := 1
+bench-injection: install
+	python benchmarks/injection.py --quick
+
+bench-injection-full: install
+	python benchmarks/injection.py
+	python benchmarks/injection_report.py
 
 clean:
 	@if [ -x $(BIN)/verdi ] && [ -d .aiida ]; then verdi daemon stop --all >/dev/null 2>&1 || true; fi
