@@ -61,6 +61,7 @@ class PowerSpectrumTrunk(Trunk[Described]):
         change = descriptor_tangent(tangent, batch) / self.spread
         shift = self.embedding[batch.graph.species]
         for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
             a = layer(x) + shift
             gate = torch.sigmoid(a)
             x = a * gate
