@@ -16,8 +16,9 @@ from aiida_eipnn.science.nn.graph import GraphBatch
 from aiida_eipnn.science.nn.trunk import BatchSet, Trunk, draw, mean_neighbours
 
 try:
+    # Before e3nn: it lets torch read the constants of e3nn.
+    from mace import modules  # isort: skip
     from e3nn import o3
-    from mace import modules
 except ImportError as error:
     raise ImportError(
         f"the trunk 'mace' needs the package mace-torch: pip install aiida-eipnn[mace] ({error})"

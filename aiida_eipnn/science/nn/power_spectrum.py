@@ -67,6 +67,7 @@ class PowerSpectrumTrunk(Trunk[Described]):
         x, change = (descriptors - self.mean) / self.spread, change / self.spread
         shift = self.embedding[species]
         for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
             a = layer(x) + shift
             gate = torch.sigmoid(a)
             x = a * gate

@@ -17,13 +17,14 @@ References
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from aiida_eipnn.science.nn.descriptor import envelope
+from aiida_eipnn.science.nn.descriptor import envelope, envelope_slope
 from aiida_eipnn.science.nn.graph import Graph, GraphBatch
 from aiida_eipnn.science.nn.trunk import BatchSet, Trunk, draw, mean_neighbours
 
@@ -32,7 +33,7 @@ _LN_2 = math.log(2.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchNetVariant:
-    """Where published networks of this name differ.
+    r"""Where published networks of this name differ.
 
     Parameters
     ----------
@@ -43,7 +44,7 @@ class SchNetVariant:
     averaged
         Whether sums over neighbours are divided by their mean number in the data.
     gamma
-        Sharpness of the Gaussians :math:`e^{-\\gamma (r - \\mu)^2}`, in 1/Å². ``None``: so that
+        Sharpness of the Gaussians :math:`e^{-\gamma (r - \mu)^2}`, in 1/Å². ``None``: so that
         one standard deviation is the distance of two centres.
     """
 
@@ -51,6 +52,16 @@ class SchNetVariant:
     envelope: bool = True
     averaged: bool = True
     gamma: float | None = None
+
+
+class Moving(NamedTuple):
+    """A tensor, and how it changes along the direction that is asked for, if one is.
+
+    Written out, because torch's forward mode takes 1.4 times as long here.
+    """
+
+    value: Tensor
+    change: Tensor | None = None
 
 
 class Bonds(NamedTuple):
@@ -68,8 +79,8 @@ class Bonds(NamedTuple):
 
     first: Tensor
     second: Tensor
-    gaussians: Tensor
-    envelope: Tensor | None
+    gaussians: Moving
+    envelope: Moving | None
 
 
 class SchNetTrunk(Trunk[GraphBatch]):
@@ -121,13 +132,12 @@ class SchNetTrunk(Trunk[GraphBatch]):
 
     def forward(self, batch: GraphBatch) -> Tensor:
         """Return the features of atoms. Shape ``(N, width)``."""
-        bonds = self._bonds(batch.graph)
-        x = self.embedding[batch.graph.species]
-        for interaction in self.interactions:
-            collected = interaction(x, bonds) / self.n_neighbours
-            update = interaction.update(collected)
-            x = x + update if self.variant.residual else update
-        return x
+        return self._features(batch.graph, None).value
+
+    def slopes(self, batch: GraphBatch, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features and their change."""
+        value, change = self._features(batch.graph, tangent)
+        return value, torch.zeros_like(value) if change is None else change
 
     def standardise(self, described: BatchSet) -> None:
         """Fit the mean number of neighbours."""
@@ -142,17 +152,46 @@ class SchNetTrunk(Trunk[GraphBatch]):
                 draw(layer.weight, layer.in_features**-0.5, generator)
                 nn.init.zeros_(layer.bias)
 
-    def _bonds(self, graph: Graph) -> Bonds:
+    def _features(self, graph: Graph, tangent: Tensor | None) -> Moving:
+        bonds = self._bonds(graph, tangent)
+        x = Moving(self.embedding[graph.species])
+        for interaction in self.interactions:
+            update = interaction(x, bonds, self.n_neighbours)
+            x = _plus(x, update) if self.variant.residual else update
+        return x
+
+    def _bonds(self, graph: Graph, tangent: Tensor | None) -> Bonds:
         place = torch.nonzero(_one_of_two(graph).flatten())[:, 0]
-        vectors = graph.vectors.reshape(-1, 3).index_select(0, place)
-        distance = vectors.norm(dim=-1, keepdim=True)
-        r = distance.to(self.centres.dtype)
+        r = self._distances(graph, tangent, place)
         return Bonds(
             first=torch.div(place, graph.partners.shape[1], rounding_mode="floor"),
             second=graph.partners.flatten()[place],
-            gaussians=torch.exp(-self.gamma * (r - self.centres) ** 2),
-            envelope=envelope(r / self.cutoff) if self.variant.envelope else None,
+            gaussians=self._gaussians(r),
+            envelope=self._envelope(r) if self.variant.envelope else None,
         )
+
+    def _distances(self, graph: Graph, tangent: Tensor | None, place: Tensor) -> Moving:
+        """Return the length of the vectors in the given places. Shape ``(E, 1)``."""
+        dtype = self.centres.dtype
+        vectors = graph.vectors.reshape(-1, 3).index_select(0, place)
+        r = vectors.norm(dim=-1, keepdim=True)
+        if tangent is None:
+            return Moving(r.to(dtype))
+        along = (vectors * tangent.reshape(-1, 3).index_select(0, place)).sum(dim=-1, keepdim=True)
+        return Moving(r.to(dtype), (along / r).to(dtype))
+
+    def _gaussians(self, r: Moving) -> Moving:
+        off = r.value - self.centres
+        value = torch.exp(-self.gamma * off**2)
+        if r.change is None:
+            return Moving(value)
+        return Moving(value, -2 * self.gamma * off * value * r.change)
+
+    def _envelope(self, r: Moving) -> Moving:
+        x = r.value / self.cutoff
+        if r.change is None:
+            return Moving(envelope(x))
+        return Moving(envelope(x), envelope_slope(x) * r.change / self.cutoff)
 
 
 class Interaction(nn.Module):
@@ -166,28 +205,67 @@ class Interaction(nn.Module):
         self.update_in = nn.Linear(width, width, dtype=dtype)
         self.update_out = nn.Linear(width, width, dtype=dtype)
 
-    def forward(self, x: Tensor, bonds: Bonds) -> Tensor:
-        """Return the sum over the neighbours of each atom. Shape ``(N, width)``."""
-        filters = shifted_softplus(self.filter_in(bonds.gaussians))
-        filters = shifted_softplus(self.filter_out(filters))
+    def forward(self, x: Moving, bonds: Bonds, n_neighbours: Tensor) -> Moving:
+        """Return what each atom learns from its neighbours. Shape ``(N, width)``."""
+        filters = _activate(_linear(self.filter_in, bonds.gaussians))
+        filters = _activate(_linear(self.filter_out, filters))
         if bonds.envelope is not None:
-            filters = filters * bonds.envelope
-        said = self.node(x)
-        collected = torch.zeros_like(said)
-        collected = collected.index_add(
-            0, bonds.first, said.index_select(0, bonds.second) * filters
+            filters = _times(filters, bonds.envelope)
+        said = _linear(self.node, x)
+        collected = _plus(
+            _collect(said, filters, bonds.first, bonds.second),
+            _collect(said, filters, bonds.second, bonds.first),
         )
-        return collected.index_add(0, bonds.second, said.index_select(0, bonds.first) * filters)
-
-    def update(self, collected: Tensor) -> Tensor:
-        """Return what the features change by. Shape ``(N, width)``."""
-        result: Tensor = self.update_out(shifted_softplus(self.update_in(collected)))
-        return result
+        mean = _map(lambda tensor: tensor / n_neighbours, collected)
+        return _linear(self.update_out, _activate(_linear(self.update_in, mean)))
 
 
 def shifted_softplus(x: Tensor) -> Tensor:
     """Return ln(1 + exp(x)) - ln 2, which is 0 at 0."""
     return nn.functional.softplus(x) - _LN_2
+
+
+def _map(function: Callable[[Tensor], Tensor], x: Moving) -> Moving:
+    """Apply a linear function."""
+    return Moving(function(x.value), None if x.change is None else function(x.change))
+
+
+def _linear(layer: nn.Linear, x: Moving) -> Moving:
+    change = None if x.change is None else nn.functional.linear(x.change, layer.weight)
+    return Moving(layer(x.value), change)
+
+
+def _activate(x: Moving) -> Moving:
+    change = None if x.change is None else torch.sigmoid(x.value) * x.change
+    return Moving(shifted_softplus(x.value), change)
+
+
+def _plus(x: Moving, y: Moving) -> Moving:
+    return Moving(x.value + y.value, _sum(x.change, y.change))
+
+
+def _times(x: Moving, y: Moving) -> Moving:
+    return Moving(
+        x.value * y.value,
+        _sum(
+            None if x.change is None else x.change * y.value,
+            None if y.change is None else x.value * y.change,
+        ),
+    )
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Add what is there."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+
+def _collect(said: Moving, filters: Moving, to: Tensor, of: Tensor) -> Moving:
+    """Sum over the neighbours ``of`` each atom ``to``. Shape ``(N, width)``."""
+    messages = _times(_map(lambda rows: rows.index_select(0, of), said), filters)
+    zeros = torch.zeros_like(said.value)
+    return _map(lambda rows: zeros.index_add(0, to, rows), messages)
 
 
 def _one_of_two(graph: Graph) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from aiida_eipnn.science.arrays import IntArray
 from aiida_eipnn.science.nn.graph import Graph, Neighbours
@@ -85,14 +86,11 @@ class Trunk(nn.Module, ABC, Generic[B]):
             Shape ``(N, n_features)`` each.
         """
 
-        def features(vectors: Tensor) -> Tensor:
-            graph = batch.graph._replace(vectors=vectors)
-            result: Tensor = self(batch._replace(graph=graph))
-            return result
-
-        vectors = batch.graph.vectors.detach()
-        value, change = torch.func.jvp(features, (vectors,), (tangent,))
-        return value, change
+        with forward_ad.dual_level():
+            vectors = forward_ad.make_dual(batch.graph.vectors.detach(), tangent)
+            features = self(batch._replace(graph=batch.graph._replace(vectors=vectors)))
+            value, change = forward_ad.unpack_dual(features)
+        return value, torch.zeros_like(value) if change is None else change
 
 
 def mean_neighbours(neighbours: Neighbours) -> float:
