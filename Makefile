@@ -25,7 +25,8 @@ export AIIDA_PATH := $(CURDIR)/.aiida
 # `verdi`, `pw.x` and the rest, also for the daemon and the jobs it starts.
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help install system demo setup test lint bench-label bench-label-bulk bench-training \ bench-injection bench-injection-full clean
+.PHONY: help install system demo setup test lint bench-label bench-label-bulk bench-training \
+  bench-injection bench-injection-full clean
 
 help:
 	@echo 'make install   system packages where that is possible, then .venv with everything'
@@ -85,6 +86,7 @@ bench-label-bulk: setup
 bench-training: export OMP_NUM_THREADS := 1
 bench-training: install
 	python benchmarks/training.py
+
 # Two processes of one thread each; CPU times are part of the results.
 bench-injection bench-injection-full: export OMP_NUM_THREADS := 1
 bench-injection: install

@@ -11,7 +11,7 @@ stack       a ridge regression on all EIPs, one for energies and one for forces;
 oracle      the best of all shifted and scaled EIPs for each test configuration, by its DFT label:
             a bound
 
-Networks, in `aiida_eipnn.science.nn.injection`:
+Networks, in `injection_networks.py`:
 
 scratch     DFT labels alone
 paper_1, paper_2, paper_both   the published method: pseudo-labels, pre-training, both
@@ -43,7 +43,7 @@ NETWORKS = (
     "scratch", "paper_1", "paper_2", "paper_both", "ours_1", "ours_2", "ours_both",
     "delta", "worst_eip", "shuffled",
 )  # fmt: skip
-NETWORKS_MODULE = "aiida_eipnn.science.nn.injection"
+NETWORKS_MODULE = "injection_networks"
 
 # An EIP that labelled less than half of what the most complete one did is left out.
 MIN_COVERAGE = 0.5

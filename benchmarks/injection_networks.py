@@ -3,28 +3,37 @@
 Every arm trains the same network on the same DFT labels; they differ in what the EIPs teach.
 """
 
+import functools
 import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from injection_arms import Predict, Trained  # type: ignore[import-not-found]
+from injection_data import Problem  # type: ignore[import-not-found]
 
-from aiida_eipnn.science.arrays import FloatArray
-from aiida_eipnn.science.configurations import Configurations, ragged_rows
+from aiida_eipnn.science.arrays import FloatArray, load_arrays, save_arrays
+from aiida_eipnn.science.configurations import (
+    Configurations,
+    join_configurations,
+    ragged_rows,
+)
+from aiida_eipnn.science.eip.engine import label_with_eips
 from aiida_eipnn.science.eip.label_model import LabelModelParameters, make_pseudo_labels
 from aiida_eipnn.science.eip.pseudo_labels import WeightedLabels, weigh_pseudo_labels
 from aiida_eipnn.science.eip.selection import SelectionParameters
-from aiida_eipnn.science.labels import Labels
+from aiida_eipnn.science.labels import Labels, join_labels
 from aiida_eipnn.science.nn.committee import CONFIG, Committee
 from aiida_eipnn.science.nn.network import Network, NetworkParameters
 from aiida_eipnn.science.nn.stage import StageInputs, StageSettings
 from aiida_eipnn.science.nn.stages import STAGES, prepare
 from aiida_eipnn.science.nn.training import SCORE, TrainingParameters, fit, start_training
+from aiida_eipnn.science.pool import make_pool
 from aiida_eipnn.science.reference import Alignment, fit_alignment
 
 # The scratch twin may be as long as pre-training and fine-tuning together.
@@ -35,63 +44,73 @@ VALIDATION = 0.2
 PSEUDO_STEPS = 3000
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Problem:
-    """What an arm may learn from.
+# What the pool is enlarged by for pre-training: unlabelled configurations cost nothing. The same
+# for every set.
+RECIPES: tuple[dict[str, Any], ...] = (
+    {"config_type": "rattled", "count": 800, "amplitude": (0.02, 0.3)},
+    {
+        "config_type": "strained",
+        "count": 800,
+        "shear": 0.1,
+        "volume": (0.8, 1.25),
+        "amplitude": (0.0, 0.1),
+    },
+    {"config_type": "vacancy", "count": 200, "min_atoms": 8, "amplitude": (0.02, 0.3)},
+    {"config_type": "surface", "count": 200, "max_atoms": 12, "amplitude": (0.0, 0.2)},
+)
+SEEDS_OF_POOL = 400
+LARGEST_SEED = 24
 
-    Parameters
-    ----------
-    name
-        Of the data set; networks that saw no DFT label are shared by all problems of a name.
-    pool
-        Every configuration without its DFT label, those that are labelled among them.
-    labels
-        DFT labels of some of them, validation labels among them.
-    eip_labels
-        What the EIPs say about the pool.
-    network
-        Architecture.
-    """
 
-    name: str
+class Material(NamedTuple):
+    """What pre-training learns from: the pool of the problem and generated configurations."""
+
     pool: Configurations
-    labels: Labels
-    eip_labels: Labels
-    network: NetworkParameters
+    eips: Labels
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """A trained arm.
-
-    Parameters
-    ----------
-    predict
-        From configurations and what the EIPs say about them to energies in eV and forces in eV/Å.
-    steps
-        Gradient steps of the network that is used, pre-training counted.
-    cpu_s
-        CPU seconds, all that was tried counted, in s.
-    notes
-        What was chosen, as plain values.
-    """
-
-    predict: Callable[[Configurations, Labels], tuple[FloatArray, FloatArray]]
-    steps: int
-    cpu_s: float
-    notes: dict[str, Any] = field(default_factory=dict)
+@functools.cache
+def _material(folder: Path) -> Material:
+    pool, eips = folder / "configurations", folder / "eips"
+    return Material(
+        Configurations.from_arrays(load_arrays(pool)), Labels.from_arrays(load_arrays(eips))
+    )
 
 
-def train_arm(arm: str, problem: Problem, seed: int, cache_folder: Path) -> Trained:
+def material(problem: Problem) -> Material:
+    """Return the pool with what was generated, made once for all trainings of a set."""
+    folder = problem.folder / "material"
+    if not (folder / "done").exists():
+        rng = np.random.default_rng(0)
+        small = np.flatnonzero(problem.pool.n_atoms <= LARGEST_SEED)
+        rows = small if len(small) else np.argsort(problem.pool.n_atoms)[:SEEDS_OF_POOL]
+        seeds = problem.pool.take(np.sort(rng.permutation(rows)[:SEEDS_OF_POOL]))
+        made, _ = make_pool(seeds, RECIPES, rng)
+        made = made.take(np.flatnonzero(~np.isin(made.ids, problem.pool.ids)))
+        labels = label_with_eips(made, list(map(str, problem.eips.sources)))
+        pool = join_configurations([problem.pool, made])
+        eips = join_labels([problem.eips, labels])
+        save_arrays(folder / "configurations", pool.arrays())
+        save_arrays(folder / "eips", eips.take(eips.rows_of(pool.ids)).arrays())
+        (folder / "done").touch()
+    return _material(folder)
+
+
+def network_of(problem: Problem) -> NetworkParameters:
+    """Return the architecture, with the defaults of its trunk."""
+    return NetworkParameters.from_dict({"trunk": problem.trunk, "precision": "float32"})
+
+
+def train_arm(arm: str, problem: Problem, seed: int) -> Trained:
     """Train one arm; ``KeyError`` where there is no such arm."""
     torch.set_num_threads(1)
-    return ARMS[arm](problem, seed, cache_folder)
+    return ARMS[arm](problem, seed)
 
 
-def scratch(problem: Problem, seed: int, _: Path) -> Trained:
+def scratch(problem: Problem, seed: int) -> Trained:
     """Learn DFT labels alone, for a number of steps chosen on validation labels."""
     start = time.process_time()
-    inputs = StageInputs(configurations=problem.pool, labels=problem.labels)
+    inputs = StageInputs(configurations=material(problem).pool, labels=problem.dft)
     score, steps = tuned_length(problem, inputs, seed)
     network, n_steps = run_stage(problem, "finetune", inputs, seed, SCRATCH | {"steps": steps})
     notes = {"chosen_steps": steps, "score": score}
@@ -121,16 +140,16 @@ def validation_score(
     return state.history[-1][SCORE]
 
 
-def ours_2(problem: Problem, seed: int, folder: Path) -> Trained:
+def ours_2(problem: Problem, seed: int) -> Trained:
     """Pre-train on energies and forces of all EIPs, replay them, and judge."""
-    return taught(problem, seed, folder, problem.eip_labels, "ours")
+    return taught(problem, seed, material(problem).eips, "ours")
 
 
-def ours_1(problem: Problem, seed: int, _: Path) -> Trained:
+def ours_1(problem: Problem, seed: int) -> Trained:
     """Learn pseudo-labels of the label model beside the DFT labels, and judge."""
     start = time.process_time()
     pseudo, report = pseudo_labels_of(problem, seed)
-    plain = StageInputs(configurations=problem.pool, labels=problem.labels)
+    plain = StageInputs(configurations=material(problem).pool, labels=problem.dft)
     inputs = replace(plain, pseudo=pseudo)
     without, length = tuned_length(problem, plain, seed)
     settings = SCRATCH | {"steps": max(length, PSEUDO_STEPS)}
@@ -145,20 +164,20 @@ def ours_1(problem: Problem, seed: int, _: Path) -> Trained:
     )
 
 
-def ours_both(problem: Problem, seed: int, folder: Path) -> Trained:
+def ours_both(problem: Problem, seed: int) -> Trained:
     """Pre-train, replay, learn pseudo-labels too, and judge."""
     start = time.process_time()
     pseudo, report = pseudo_labels_of(problem, seed)
     seconds = time.process_time() - start
-    trained = taught(problem, seed, folder, problem.eip_labels, "ours", pseudo)
-    notes = trained.notes | report
-    return replace(trained, cpu_s=trained.cpu_s + seconds, notes=notes)
+    trained = taught(problem, seed, material(problem).eips, "ours", pseudo)
+    notes = (trained.notes or {}) | report
+    return trained._replace(cpu_s=(trained.cpu_s or 0.0) + seconds, notes=notes)
 
 
 def pseudo_labels_of(problem: Problem, seed: int) -> tuple[WeightedLabels, dict[str, Any]]:
     """Return pseudo-labels of the pool, and what they rest on."""
     pseudo, model = make_pseudo_labels(
-        problem.pool, problem.labels, problem.eip_labels, LabelModelParameters(), seed
+        material(problem).pool, problem.dft, material(problem).eips, LabelModelParameters(), seed
     )
     weighted = weigh_pseudo_labels(pseudo)
     return weighted, {
@@ -168,84 +187,85 @@ def pseudo_labels_of(problem: Problem, seed: int) -> tuple[WeightedLabels, dict[
     }
 
 
-def paper_2(problem: Problem, seed: int, folder: Path) -> Trained:
+def paper_2(problem: Problem, seed: int) -> Trained:
     """Transfer as published: learn energies of all EIPs, a new head, a trunk that may forget."""
     start = time.process_time()
-    network, steps, cost = pretrained(problem, problem.eip_labels, "paper", folder)
-    inputs = StageInputs(configurations=problem.pool, labels=problem.labels, members=(network,))
+    network, steps, cost = pretrained(problem, material(problem).eips, "paper")
+    inputs = StageInputs(
+        configurations=material(problem).pool, labels=problem.dft, members=(network,)
+    )
     training = {"replay_weight": 0.0, "head_start": "new"}
     tuned, n_steps = run_stage(problem, "finetune", inputs, seed, training)
     seconds = time.process_time() - start + cost
     return Trained(predict=predictor(tuned), steps=steps + n_steps, cpu_s=seconds)
 
 
-def shuffled(problem: Problem, seed: int, folder: Path) -> Trained:
+def shuffled(problem: Problem, seed: int) -> Trained:
     """Learn from EIPs whose labels belong to other configurations of as many atoms."""
-    labels = shuffle_labels(problem.eip_labels, np.random.default_rng(0))
-    return taught(problem, seed, folder, labels, "shuffled")
+    labels = shuffle_labels(material(problem).eips, np.random.default_rng(0))
+    return taught(problem, seed, labels, "shuffled")
 
 
-def worst_eip(problem: Problem, seed: int, folder: Path) -> Trained:
+def worst_eip(problem: Problem, seed: int) -> Trained:
     """Learn from the EIP alone that is worst on the DFT labels."""
-    alignment = fit_alignment(problem.pool, problem.labels, problem.eip_labels)
-    said = problem.eip_labels.take(problem.eip_labels.rows_of(problem.labels.ids))
-    aligned = alignment.apply(problem.pool, said)
-    wrong = np.abs(aligned.energy - problem.labels.energy) / problem.labels.n_atoms[:, None]
+    alignment = fit_alignment(material(problem).pool, problem.dft, material(problem).eips)
+    said = material(problem).eips.take(material(problem).eips.rows_of(problem.dft.ids))
+    aligned = alignment.apply(material(problem).pool, said)
+    wrong = np.abs(aligned.energy - problem.dft.energy) / problem.dft.n_atoms[:, None]
     column = int(np.nan_to_num(wrong.mean(axis=0), nan=-1.0).argmax())
-    labels = only_source(problem.eip_labels, column)
-    return taught(problem, seed, folder, labels, f"only-{column}")
+    labels = only_source(material(problem).eips, column)
+    return taught(problem, seed, labels, f"only-{column}")
 
 
-def delta(problem: Problem, seed: int, _: Path) -> Trained:
+def delta(problem: Problem, seed: int) -> Trained:
     """Learn what the best EIP lacks; the EIP is needed ever after."""
     start = time.process_time()
-    alignment = fit_alignment(problem.pool, problem.labels, problem.eip_labels)
-    column = best_column(problem, alignment.apply(problem.pool, said_of(problem, problem.labels)))
-    teacher = aligned_source(problem.pool, problem.eip_labels, alignment, column)
-    base = teacher.take(teacher.rows_of(problem.labels.ids))
+    alignment = fit_alignment(material(problem).pool, problem.dft, material(problem).eips)
+    column = best_column(
+        problem, alignment.apply(material(problem).pool, said_of(problem, problem.dft))
+    )
+    teacher = aligned_source(material(problem).pool, material(problem).eips, alignment, column)
+    base = teacher.take(teacher.rows_of(problem.dft.ids))
     known = np.flatnonzero(base.ok[:, 0])
-    labels = problem.labels.take(known)
+    labels = problem.dft.take(known)
     lacking = replace(
         labels,
         energy=labels.energy - base.energy[known],
         forces=labels.forces - base.take(known).forces,
         stress=np.full_like(labels.stress, np.nan),
     )
-    inputs = StageInputs(configurations=problem.pool, labels=lacking)
+    inputs = StageInputs(configurations=material(problem).pool, labels=lacking)
     score, steps = tuned_length(problem, inputs, seed)
     network, n_steps = run_stage(problem, "finetune", inputs, seed, SCRATCH | {"steps": steps})
     plain = predictor(network)
 
-    def predict(
-        configurations: Configurations, eip_labels: Labels
-    ) -> tuple[FloatArray, FloatArray]:
-        energy, forces = plain(configurations, eip_labels)
-        said = aligned_source(configurations, eip_labels, alignment, column)
+    def predict(wanted: Configurations) -> tuple[FloatArray, FloatArray]:
+        energy, forces = plain(wanted)
+        said = aligned_source(wanted, problem.label(wanted), alignment, column)
         return energy + np.nan_to_num(said.energy[:, 0]), forces + np.nan_to_num(said.forces[0])
 
-    notes = {"eip": str(problem.eip_labels.sources[column]), "score": score}
+    notes = {"eip": str(material(problem).eips.sources[column]), "score": score}
     return Trained(predict=predict, steps=n_steps, cpu_s=time.process_time() - start, notes=notes)
 
 
 def taught(
     problem: Problem,
     seed: int,
-    folder: Path,
     eip_labels: Labels,
     kind: str,
     pseudo: WeightedLabels | None = None,
 ) -> Trained:
     """Pre-train, fine-tune with replay; the twin from scratch where validation says so."""
     start = time.process_time()
-    network, steps, cost = pretrained(problem, eip_labels, kind, folder)
+    network, steps, cost = pretrained(problem, eip_labels, kind)
     inputs = StageInputs(
-        configurations=problem.pool,
-        labels=problem.labels,
+        configurations=material(problem).pool,
+        labels=problem.dft,
         eip_labels=eip_labels,
         pseudo=pseudo,
         members=(network,),
     )
-    plain = StageInputs(configurations=problem.pool, labels=problem.labels)
+    plain = StageInputs(configurations=material(problem).pool, labels=problem.dft)
     with_eips = validation_score(problem, inputs, seed, {})
     without, length = tuned_length(problem, plain, seed)
     notes: dict[str, Any] = {"score": with_eips, "scratch_score": without}
@@ -275,23 +295,21 @@ def run_stage(
 def settings_for(problem: Problem, name: str, training: dict[str, Any]) -> StageSettings:
     """Return the defaults of a stage with a few settings of its own."""
     return StageSettings(
-        network=problem.network,
+        network=network_of(problem),
         training=TrainingParameters.from_dict(training, STAGES[name].defaults),
         selection=SelectionParameters(),
     )
 
 
-def pretrained(
-    problem: Problem, eip_labels: Labels, kind: str, folder: Path
-) -> tuple[Network, int, float]:
+def pretrained(problem: Problem, eip_labels: Labels, kind: str) -> tuple[Network, int, float]:
     """Return a pre-trained network, its steps and CPU seconds: trained once for all label counts.
 
     It saw no DFT label, so every draw of labels may start from it.
     """
-    path = folder / f"{problem.name}-{problem.network.trunk}-{kind}"
+    path = problem.folder / f"{problem.trunk}-{kind}"
     if not (path / CONFIG).exists():
         start = time.process_time()
-        inputs = StageInputs(configurations=problem.pool, eip_labels=eip_labels)
+        inputs = StageInputs(configurations=material(problem).pool, eip_labels=eip_labels)
         training = {"forces_weight": 0.0} if kind == "paper" else {}
         network, n_steps = run_stage(problem, "pretrain", inputs, 0, training)
         facts = {"steps": n_steps, "cpu_s": time.process_time() - start}
@@ -304,14 +322,12 @@ def pretrained(
     return committee.members[0], committee.facts["steps"], committee.facts["cpu_s"]
 
 
-def predictor(
-    network: Network,
-) -> Callable[[Configurations, Labels], tuple[FloatArray, FloatArray]]:
-    """Return a function that predicts energies and forces, whatever the EIPs say."""
+def predictor(network: Network) -> Predict:
+    """Return a function that predicts energies and forces."""
     committee = Committee(members=(network,), stage="finetune", seeds=(0,))
 
-    def predict(configurations: Configurations, _: Labels) -> tuple[FloatArray, FloatArray]:
-        predictions = committee.predict(configurations)
+    def predict(wanted: Configurations) -> tuple[FloatArray, FloatArray]:
+        predictions = committee.predict(wanted)
         return predictions.energy, predictions.forces
 
     return predict
@@ -319,12 +335,12 @@ def predictor(
 
 def said_of(problem: Problem, labels: Labels) -> Labels:
     """Return what the EIPs say about labelled configurations."""
-    return problem.eip_labels.take(problem.eip_labels.rows_of(labels.ids))
+    return material(problem).eips.take(material(problem).eips.rows_of(labels.ids))
 
 
 def best_column(problem: Problem, aligned: Labels) -> int:
     """Return the EIP that is best on the DFT labels, energies and forces counting alike."""
-    labels = problem.labels
+    labels = problem.dft
     energy = np.abs(aligned.energy - labels.energy) / labels.n_atoms[:, None]
     forces = np.abs(aligned.forces - labels.forces).mean(axis=2)
     complete = aligned.ok.mean(axis=0) > 0.9
@@ -367,7 +383,7 @@ def shuffle_labels(labels: Labels, rng: np.random.Generator) -> Labels:
     )
 
 
-ARMS: dict[str, Callable[[Problem, int, Path], Trained]] = {
+ARMS: dict[str, Callable[[Problem, int], Trained]] = {
     "scratch": scratch,
     "paper_2": paper_2,
     "ours_1": ours_1,
