@@ -12,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 # The extras that a checkout gets: everything, with the tools of `make test`.
-EXTRAS := all,tests,lint
+EXTRAS := all,mace,tests,lint
 # Python compiles the modules that are used when they are: pip would compile all, for a minute more.
 PIP_OPTIONS := --quiet --quiet --no-compile --disable-pip-version-check
 TORCH := torch==2.13.0

@@ -125,10 +125,10 @@ def test_weights_can_be_trained_on_forces_along_directions():
 
         moved.along.square().sum().backward()
 
-        assert all(
-            weight.grad is not None and torch.isfinite(weight.grad).all()
-            for weight in network.trunk.parameters()
-        )
+        # A bias of the last layer moves no force.
+        grads = [weight.grad for weight in network.trunk.parameters() if weight.grad is not None]
+        assert len(grads) > 3
+        assert all(torch.isfinite(grad).all() and grad.any() for grad in grads)
 
 
 def test_a_set_that_is_too_large_is_not_kept(monkeypatch):

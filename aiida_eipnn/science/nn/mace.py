@@ -5,6 +5,7 @@ References
 .. [1] Batatia et al., MACE, arXiv:2206.07697.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,9 +17,12 @@ from aiida_eipnn.science.nn.graph import GraphBatch
 from aiida_eipnn.science.nn.trunk import BatchSet, Trunk, draw, mean_neighbours
 
 try:
-    # Before e3nn: it lets torch read the constants of e3nn.
-    from mace import modules  # isort: skip
-    from e3nn import o3
+    # What they warn of, such as how e3nn reads its own constants, nobody here can change.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Before e3nn, because it lets torch read these constants.
+        from mace import modules  # isort: skip
+        from e3nn import o3
 except ImportError as error:
     raise ImportError(
         f"the trunk 'mace' needs the package mace-torch: pip install aiida-eipnn[mace] ({error})"
