@@ -27,7 +27,7 @@ from aiida_eipnn.science.eip.predictors import (
     fit_energies,
     fit_forces,
 )
-from aiida_eipnn.science.reference import fit_robust_shifts, robust_sigma
+from aiida_eipnn.science.reference import SCALE_SPREAD, fit_robust_shifts, robust_sigma
 from aiida_eipnn.science.regression import (
     Kernel,
     fit_kernels,
@@ -62,6 +62,10 @@ CORRECTION_NOISES = (*NOISES, 10.0, 100.0)
 SHARES = (0.1, 1.0, 10.0)
 # Forces saturate at these multiples of an EIP's median force.
 SATURATIONS = (0.3, 1.0)
+# Rounds of weights by which EIPs are aligned on where they are right, and how far their scales may
+# change by that.
+REALIGNMENTS = 20
+SLOPE_BOUNDS = (-0.5, 0.5)
 # Principal directions of the structure along which coefficients vary, and how far, in standard
 # deviations.
 N_MODES = 3
@@ -188,16 +192,49 @@ def _best_column(
 def _chosen_energies(problem: LabelledSet, known: _Known, split: Split) -> dict[str, FloatArray]:
     """Return energies of the EIP that should err least, and of all, weighted by expected error."""
     train, test, _ = split
-    errors = np.abs(known.aligned[train] - problem.energy[train, None]) + SMALLEST_ENERGY_ERROR
+    aligned = _realigned(known, problem.energy, train)
+    errors = np.abs(aligned[train] - problem.energy[train, None]) + SMALLEST_ENERGY_ERROR
     says = _deviations(known.aligned, known.level, known.unit)
     features = np.hstack([problem.described.structure, says])
     weights = _weights(_expected(features, errors, split), known.ok[test])
-    aligned = known.aligned[test]
     chosen = weights.argmax(axis=1)
     return {
-        SELECT: aligned[np.arange(len(test)), chosen],
-        SOFT: (weights * aligned).sum(axis=1),
+        SELECT: aligned[test, chosen],
+        SOFT: (weights * aligned[test]).sum(axis=1),
     }
+
+
+def _realigned(known: _Known, energy: FloatArray, train: IntArray) -> FloatArray:
+    """Return energies of each EIP aligned on where it is right, in eV/atom. Shape ``(n, k)``.
+
+    An EIP that is right on a part of the space need not be so elsewhere: it will not be chosen
+    there. So weights fall as the square of the residual, unlike those of the alignment.
+    """
+    aligned = known.aligned.copy()
+    for column in range(aligned.shape[1]):
+        ok = known.ok[train, column]
+        says, truth = known.aligned[train[ok], column], energy[train[ok]]
+        if len(says) >= MIN_TO_LEARN:
+            scale, shift = _fit_redescending(says - known.level[train[ok]], truth - says)
+            aligned[:, column] += scale * (aligned[:, column] - known.level) + shift
+    return aligned
+
+
+def _fit_redescending(x: FloatArray, y: FloatArray) -> tuple[float, float]:
+    """Return slope and intercept of the line that most points are near to (Cauchy's weights)."""
+    slope = shift = 0.0
+    width = max(robust_sigma(y - np.median(y)), SMALLEST_ENERGY_ERROR)
+    for _ in range(REALIGNMENTS):
+        residual = y - slope * x - shift
+        width = max(min(width, float(np.median(np.abs(residual)))), SMALLEST_ENERGY_ERROR)
+        weights = 1.0 / (1.0 + (residual / width) ** 2)
+        centre = np.average(x, weights=weights)
+        mean = np.average(y, weights=weights)
+        ridge = (width / SCALE_SPREAD) ** 2
+        steepness = weights @ (x - centre) ** 2 + ridge
+        slope = float(np.clip(weights @ ((x - centre) * (y - mean)) / steepness, *SLOPE_BOUNDS))
+        shift = float(mean - slope * centre)
+    return slope, shift
 
 
 def _regressed_energies(problem: LabelledSet, known: _Known, split: Split) -> dict[str, FloatArray]:
