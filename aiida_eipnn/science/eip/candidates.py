@@ -7,7 +7,7 @@ what the EIPs say. A label that an EIP does not have is never chosen and has no 
 regression needs a number, the median of the other EIPs stands in.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from aiida_eipnn.science.eip.predictors import (
     fit_energies,
     fit_forces,
 )
-from aiida_eipnn.science.reference import fit_robust_shifts, robust_sigma
+from aiida_eipnn.science.reference import SCALE_SPREAD, fit_robust_shifts, robust_sigma
 from aiida_eipnn.science.regression import (
     Kernel,
     fit_kernels,
@@ -46,6 +46,7 @@ REGRESS = "EIP stack + kernel on EIPs and structure"
 CORRECT = "best EIP + kernel on EIPs"
 CORRECT_ALL = "best EIP + kernel on EIPs and structure"
 SATURATED = f"stack of EIPs and saturated EIPs + {PAIR}"
+LOCAL = f"stack that varies with the structure + {PAIR}"
 
 # Weight of an EIP: this power of its inverse expected error. Inverse variances (2) are for errors
 # that are independent; those of EIPs are alike, and the best should count more.
@@ -61,6 +62,14 @@ CORRECTION_NOISES = (*NOISES, 10.0, 100.0)
 SHARES = (0.1, 1.0, 10.0)
 # Forces saturate at these multiples of an EIP's median force.
 SATURATIONS = (0.3, 1.0)
+# Rounds of weights by which EIPs are aligned on where they are right, and how far their scales may
+# change by that.
+REALIGNMENTS = 20
+SLOPE_BOUNDS = (-0.5, 0.5)
+# Principal directions of the structure along which coefficients vary, and how far, in standard
+# deviations.
+N_MODES = 3
+FARTHEST_MODE = 2.5
 # Atoms to predict at a time.
 BLOCK = 20_000
 
@@ -69,14 +78,14 @@ class _Known(NamedTuple):
     """What the energies of EIPs say of all rows, and how they are compared.
 
     ``level`` is the energy of each composition, ``unit`` the spread about it, both in eV/atom;
-    ``aligned`` are the energies per atom of the EIPs in use, ``ok`` where they are labels and not
-    stand-ins.
+    ``best`` is the column of the best EIP.
     """
 
     level: FloatArray
     unit: float
     aligned: FloatArray
     ok: BoolArray
+    best: int
 
 
 def energy_candidates(problem: LabelledSet, split: Split) -> dict[str, FloatArray]:
@@ -86,10 +95,11 @@ def energy_candidates(problem: LabelledSet, split: Split) -> dict[str, FloatArra
     """
     train, test, _ = split
     known = _compare_energies(problem, train)
-    if len(train) < MIN_TO_LEARN:
-        best = _best_column(problem, known, train)
-        found = {MEDIAN: np.median(known.aligned[test], axis=1)}
-        return {**found, BEST: known.aligned[test, best]} if len(train) > 1 else found
+    if len(train) < MIN_TO_LEARN and known.aligned.shape[1] > 0:
+        return {
+            BEST: known.aligned[test, known.best],
+            MEDIAN: np.median(known.aligned[test], axis=1),
+        }
     found = {name: fit.predicted for name, fit in fit_energies(problem, split).items()}
     if known.aligned.shape[1] == 0:
         return found
@@ -109,7 +119,7 @@ def force_candidates(problem: LabelledSet, split: Split) -> dict[str, FloatArray
     found = {name: fit.predicted for name, fit in fit_forces(problem, split).items()}
     if len(split.train) < MIN_TO_LEARN or problem.eip_forces.shape[2] == 0:
         return found
-    return {**found, **_chosen_forces(problem, split), SATURATED: _saturated_stack(problem, split)}
+    return {**found, **_chosen_forces(problem, split), **_stacked_forces(problem, split)}
 
 
 def energy_disagreement(problem: LabelledSet, train: IntArray) -> FloatArray:
@@ -151,30 +161,80 @@ def mean_by_configuration(values: FloatArray, n_atoms: IntArray) -> FloatArray:
 def _compare_energies(problem: LabelledSet, train: IntArray) -> _Known:
     """Return what EIPs say of the energy of every row, aligned on the training rows."""
     level = problem.fractions @ fit_robust_shifts(problem.fractions[train], problem.energy[train])
-    aligned, ok = aligned_energies(problem, train, level)
-    unit = max(robust_sigma((problem.energy - level)[train]), 1e-6)
-    return _Known(level=level, unit=unit, aligned=aligned, ok=ok)
+    aligned, ok, used = aligned_energies(problem, train, level)
+    return _Known(
+        level=level,
+        unit=max(robust_sigma((problem.energy - level)[train]), 1e-6),
+        aligned=aligned,
+        ok=ok,
+        best=_best_column(problem, aligned, used, train),
+    )
 
 
-def _best_column(problem: LabelledSet, known: _Known, train: IntArray) -> int:
-    """Return the EIP with the smallest mean error of the energy on the training rows."""
-    errors = np.abs(known.aligned[train] - problem.energy[train, None])
+def _best_column(
+    problem: LabelledSet, aligned: FloatArray, used: BoolArray, train: IntArray
+) -> int:
+    """Return the EIP with the smallest mean error of the energy on the training rows.
+
+    Where there are no more labels than an alignment has parameters, every energy is met by
+    construction: there the forces decide.
+    """
+    if not used.any():
+        return -1
+    errors = np.abs(aligned[train] - problem.energy[train, None])
+    if len(train) <= 1 + problem.fractions.shape[1]:
+        atoms = problem.atoms(train)
+        eips = problem.eip_forces[atoms][:, :, used[problem.used]]
+        errors = np.abs(eips - problem.forces[atoms][:, :, None]).mean(axis=1)
     return int(errors.mean(axis=0).argmin())
 
 
 def _chosen_energies(problem: LabelledSet, known: _Known, split: Split) -> dict[str, FloatArray]:
     """Return energies of the EIP that should err least, and of all, weighted by expected error."""
     train, test, _ = split
-    errors = np.abs(known.aligned[train] - problem.energy[train, None]) + SMALLEST_ENERGY_ERROR
+    aligned = _realigned(known, problem.energy, train)
+    errors = np.abs(aligned[train] - problem.energy[train, None]) + SMALLEST_ENERGY_ERROR
     says = _deviations(known.aligned, known.level, known.unit)
     features = np.hstack([problem.described.structure, says])
     weights = _weights(_expected(features, errors, split), known.ok[test])
-    aligned = known.aligned[test]
     chosen = weights.argmax(axis=1)
     return {
-        SELECT: aligned[np.arange(len(test)), chosen],
-        SOFT: (weights * aligned).sum(axis=1),
+        SELECT: aligned[test, chosen],
+        SOFT: (weights * aligned[test]).sum(axis=1),
     }
+
+
+def _realigned(known: _Known, energy: FloatArray, train: IntArray) -> FloatArray:
+    """Return energies of each EIP aligned on where it is right, in eV/atom. Shape ``(n, k)``.
+
+    An EIP that is right on a part of the space need not be so elsewhere: it will not be chosen
+    there. So weights fall as the square of the residual, unlike those of the alignment.
+    """
+    aligned = known.aligned.copy()
+    for column in range(aligned.shape[1]):
+        ok = known.ok[train, column]
+        says, truth = known.aligned[train[ok], column], energy[train[ok]]
+        if len(says) >= MIN_TO_LEARN:
+            scale, shift = _fit_redescending(says - known.level[train[ok]], truth - says)
+            aligned[:, column] += scale * (aligned[:, column] - known.level) + shift
+    return aligned
+
+
+def _fit_redescending(x: FloatArray, y: FloatArray) -> tuple[float, float]:
+    """Return slope and intercept of the line that most points are near to (Cauchy's weights)."""
+    slope = shift = 0.0
+    width = max(robust_sigma(y - np.median(y)), SMALLEST_ENERGY_ERROR)
+    for _ in range(REALIGNMENTS):
+        residual = y - slope * x - shift
+        width = max(min(width, float(np.median(np.abs(residual)))), SMALLEST_ENERGY_ERROR)
+        weights = 1.0 / (1.0 + (residual / width) ** 2)
+        centre = np.average(x, weights=weights)
+        mean = np.average(y, weights=weights)
+        ridge = (width / SCALE_SPREAD) ** 2
+        steepness = weights @ (x - centre) ** 2 + ridge
+        slope = float(np.clip(weights @ ((x - centre) * (y - mean)) / steepness, *SLOPE_BOUNDS))
+        shift = float(mean - slope * centre)
+    return slope, shift
 
 
 def _regressed_energies(problem: LabelledSet, known: _Known, split: Split) -> dict[str, FloatArray]:
@@ -183,7 +243,7 @@ def _regressed_energies(problem: LabelledSet, known: _Known, split: Split) -> di
     structure = problem.described.structure
     says = _deviations(known.aligned, known.level, known.unit)
     all_say = np.hstack([structure, says])
-    best = known.aligned[:, _best_column(problem, known, train)]
+    best = known.aligned[:, known.best]
     unit = max(robust_sigma((problem.energy - best)[train]), 1e-6)
     differ = np.hstack([all_say, _deviations(known.aligned, best, unit)])
 
@@ -240,30 +300,66 @@ def _force_scales(problem: LabelledSet, train: IntArray) -> FloatArray:
     return np.where(np.abs(scale * eips - forces).mean(axis=(0, 1)) < plain, scale, 1.0)
 
 
-def _saturated_stack(problem: LabelledSet, split: Split) -> FloatArray:
-    """Return a linear function of EIP forces as they are, and as they are where not too large.
+def _stacked_forces(problem: LabelledSet, split: Split) -> dict[str, FloatArray]:
+    """Return linear functions of EIP forces, as they are and as they are where not too large.
 
     What EIPs say of atoms that come close is large and often wrong; a stack of plain forces must
-    weigh it as it weighs small forces.
+    weigh it as it weighs small forces. The coefficients are the same everywhere, or vary with the
+    structure along its principal directions.
     """
-    train, test, parts = split
-    atoms, unseen = problem.atoms(train), problem.atoms(test)
+    atoms = problem.atoms(split.train)
     median = np.median(np.linalg.norm(problem.eip_forces[atoms], axis=1), axis=0)
+    modes = _principal_modes(problem.described.structure, split.train)
+    by_atom = np.repeat(modes, problem.reference.n_atoms, axis=0)
 
-    def design(rows: IntArray) -> FloatArray:
+    def saturated(rows: IntArray) -> FloatArray:
         eips = problem.eip_forces[rows]
         length = np.linalg.norm(eips, axis=1)
-        saturated = [
-            eips / np.sqrt(1.0 + (length / np.maximum(share * median, 1e-6)) ** 2)[:, None, :]
-            for share in SATURATIONS
+        limits = [np.maximum(share * median, 1e-6) for share in SATURATIONS]
+        small = [eips / np.sqrt(1.0 + (length / limit) ** 2)[:, None, :] for limit in limits]
+        return np.concatenate([eips, *small, problem.described.pair_forces[rows]], axis=2)
+
+    def local(rows: IntArray) -> FloatArray:
+        plain = saturated(rows)
+        eips = plain[:, :, : problem.eip_forces.shape[2]]
+        pairs = problem.described.pair_forces[rows]
+        varied = [
+            forces * mode[:, None, None] for mode in by_atom[rows].T for forces in (eips, pairs)
         ]
-        columns = np.concatenate([eips, *saturated, problem.described.pair_forces[rows]], axis=2)
+        return np.concatenate([plain, *varied], axis=2)
+
+    return {
+        name: _linear_forces(problem, split, design)
+        for name, design in ((SATURATED, saturated), (LOCAL, local))
+    }
+
+
+def _linear_forces(
+    problem: LabelledSet, split: Split, design: Callable[[IntArray], FloatArray]
+) -> FloatArray:
+    """Return forces by a linear function of what ``design`` makes of atoms, ``(n_atoms, 3, p)``."""
+
+    def rows_of(atoms: IntArray) -> FloatArray:
+        columns = design(atoms)
         return columns.reshape(-1, columns.shape[2])
 
-    of_component = np.repeat(parts, 3 * problem.n_atoms[train])
-    found = learn_linear(design(atoms), problem.forces[atoms].ravel(), of_component, STRENGTHS)
+    atoms, unseen = problem.atoms(split.train), problem.atoms(split.test)
+    of_component = np.repeat(split.parts, 3 * problem.n_atoms[split.train])
+    target = problem.forces[atoms].ravel()
+    found = learn_linear(rows_of(atoms), target, of_component, STRENGTHS)
     blocks = np.split(unseen, np.arange(BLOCK, len(unseen), BLOCK))
-    return np.concatenate([found.predict(design(rows)).reshape(-1, 3) for rows in blocks])
+    return np.concatenate([found.predict(rows_of(block)).reshape(-1, 3) for block in blocks])
+
+
+def _principal_modes(structure: FloatArray, train: IntArray) -> FloatArray:
+    """Return the principal components of the training rows, of unit spread. Shape ``(n, k)``."""
+    centre, spread = structure[train].mean(axis=0), structure[train].std(axis=0)
+    points = (structure - centre) / np.where(spread > 1e-9, spread, np.inf)
+    _, sizes, directions = np.linalg.svd(points[train], full_matrices=False)
+    n_modes = min(N_MODES, int((sizes > 1e-6).sum()))
+    modes = points @ directions[:n_modes].T / (sizes[:n_modes] / np.sqrt(len(train)))
+    # Far from the labels the coefficients stay what they are at the edge.
+    return np.asarray(np.clip(modes, -FARTHEST_MODE, FARTHEST_MODE), dtype=np.float64)
 
 
 def _expected(features: FloatArray, errors: FloatArray, split: Split) -> FloatArray:

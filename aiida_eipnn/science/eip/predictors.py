@@ -95,7 +95,7 @@ def fit_energies(problem: LabelledSet, split: Split) -> dict[str, Fit]:
         CONSTANT: Fit(level[test], unit * np.abs(values[train])),
         STRUCTURE: fit([add_kernels(constant, kernel) for kernel in smooth]),
     }
-    aligned, _ = aligned_energies(problem, train, level)
+    aligned = aligned_energies(problem, train, level).energy
     if aligned.shape[1] == 0:
         return fits
     best = int(np.abs(aligned[train] - problem.energy[train, None]).mean(axis=0).argmin())
@@ -109,13 +109,22 @@ def fit_energies(problem: LabelledSet, split: Split) -> dict[str, Fit]:
     return fits
 
 
-def aligned_energies(
-    problem: LabelledSet, train: IntArray, level: FloatArray
-) -> tuple[FloatArray, BoolArray]:
-    """Return aligned energies per atom of the EIPs that labelled enough, and where they are labels.
+class AlignedEnergies(NamedTuple):
+    """Aligned energies per atom, in eV/atom, of the EIPs that labelled enough.
 
-    Where an EIP has no label, the median of the others stands in, or the constant. Both are of
-    shape ``(n, m)``.
+    ``energy`` and ``ok``, where they are labels and not stand-ins, are of shape ``(n, k)``;
+    ``used`` says which of ``m`` EIPs they are of.
+    """
+
+    energy: FloatArray
+    ok: BoolArray
+    used: BoolArray
+
+
+def aligned_energies(problem: LabelledSet, train: IntArray, level: FloatArray) -> AlignedEnergies:
+    """Return energies aligned on the training rows.
+
+    Where an EIP has no label, the median of the others stands in, or the constant.
     """
     aligned = problem.alignment(train).apply(problem.configurations, problem.labels)
     used = problem.used & covered(aligned.ok[train])
@@ -123,7 +132,7 @@ def aligned_energies(
     nothing = np.isnan(energy).all(axis=1)
     energy[nothing] = level[nothing, None]
     filled = np.where(np.isnan(energy), np.nanmedian(energy, axis=1, keepdims=True), energy)
-    return filled, aligned.ok[:, used]
+    return AlignedEnergies(filled, aligned.ok[:, used], used)
 
 
 def fit_forces(problem: LabelledSet, split: Split) -> dict[str, Fit]:

@@ -8,7 +8,6 @@ import numpy as np
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.eip.candidates import (
-    MEDIAN,
     MIN_TO_LEARN,
     log_forces,
     mean_by_configuration,
@@ -158,7 +157,7 @@ def _without_hold_out(
     pool: LabelledSet, split: Split, found: dict[str, FloatArray], quantity: Quantity
 ) -> Found:
     """Return what a single label allows: no candidate can be judged, errors are as always."""
-    name = _first((*quantity.names, MEDIAN, BEST), found)
+    name = _first((*quantity.names, BEST), found)
     expected = np.maximum(quantity.prior, quantity.disagreement(pool, split.train)[split.test])
     model = QuantityModel(errors={}, chosen=name, weights={name: 1.0}, reliability=None)
     return Found(found[name], expected, model)
