@@ -34,7 +34,7 @@ def pool_of(n: int, seed: int = 0) -> Configurations:
     frames = []
     for number in range(n):
         # Every other one is dense.
-        stretch = rng.uniform(0.97, 1.02) if number % 2 else rng.uniform(1.02, 1.1)
+        stretch = rng.uniform(0.97, 1.0) if number % 2 else rng.uniform(1.05, 1.1)
         atoms = bulk("Ar", "fcc", a=5.3 * stretch, cubic=True)
         strain = np.eye(3) + 0.01 * rng.normal(size=(3, 3))
         atoms.set_cell(atoms.cell.array @ strain, scale_atoms=True)
@@ -123,10 +123,10 @@ def errors_of(pseudo: PseudoLabels, dft: Labels):
 
 
 def test_the_alignment_finds_the_planted_scale_and_shift(pool, dft):
-    alignment = fit_alignment(pool, dft.take(range(N_LABELS)), planted(pool, dft))
-    assert alignment.scale[0] == pytest.approx(SCALE, abs=0.02)
-    assert alignment.shift[0, 0] == pytest.approx(SHIFT, abs=0.06)
-    assert alignment.scale[1] == pytest.approx(1.0, abs=0.02)
+    right = planted(pool, dft).take(range(1, N_LABELS, 2))
+    alignment = fit_alignment(pool, dft.take(range(N_LABELS)), right)
+    assert alignment.scale[0] == pytest.approx(SCALE, abs=0.01)
+    assert alignment.shift[0, 0] == pytest.approx(SHIFT, abs=0.03)
 
 
 def test_the_selector_finds_the_eip_that_is_right_on_each_half(pool, dft):
@@ -135,6 +135,9 @@ def test_the_selector_finds_the_eip_that_is_right_on_each_half(pool, dft):
     # The other EIPs are off by 0.3 eV/atom and 0.3 eV/Å.
     assert (energy < 0.04).mean() > 0.95
     assert (forces < 0.04).mean() > 0.95
+    # Though half of the labels speak against it, each is aligned on the other half.
+    assert np.median(energy) < 1e-3
+    assert np.median(forces) < 5e-3
 
 
 def test_auto_does_on_the_planted_set_what_no_single_eip_can(pool, dft):
@@ -151,7 +154,7 @@ def test_a_stack_averages_out_independent_errors(pool, dft):
     single = np.abs(eips.energy[N_LABELS:, 0] / 4 + SHIFT - dft.energy[N_LABELS:, 0] / 4).mean()
     energy, forces = errors_of(stacked, dft)
     assert energy.mean() < 0.7 * single
-    assert forces.mean() < 0.7 * 0.02
+    assert np.median(forces) < 0.7 * 0.016
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -179,11 +182,11 @@ def test_an_eip_without_a_label_is_not_chosen(pool, dft):
     assert forces[there].mean() < 0.005
     assert np.isfinite(pseudo.energy).all()
     # The forces are of one of the others, and not what stands in for the one that is missing.
-    alignment = fit_alignment(pool, dft.take(range(N_LABELS)), eips)
     first = pool.offsets[N_LABELS]
     others = eips.forces[1:, first : first + 4]
-    scaled = np.concatenate([others, alignment.scale[1:, None, None] * others])
-    assert np.abs(scaled - pseudo.forces[:4]).max(axis=(1, 2)).min() < 1e-6
+    chosen = pseudo.forces[:4]
+    scale = (others * chosen).sum(axis=(1, 2)) / (others**2).sum(axis=(1, 2))
+    assert np.abs(scale[:, None, None] * others - chosen).max(axis=(1, 2)).min() < 1e-6
 
 
 def test_labels_that_are_not_finite_count_as_missing(pool, dft):
@@ -280,7 +283,7 @@ def test_a_few_labels_are_enough_to_align_the_best_eip(pool, dft, n):
     assert energy.mean() < 0.05
     assert forces.mean() < 0.05
     assert model.energy.reliability is None
-    assert (pseudo.energy_error >= energy.mean()).all()
+    assert pseudo.energy_error.min() > 0.5 * energy.mean()
 
 
 def test_without_an_eip_or_with_a_new_element_no_error_is_small_enough(pool, dft):

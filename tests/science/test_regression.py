@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from aiida_eipnn.science.regression import fit_kernels, fit_linear, gaussian_kernels, linear_kernel
+from aiida_eipnn.science.regression import (
+    fit_kernels,
+    fit_linear,
+    gaussian_kernels,
+    learn_linear,
+    linear_kernel,
+    regress_on_kernels,
+)
 
 PARTS = np.arange(30) % 5
 
@@ -91,3 +98,35 @@ def test_no_prediction_goes_beyond_twice_what_was_learnt(points):
     fit = fit_linear(train, train[:, 0], PARTS, 1000 * train, [1e-5])
 
     assert np.abs(fit.predicted).max() <= 2 * np.abs(train[:, 0]).max()
+
+
+def test_quantities_that_share_a_kernel_are_learnt_as_if_alone(points):
+    train, values, test = points
+    kernel = gaussian_kernels(train, test, [1.0])
+    both = np.column_stack([values, train[:, 0]])
+
+    together = regress_on_kernels(kernel, both, PARTS, [0.1])
+
+    for column in range(2):
+        alone = regress_on_kernels(kernel, both[:, column], PARTS, [0.1])
+        np.testing.assert_allclose(together.predicted[:, column], alone.predicted)
+        np.testing.assert_allclose(together.residual[:, column], alone.residual)
+
+
+def test_residuals_have_the_sign_of_what_is_above_the_prediction(points):
+    train, _, test = points
+    kernel = gaussian_kernels(train, test, [0.01])
+
+    found = regress_on_kernels(kernel, np.where(PARTS == 0, 1.0, -1.0), PARTS, [1.0])
+
+    assert (found.residual[PARTS == 0] > 0).all()
+    assert (found.residual[PARTS != 0] < 0).all()
+
+
+def test_a_linear_function_says_no_more_than_twice_what_it_learnt(points):
+    train, _, _ = points
+    values = train @ [1.0, 2.0, 0.0, -1.0]
+
+    found = learn_linear(train, values, PARTS, [1e-6])
+
+    assert found.predict(np.full((1, 4), 1e3))[0] == pytest.approx(2 * np.abs(values).max())

@@ -292,12 +292,33 @@ def _chosen_forces(problem: LabelledSet, split: Split) -> dict[str, FloatArray]:
 
 
 def _force_scales(problem: LabelledSet, train: IntArray) -> FloatArray:
-    """Return 1, or the scale of an EIP's energies where its forces are better with it."""
-    scale = np.nan_to_num(problem.alignment(train).scale[problem.used], nan=1.0)
+    """Return what the forces of each EIP are best multiplied with.
+
+    That is 1, the scale of its energies, or what fits its forces where the EIP is right.
+    """
     atoms = problem.atoms(train)
-    eips, forces = problem.eip_forces[atoms], problem.forces[atoms][:, :, None]
-    plain = np.abs(eips - forces).mean(axis=(0, 1))
-    return np.where(np.abs(scale * eips - forces).mean(axis=(0, 1)) < plain, scale, 1.0)
+    eips, forces = problem.eip_forces[atoms], problem.forces[atoms].ravel()
+    of_energy = np.nan_to_num(problem.alignment(train).scale[problem.used], nan=1.0)
+    best = np.ones(len(of_energy))
+    for column, scale in enumerate(of_energy):
+        says = eips[:, :, column].ravel()
+        options = (1.0, scale, 1.0 + _fit_slope(says, forces - says))
+        best[column] = options[
+            np.argmin([np.abs(value * says - forces).mean() for value in options])
+        ]
+    return best
+
+
+def _fit_slope(x: FloatArray, y: FloatArray) -> float:
+    """Return the slope of the line through zero that most points are near to."""
+    slope, width = 0.0, np.inf
+    for _ in range(REALIGNMENTS):
+        residual = y - slope * x
+        width = max(min(width, float(np.median(np.abs(residual)))), SMALLEST_FORCE_ERROR)
+        weights = 1.0 / (1.0 + (residual / width) ** 2)
+        ridge = (width / SCALE_SPREAD) ** 2
+        slope = float(np.clip(weights @ (x * y) / (weights @ x**2 + ridge), *SLOPE_BOUNDS))
+    return slope
 
 
 def _stacked_forces(problem: LabelledSet, split: Split) -> dict[str, FloatArray]:
