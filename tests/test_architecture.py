@@ -49,7 +49,6 @@ NEEDS_VESIN = {
     "aiida_eipnn.science.eip.expected_error",
     "aiida_eipnn.science.eip.label_model",
     "aiida_eipnn.science.eip.predictors",
-    "aiida_eipnn.science.eip.pseudo_labels",
     "aiida_eipnn.science.eip.quantity_model",
     "aiida_eipnn.science.duplicates",
     "aiida_eipnn.science.gate",

@@ -14,11 +14,11 @@ from aiida_eipnn.science.eip.candidates import mean_by_configuration
 from aiida_eipnn.science.eip.label_model import (
     METHODS,
     LabelModelParameters,
-    PseudoLabels,
     make_pseudo_labels,
-    pseudo_weights,
 )
 from aiida_eipnn.science.eip.potential import open_potential
+from aiida_eipnn.science.eip.pseudo_labels import PseudoLabels, pseudo_weights
+from aiida_eipnn.science.eip.quantity_model import MIX
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.reference import fit_alignment
 from aiida_eipnn.science.uncertainty import spearman
@@ -146,6 +146,16 @@ def test_auto_does_on_the_planted_set_what_no_single_eip_can(pool, dft):
     energy, forces = errors_of(pseudo, dft)
     assert energy.mean() < 0.25 * model.energy.errors["best EIP"]
     assert forces.mean() < 0.5 * model.forces.errors["best EIP"]
+
+
+def test_candidates_that_do_better_weigh_more_in_the_mix(pool, dft):
+    _, model = label(pool, dft, planted(pool, dft))
+    for quantity, useless in ((model.energy, "constant for each element"), (model.forces, "zero")):
+        assert quantity.chosen == MIX
+        single = {name: error for name, error in quantity.errors.items() if name != MIX}
+        best = min(single, key=single.__getitem__)
+        assert max(quantity.weights, key=quantity.weights.__getitem__) == best
+        assert quantity.weights[useless] < 1e-3
 
 
 def test_a_stack_averages_out_independent_errors(pool, dft):
