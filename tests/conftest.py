@@ -18,12 +18,19 @@ PSEUDO_FAMILY = "tests/LDA"
 # A norm-conserving LDA pseudopotential that is cheap at 20 Ry: physics for tests, not for papers.
 SI_PSEUDO = "Si.pz-vbc.UPF"
 
-MARKED = {"pw_code": ("qe", "slow"), "pseudo_family": ("qe",), "kim": ("kim",), "torch": ("torch",)}
+MARKED = {
+    "pw_code": ("qe", "slow"),
+    "pseudo_family": ("qe",),
+    "kim": ("kim",),
+    "mace": ("mace",),
+    "torch": ("torch",),
+}
 
 
 # How each code is found and how to get it.
 CODES = {
     "kim": (lambda: importlib.util.find_spec("kimpy"), "pip install aiida-eipnn[kim]"),
+    "mace": (lambda: importlib.util.find_spec("mace"), "pip install aiida-eipnn[mace]"),
     "torch": (lambda: importlib.util.find_spec("torch"), "pip install aiida-eipnn[nn]"),
     "qe": (lambda: shutil.which("pw.x"), "apt-get install quantum-espresso"),
 }
@@ -76,6 +83,12 @@ def patient_runners():
 def kim():
     """OpenKIM, with its models."""
     skip_without("kim")
+
+
+@pytest.fixture(scope="session")
+def mace():
+    """The package mace-torch."""
+    skip_without("mace")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ References
 .. [1] Batatia et al., MACE, arXiv:2206.07697.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,9 +17,12 @@ from aiida_eipnn.science.nn.graph import GraphBatch
 from aiida_eipnn.science.nn.trunk import BatchSet, Trunk, draw, mean_neighbours
 
 try:
-    # Before e3nn: it lets torch read the constants of e3nn.
-    from mace import modules  # isort: skip
-    from e3nn import o3
+    # What they warn of, such as how e3nn reads its own constants, nobody here can change.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Before e3nn, because it lets torch read these constants.
+        from mace import modules  # isort: skip
+        from e3nn import o3
 except ImportError as error:
     raise ImportError(
         f"the trunk 'mace' needs the package mace-torch: pip install aiida-eipnn[mace] ({error})"
@@ -64,7 +68,7 @@ class MaceTrunk(Trunk[GraphBatch]):
     ) -> None:
         super().__init__(width * depth)
         self.n_elements, self.dtype = n_elements, dtype
-        with _default_dtype(dtype):
+        with _building(dtype):
             self.mace = modules.MACE(
                 r_max=cutoff,
                 num_bessel=n_radial,
@@ -125,11 +129,14 @@ class MaceTrunk(Trunk[GraphBatch]):
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def _building(dtype: torch.dtype) -> Iterator[None]:
     """Let e3nn compute its coefficients in the precision that they are used in."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        yield
+        with warnings.catch_warnings():
+            # e3nn compiles with torch.jit, which newer versions of torch warn of at length.
+            warnings.simplefilter("ignore")
+            yield
     finally:
         torch.set_default_dtype(before)

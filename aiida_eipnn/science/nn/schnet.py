@@ -2,7 +2,9 @@ r"""SchNet: continuous-filter convolutions [1]_ on a periodic graph.
 
 In each interaction an atom collects what its neighbours say, filtered by the distance,
 
-.. math:: x_i \leftarrow x_i + o\Big(\frac{1}{\nu} \sum_j n(x_j) \circ W(r_{ij})\, f(r_{ij})\Big),
+.. math::
+
+    x_i \leftarrow x_i + o\Big(\nu^{-1/2} \sum_j n(x_j) \circ W(r_{ij})\, f(r_{ij})\Big),
 
 where :math:`n` is a linear layer, :math:`W` and :math:`o` are two layers with shifted softplus,
 :math:`\nu` is the mean number of neighbours and :math:`f` is zero at the cutoff together with its
@@ -29,6 +31,8 @@ from aiida_eipnn.science.nn.graph import Graph, GraphBatch
 from aiida_eipnn.science.nn.trunk import BatchSet, Trunk, draw, mean_neighbours
 
 _LN_2 = math.log(2.0)
+# Sum of the squares of all Gaussians at any distance, where they overlap as they do by default.
+_GAUSSIANS_AT_ONCE = math.sqrt(math.pi)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +46,7 @@ class SchNetVariant:
     envelope
         Whether filters go to zero at the cutoff; if not, energies jump there.
     averaged
-        Whether sums over neighbours are divided by their mean number in the data.
+        Whether sums over neighbours are divided by the root of their mean number in the data.
     gamma
         Sharpness of the Gaussians :math:`e^{-\gamma (r - \mu)^2}`, in 1/Å². ``None``: so that
         one standard deviation is the distance of two centres.
@@ -147,16 +151,20 @@ class SchNetTrunk(Trunk[GraphBatch]):
     def initialise(self, generator: torch.Generator) -> None:
         """Draw new weights."""
         draw(self.embedding, 1.0, generator)
-        for layer in self.interactions.modules():
-            if isinstance(layer, nn.Linear):
-                draw(layer.weight, layer.in_features**-0.5, generator)
+        for interaction in self.interactions:
+            for name, layer in interaction.named_children():
+                assert isinstance(layer, nn.Linear)
+                n_inputs = _GAUSSIANS_AT_ONCE if name == "filter_in" else layer.in_features
+                # The activation halves what is small; only these two see what is not activated.
+                gain = 1.0 if name in ("filter_in", "node") else 2.0
+                draw(layer.weight, gain * n_inputs**-0.5, generator)
                 nn.init.zeros_(layer.bias)
 
     def _features(self, graph: Graph, tangent: Tensor | None) -> Moving:
         bonds = self._bonds(graph, tangent)
         x = Moving(self.embedding[graph.species])
         for interaction in self.interactions:
-            update = interaction(x, bonds, self.n_neighbours)
+            update = interaction(x, bonds, torch.rsqrt(self.n_neighbours))
             x = _plus(x, update) if self.variant.residual else update
         return x
 
@@ -205,7 +213,7 @@ class Interaction(nn.Module):
         self.update_in = nn.Linear(width, width, dtype=dtype)
         self.update_out = nn.Linear(width, width, dtype=dtype)
 
-    def forward(self, x: Moving, bonds: Bonds, n_neighbours: Tensor) -> Moving:
+    def forward(self, x: Moving, bonds: Bonds, scale: Tensor) -> Moving:
         """Return what each atom learns from its neighbours. Shape ``(N, width)``."""
         filters = _activate(_linear(self.filter_in, bonds.gaussians))
         filters = _activate(_linear(self.filter_out, filters))
@@ -216,8 +224,8 @@ class Interaction(nn.Module):
             _collect(said, filters, bonds.first, bonds.second),
             _collect(said, filters, bonds.second, bonds.first),
         )
-        mean = _map(lambda tensor: tensor / n_neighbours, collected)
-        return _linear(self.update_out, _activate(_linear(self.update_in, mean)))
+        scaled = _map(lambda rows: rows * scale, collected)
+        return _linear(self.update_out, _activate(_linear(self.update_in, scaled)))
 
 
 def shifted_softplus(x: Tensor) -> Tensor:

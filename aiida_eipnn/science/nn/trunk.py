@@ -85,11 +85,10 @@ class Trunk(nn.Module, ABC, Generic[B]):
         tuple
             Shape ``(N, n_features)`` each.
         """
-
         with forward_ad.dual_level():
-            vectors = forward_ad.make_dual(batch.graph.vectors.detach(), tangent)
+            vectors = forward_ad.make_dual(batch.graph.vectors.detach(), tangent)  # type: ignore[no-untyped-call]
             features = self(batch._replace(graph=batch.graph._replace(vectors=vectors)))
-            value, change = forward_ad.unpack_dual(features)
+            value, change = forward_ad.unpack_dual(features)  # type: ignore[no-untyped-call]
         return value, torch.zeros_like(value) if change is None else change
 
 
