@@ -4,7 +4,7 @@ In each interaction an atom collects what its neighbours say, filtered by the di
 
 .. math::
 
-    x_i \leftarrow x_i + o\Big(\nu^{-1/2} \sum_j n(x_j) \circ W(r_{ij})\, f(r_{ij})\Big),
+    x_i \leftarrow x_i + o\Big(\frac{1}{\nu} \sum_j n(x_j) \circ W(r_{ij})\, f(r_{ij})\Big),
 
 where :math:`n` is a linear layer, :math:`W` and :math:`o` are two layers with shifted softplus,
 :math:`\nu` is the mean number of neighbours and :math:`f` is zero at the cutoff together with its
@@ -46,7 +46,7 @@ class SchNetVariant:
     envelope
         Whether filters go to zero at the cutoff; if not, energies jump there.
     averaged
-        Whether sums over neighbours are divided by the root of their mean number in the data.
+        Whether sums over neighbours are divided by their mean number in the data.
     gamma
         Sharpness of the Gaussians :math:`e^{-\gamma (r - \mu)^2}`, in 1/Å². ``None``: so that
         one standard deviation is the distance of two centres.
@@ -164,7 +164,7 @@ class SchNetTrunk(Trunk[GraphBatch]):
         bonds = self._bonds(graph, tangent)
         x = Moving(self.embedding[graph.species])
         for interaction in self.interactions:
-            update = interaction(x, bonds, torch.rsqrt(self.n_neighbours))
+            update = interaction(x, bonds, 1 / self.n_neighbours)
             x = _plus(x, update) if self.variant.residual else update
         return x
 
