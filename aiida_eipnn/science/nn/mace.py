@@ -23,9 +23,11 @@ try:
         # Before e3nn, because it lets torch read these constants.
         from mace import modules  # isort: skip
         from e3nn import o3
-except ImportError as error:
-    raise ImportError(
-        f"the trunk 'mace' needs the package mace-torch: pip install aiida-eipnn[mace] ({error})"
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"the trunk 'mace' needs the package mace-torch, and there is no {error.name}: "
+        "pip install aiida-eipnn[mace]",
+        name=error.name,
     ) from error
 
 # Atoms that a message of one atom joins, less one: the published choice.
@@ -118,7 +120,7 @@ class MaceTrunk(Trunk[GraphBatch]):
         self.mean.copy_(features.mean(dim=0))
         for element in torch.unique(species):
             self.mean[element] = features[species == element].mean(dim=0)
-        layers = (features - self.mean[species]).unflatten(1, (self.depth, -1))
+        layers = (features - self.mean[species]).reshape(len(features), self.depth, -1)
         spread = layers.square().mean(dim=(0, 2)).sqrt()
         # Equal atoms differ in nothing: leave their features as they are.
         spread = torch.where(spread > _MIN_SPREAD, spread, 1.0)

@@ -77,7 +77,9 @@ class Trunk(nn.Module, ABC, Generic[B]):
         batch
             The batch.
         tangent
-            Change of ``graph.vectors``; of no account in empty places. Shape ``(N, K, 3)``.
+            Change of ``graph.vectors`` when atoms move or the cell is strained, so that the two
+            directions of a pair change oppositely: a trunk may read one of them only. Of no
+            account in empty places. Shape ``(N, K, 3)``.
 
         Returns
         -------
