@@ -33,6 +33,7 @@ BLOCKED = (
 )
 NEEDS_NUMBA = {"aiida_eipnn.science.eip.neighbours"}
 NEEDS_KIM = {"aiida_eipnn.science.eip.catalogue", "aiida_eipnn.science.eip.kim"}
+NEEDS_MACE = {"aiida_eipnn.science.nn.mace"}
 NEEDS_TORCH = {"aiida_eipnn.jobs.train", "aiida_eipnn.jobs.evaluate"}
 # Distances of atoms, and what asks for them. The rest, the description of a job among it, needs
 # NumPy and ASE alone.
@@ -130,6 +131,14 @@ def test_what_measures_no_distances_imports_without_vesin():
     ],
 )
 def test_what_is_excused_from_a_rule_has_to_be(package, modules):
+    check_that_all_need(package, modules)
+
+
+def test_the_trunk_that_needs_mace_is_excused_for_it(torch):
+    check_that_all_need("mace", NEEDS_MACE)
+
+
+def check_that_all_need(package, modules):
     code = (
         f"import importlib, sys\nsys.modules[{package!r}] = None\n"
         f"for name in {sorted(modules)!r}:\n"
@@ -144,9 +153,9 @@ def test_what_is_excused_from_a_rule_has_to_be(package, modules):
 
 
 def test_what_needs_torch_imports_without_aiida(torch):
-    blocked = [name for name in BLOCKED if name not in ("torch", "safetensors")]
-
+    blocked = [*(name for name in BLOCKED if name not in ("torch", "safetensors")), "mace"]
     modules = {*modules_of("science/nn"), *NEEDS_TORCH} - NEEDS_MACE
+
     imported = import_without(blocked, sorted(modules))
 
     assert imported.returncode == 0, imported.stderr

@@ -23,15 +23,21 @@ try:
         # Before e3nn, because it lets torch read these constants.
         from mace import modules  # isort: skip
         from e3nn import o3
-except ImportError as error:
-    raise ImportError(
-        f"the trunk 'mace' needs the package mace-torch: pip install aiida-eipnn[mace] ({error})"
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"the trunk 'mace' needs the package mace-torch, and there is no {error.name}: "
+        "pip install aiida-eipnn[mace]",
+        name=error.name,
     ) from error
 
 # Atoms that a message of one atom joins, less one: the published choice.
 _CORRELATION = 3
 # The envelope is zero at the cutoff together with its first two derivatives.
 _ENVELOPE_POWER = 5
+# Configurations that the standardisation is fitted on.
+_MAX_FOR_STATISTICS = 50
+# Spreads of features below this are rounding errors.
+_MIN_SPREAD = 1e-6
 
 
 class MaceTrunk(Trunk[GraphBatch]):
@@ -67,8 +73,8 @@ class MaceTrunk(Trunk[GraphBatch]):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(width * depth)
-        self.n_elements, self.dtype = n_elements, dtype
-        with _default_dtype(dtype):
+        self.n_elements, self.depth, self.dtype = n_elements, depth, dtype
+        with _building(dtype):
             self.mace = modules.MACE(
                 r_max=cutoff,
                 num_bessel=n_radial,
@@ -89,10 +95,45 @@ class MaceTrunk(Trunk[GraphBatch]):
         # Our heads read the features: its own energies would be weights that nothing trains.
         self.mace.readouts = nn.ModuleList()
         self.n_neighbours: Tensor
+        self.mean: Tensor
+        self.spread: Tensor
         self.register_buffer("n_neighbours", torch.ones((), dtype=dtype))
+        self.register_buffer("mean", torch.zeros(n_elements, self.n_features, dtype=dtype))
+        self.register_buffer("spread", torch.ones(self.n_features, dtype=dtype))
 
     def forward(self, batch: GraphBatch) -> Tensor:
         """Return the features of atoms. Shape ``(N, width * depth)``."""
+        return (self._node_features(batch) - self.mean[batch.graph.species]) / self.spread
+
+    def standardise(self, described: BatchSet) -> None:
+        """Fit the mean number of neighbours; let features have mean 0 and spread 1.
+
+        The mean is that of each element, the spread that of each layer: the features of new
+        weights are a hundred times smaller than what the heads are made for.
+        """
+        self.n_neighbours.fill_(mean_neighbours(described.neighbours))
+        rows = np.unique(np.linspace(0, len(described) - 1, _MAX_FOR_STATISTICS).astype(np.int64))
+        batches = [described.batch(rows[i : i + 1]) for i in range(len(rows))]
+        with torch.no_grad():
+            features = torch.cat([self._node_features(batch) for batch in batches])
+        species = torch.cat([batch.graph.species for batch in batches])
+        self.mean.copy_(features.mean(dim=0))
+        for element in torch.unique(species):
+            self.mean[element] = features[species == element].mean(dim=0)
+        layers = (features - self.mean[species]).reshape(len(features), self.depth, -1)
+        spread = layers.square().mean(dim=(0, 2)).sqrt()
+        # Equal atoms differ in nothing: leave their features as they are.
+        spread = torch.where(spread > _MIN_SPREAD, spread, 1.0)
+        self.spread.copy_(spread.repeat_interleave(layers.shape[2]))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw new weights, with the spreads that MACE gives them."""
+        for name, weight in self.mace.named_parameters():
+            # Shape (elements, paths, channels); e3nn scales all others when it uses them.
+            spread = 1 / weight.shape[1] if ".symmetric_contractions." in name else 1.0
+            draw(weight, spread, generator)
+
+    def _node_features(self, batch: GraphBatch) -> Tensor:
         graph, n_atoms = batch.graph, len(batch.graph.species)
         atom, place = torch.nonzero(graph.vectors.detach().any(dim=-1), as_tuple=True)
         # Towards the atom that receives the message.
@@ -116,24 +157,16 @@ class MaceTrunk(Trunk[GraphBatch]):
         features: Tensor = output["node_feats"]
         return features
 
-    def standardise(self, described: BatchSet) -> None:
-        """Fit the mean number of neighbours."""
-        self.n_neighbours.fill_(mean_neighbours(described.neighbours))
-
-    def initialise(self, generator: torch.Generator) -> None:
-        """Draw new weights, with the spreads that MACE gives them."""
-        for name, weight in self.mace.named_parameters():
-            # Shape (elements, paths, channels); e3nn scales all others when it uses them.
-            spread = 1 / weight.shape[1] if ".symmetric_contractions." in name else 1.0
-            draw(weight, spread, generator)
-
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def _building(dtype: torch.dtype) -> Iterator[None]:
     """Let e3nn compute its coefficients in the precision that they are used in."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        yield
+        with warnings.catch_warnings():
+            # e3nn compiles with torch.jit, which newer versions of torch warn of at length.
+            warnings.simplefilter("ignore")
+            yield
     finally:
         torch.set_default_dtype(before)

@@ -122,7 +122,7 @@ def build_trunk(parameters: NetworkParameters, n_elements: int) -> Trunk[Any]:
 
     Raises
     ------
-    ImportError
+    ModuleNotFoundError
         If the package of the trunk is not installed.
     """
     size: dict[str, Any] = {

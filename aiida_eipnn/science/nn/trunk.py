@@ -5,7 +5,6 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from aiida_eipnn.science.arrays import IntArray
 from aiida_eipnn.science.nn.graph import Graph, Neighbours
@@ -78,18 +77,24 @@ class Trunk(nn.Module, ABC, Generic[B]):
         batch
             The batch.
         tangent
-            Change of ``graph.vectors``; of no account in empty places. Shape ``(N, K, 3)``.
+            Change of ``graph.vectors`` when atoms move or the cell is strained, so that the two
+            directions of a pair change oppositely: a trunk may read one of them only. Of no
+            account in empty places. Shape ``(N, K, 3)``.
 
         Returns
         -------
         tuple
             Shape ``(N, n_features)`` each.
         """
-        with forward_ad.dual_level():
-            vectors = forward_ad.make_dual(batch.graph.vectors.detach(), tangent)  # type: ignore[no-untyped-call]
-            features = self(batch._replace(graph=batch.graph._replace(vectors=vectors)))
-            value, change = forward_ad.unpack_dual(features)  # type: ignore[no-untyped-call]
-        return value, torch.zeros_like(value) if change is None else change
+        vectors = batch.graph.vectors.detach().requires_grad_()
+        with torch.enable_grad():
+            features: Tensor = self(batch._replace(graph=batch.graph._replace(vectors=vectors)))
+            # The gradient of a weighted sum of features is linear in the weights: its transpose
+            # is what is asked for. Forward mode is no faster for MACE, and not all of torch has it.
+            weights = torch.zeros_like(features, requires_grad=True)
+            (gradient,) = torch.autograd.grad(features, vectors, weights, create_graph=True)
+            (change,) = torch.autograd.grad(gradient, weights, tangent, create_graph=True)
+        return features, change
 
 
 def mean_neighbours(neighbours: Neighbours) -> float:
