@@ -37,7 +37,6 @@ NEEDS_MACE = {"aiida_eipnn.science.nn.mace"}
 NEEDS_TORCH = {"aiida_eipnn.jobs.train", "aiida_eipnn.jobs.evaluate"}
 # Distances of atoms, and what asks for them. The rest, the description of a job among it, needs
 # NumPy and ASE alone.
-NEEDS_MACE = {"aiida_eipnn.science.nn.mace"}
 NEEDS_VESIN = {
     "aiida_eipnn.jobs.explore",
     "aiida_eipnn.jobs.label",
