@@ -138,9 +138,3 @@ def test_a_set_that_is_too_large_is_not_kept(monkeypatch):
     assert isinstance(directed_set(configurations, parameters, ELEMENTS, 0), KeptDirections)
     monkeypatch.setattr(directions, "MAX_KEPT_BYTES", 100)
     assert isinstance(directed_set(configurations, parameters, ELEMENTS, 0), DrawnDirections)
-
-
-def test_a_small_set_keeps_more_directions_than_a_large_one():
-    assert KeptDirections.n_directions(1000) == 48
-    assert KeptDirections.n_directions(2_000_000) == 18
-    assert KeptDirections.n_directions(10**9) == 6

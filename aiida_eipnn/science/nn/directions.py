@@ -26,10 +26,8 @@ from aiida_eipnn.science.nn.network import (
 from aiida_eipnn.science.nn.power_spectrum import PowerSpectrumTrunk
 from aiida_eipnn.science.nn.trunk import BatchSet
 
-# Directions that are kept of each configuration, from as many as a large pool needs to as many as
-# tell all forces of a small one; within, as many as these bytes hold.
-MIN_DIRECTIONS, MAX_DIRECTIONS = 6, 48
-DIRECTION_BYTES = 300_000_000
+# Directions that are kept of each configuration: a new one in each of as many epochs.
+N_DIRECTIONS = 6
 # Configurations that are described at once.
 _CHUNK = 32
 
@@ -91,12 +89,11 @@ class KeptDirections:
         basis = parameters.basis(len(elements))
         n_atoms = len(neighbours.species)
         rng = np.random.default_rng(seed)
-        n_directions = self.n_directions(n_atoms * basis.n_descriptors)
         self.offsets = configurations.offsets
         self.species = torch.from_numpy(neighbours.species)
-        self.directions = rng.normal(size=(n_directions, n_atoms, 3)).astype(np.float32)
+        self.directions = rng.normal(size=(N_DIRECTIONS, n_atoms, 3)).astype(np.float32)
         self.descriptors = torch.empty(n_atoms, basis.n_descriptors, dtype=parameters.dtype)
-        self.changes = torch.empty(n_directions, *self.descriptors.shape, dtype=parameters.dtype)
+        self.changes = torch.empty(N_DIRECTIONS, *self.descriptors.shape, dtype=parameters.dtype)
         for start in range(0, len(configurations), _CHUNK):
             rows = np.arange(start, min(start + _CHUNK, len(configurations)))
             self._describe(batch_graph(neighbours, rows), rows, basis)
@@ -105,24 +102,18 @@ class KeptDirections:
         return len(self.offsets) - 1
 
     @staticmethod
-    def n_directions(n_values: int) -> int:
-        """Return how many directions to keep of a set with so many descriptors of all atoms."""
-        affordable = DIRECTION_BYTES // max(1, 8 * n_values)
-        return int(np.clip(affordable, MIN_DIRECTIONS, MAX_DIRECTIONS))
-
-    @staticmethod
     def fits(
         configurations: Configurations, parameters: NetworkParameters, n_elements: int
     ) -> bool:
         """Return whether all of it may be kept in memory."""
         n_values = len(configurations.numbers) * parameters.basis(n_elements).n_descriptors
-        return 8 * n_values * (1 + MIN_DIRECTIONS) <= MAX_KEPT_BYTES
+        return 8 * n_values * (1 + N_DIRECTIONS) <= MAX_KEPT_BYTES
 
     def move(self, network: Network, rows: IntArray, rng: np.random.Generator) -> Moved:
         """Return what the heads say about these configurations; differentiable by the weights."""
         assert isinstance(network.trunk, PowerSpectrumTrunk)
         atoms = ragged_rows(self.offsets, rows)
-        drawn = int(rng.integers(len(self.directions)))
+        drawn = int(rng.integers(N_DIRECTIONS))
         part = torch.from_numpy(atoms)
         features, slopes = network.trunk.slopes_by_descriptors(
             self.descriptors[part], self.changes[drawn, part], self.species[part]
@@ -132,7 +123,7 @@ class KeptDirections:
 
     def _describe(self, graph: Graph, rows: IntArray, basis: Basis) -> None:
         atoms = slice(int(self.offsets[rows[0]]), int(self.offsets[rows[-1] + 1]))
-        for number in range(len(self.directions)):
+        for number in range(N_DIRECTIONS):
             moves = torch.from_numpy(self.directions[number, atoms].astype(np.float64))
             descriptors, change = descriptor_change(
                 graph, tangent_of(graph, moves), basis, self.descriptors.dtype
