@@ -25,7 +25,7 @@ from aiida_eipnn.science.configurations import (
 )
 from aiida_eipnn.science.eip.engine import label_with_eips
 from aiida_eipnn.science.eip.label_model import LabelModelParameters, make_pseudo_labels
-from aiida_eipnn.science.eip.pseudo_labels import WeightedLabels, weigh_pseudo_labels
+from aiida_eipnn.science.eip.pseudo_labels import PseudoLabels
 from aiida_eipnn.science.eip.selection import SelectionParameters
 from aiida_eipnn.science.labels import Labels, join_labels
 from aiida_eipnn.science.nn.committee import CONFIG, Committee
@@ -40,6 +40,7 @@ from aiida_eipnn.science.reference import Alignment, fit_alignment
 SCRATCH_STEPS = (300, 1000, 3000, 7000)
 SCRATCH = {"weight_decay": 0.3}
 VALIDATION = 0.2
+HELP, NO_HELP = "EIPs help", "EIPs do not help here"
 # Pseudo-labels are many, and want at least so many steps.
 PSEUDO_STEPS = 3000
 
@@ -149,19 +150,12 @@ def ours_1(problem: Problem, seed: int) -> Trained:
     """Learn pseudo-labels of the label model beside the DFT labels, and judge."""
     start = time.process_time()
     pseudo, report = pseudo_labels_of(problem, seed)
-    plain = StageInputs(configurations=material(problem).pool, labels=problem.dft)
-    inputs = replace(plain, pseudo=pseudo)
-    without, length = tuned_length(problem, plain, seed)
-    settings = SCRATCH | {"steps": max(length, PSEUDO_STEPS)}
-    with_eips = validation_score(problem, inputs, seed, settings)
-    notes: dict[str, Any] = {"score": with_eips, "scratch_score": without, **report}
-    chosen = plain if without < with_eips else inputs
-    settings = SCRATCH | {"steps": length} if chosen is plain else settings
-    network, n_steps = run_stage(problem, "finetune", chosen, seed, settings)
-    notes["verdict"] = "EIPs do not help here" if chosen is plain else "EIPs help"
-    return Trained(
-        predict=predictor(network), steps=n_steps, cpu_s=time.process_time() - start, notes=notes
+    inputs = replace(without_eips(problem), pseudo=pseudo)
+    trained = judged(
+        problem, seed, inputs, lambda length: SCRATCH | {"steps": max(length, PSEUDO_STEPS)}
     )
+    notes = (trained.notes or {}) | report
+    return trained._replace(cpu_s=time.process_time() - start, notes=notes)
 
 
 def ours_both(problem: Problem, seed: int) -> Trained:
@@ -174,13 +168,12 @@ def ours_both(problem: Problem, seed: int) -> Trained:
     return trained._replace(cpu_s=(trained.cpu_s or 0.0) + seconds, notes=notes)
 
 
-def pseudo_labels_of(problem: Problem, seed: int) -> tuple[WeightedLabels, dict[str, Any]]:
+def pseudo_labels_of(problem: Problem, seed: int) -> tuple[PseudoLabels, dict[str, Any]]:
     """Return pseudo-labels of the pool, and what they rest on."""
     pseudo, model = make_pseudo_labels(
         material(problem).pool, problem.dft, material(problem).eips, LabelModelParameters(), seed
     )
-    weighted = weigh_pseudo_labels(pseudo)
-    return weighted, {
+    return pseudo, {
         "pseudo_energy_error": float(np.median(pseudo.energy_error)),
         "pseudo_forces_error": float(np.median(pseudo.forces_error)),
         "n_labels": model.n_labels,
@@ -253,7 +246,7 @@ def taught(
     seed: int,
     eip_labels: Labels,
     kind: str,
-    pseudo: WeightedLabels | None = None,
+    pseudo: PseudoLabels | None = None,
 ) -> Trained:
     """Pre-train, fine-tune with replay; the twin from scratch where validation says so."""
     start = time.process_time()
@@ -265,19 +258,38 @@ def taught(
         pseudo=pseudo,
         members=(network,),
     )
-    plain = StageInputs(configurations=material(problem).pool, labels=problem.dft)
-    with_eips = validation_score(problem, inputs, seed, {})
+    trained = judged(problem, seed, inputs, lambda _: {})
+    used = trained.notes is not None and trained.notes["verdict"] == HELP
+    return trained._replace(
+        steps=trained.steps + (steps if used else 0), cpu_s=time.process_time() - start + cost
+    )
+
+
+def without_eips(problem: Problem) -> StageInputs:
+    """Return what the twin from scratch learns from."""
+    return StageInputs(configurations=material(problem).pool, labels=problem.dft)
+
+
+def judged(
+    problem: Problem,
+    seed: int,
+    inputs: StageInputs,
+    training_of: Callable[[int], dict[str, Any]],
+) -> Trained:
+    """Learn from EIPs, or from scratch where validation labels say so.
+
+    ``training_of`` gives the settings with EIPs for the number of steps of the twin.
+    """
+    plain = without_eips(problem)
     without, length = tuned_length(problem, plain, seed)
-    notes: dict[str, Any] = {"score": with_eips, "scratch_score": without}
-    if without < with_eips:
-        tuned, n_steps = run_stage(problem, "finetune", plain, seed, SCRATCH | {"steps": length})
-        notes["verdict"] = "EIPs do not help here"
-    else:
-        tuned, n_steps = run_stage(problem, "finetune", inputs, seed, {})
-        n_steps += steps
-        notes["verdict"] = "EIPs help"
-    seconds = time.process_time() - start + cost
-    return Trained(predict=predictor(tuned), steps=n_steps, cpu_s=seconds, notes=notes)
+    training = training_of(length)
+    with_eips = validation_score(problem, inputs, seed, training)
+    verdict = NO_HELP if without < with_eips else HELP
+    if verdict == NO_HELP:
+        inputs, training = plain, SCRATCH | {"steps": length}
+    network, n_steps = run_stage(problem, "finetune", inputs, seed, training)
+    notes = {"score": with_eips, "scratch_score": without, "verdict": verdict}
+    return Trained(predict=predictor(network), steps=n_steps, notes=notes)
 
 
 def run_stage(

@@ -25,7 +25,7 @@ from aiida_eipnn.jobs.inputs import read_configurations, read_labels
 from aiida_eipnn.jobs.spec import State, TrainJob
 from aiida_eipnn.science.arrays import load_arrays, save_arrays, write_whole
 from aiida_eipnn.science.eip.label_model import LabelModelParameters, make_pseudo_labels
-from aiida_eipnn.science.eip.pseudo_labels import WeightedLabels, weigh_pseudo_labels
+from aiida_eipnn.science.eip.pseudo_labels import PseudoLabels
 from aiida_eipnn.science.eip.selection import Selection, SelectionParameters
 from aiida_eipnn.science.nn.checkpoint import (
     checkpoint_path,
@@ -36,7 +36,13 @@ from aiida_eipnn.science.nn.checkpoint import (
 )
 from aiida_eipnn.science.nn.committee import Committee
 from aiida_eipnn.science.nn.network import Network, NetworkParameters
-from aiida_eipnn.science.nn.stage import Stage, StageInputs, StageSettings, need_labels
+from aiida_eipnn.science.nn.stage import (
+    Stage,
+    StageInputs,
+    StageSettings,
+    blank_network,
+    need_labels,
+)
 from aiida_eipnn.science.nn.stages import STAGES, prepare
 from aiida_eipnn.science.nn.training import Diverged, TrainingParameters, fit, start_training
 
@@ -114,7 +120,7 @@ def make_pseudo_labels_of(job: TrainJob, folder: Path) -> None:
     pseudo, model = make_pseudo_labels(
         configurations, labels.labelled(), said, parameters, job.seeds[0]
     )
-    save_arrays(checkpoint / spec.PSEUDO_LABELS, weigh_pseudo_labels(pseudo).arrays())
+    save_arrays(checkpoint / spec.PSEUDO_LABELS, pseudo.arrays())
     # Written last: it says that the labels are complete.
     write_whole(checkpoint / spec.LABEL_MODEL, json.dumps(model.report()))
 
@@ -131,7 +137,7 @@ def read_inputs(job: TrainJob, folder: Path) -> StageInputs:
         labels=None if labels is None else labels.labelled(),
         eip_labels=read_labels(folder, spec.EIP_LABELS),
         selection=Selection.from_arrays(load_arrays(selection)) if uses_selection else None,
-        pseudo=WeightedLabels.from_arrays(load_arrays(pseudo)) if pseudo.is_dir() else None,
+        pseudo=PseudoLabels.from_arrays(load_arrays(pseudo)) if pseudo.is_dir() else None,
         members=committee.members if committee else (),
         eips=committee.eips if committee else (),
     )
@@ -189,9 +195,10 @@ def train_member(
     mark = fingerprint(job, folder)
     tried = read_rate_factor(path, mark)
     for factor in RATE_FACTORS if tried is None else RATE_FACTORS[RATE_FACTORS.index(tried) :]:
-        seed = job.seeds[member]
-        state = start_training(stage.network(seed, member), settings.training, seed, factor)
-        if factor == tried:
+        seed, goes_on = job.seeds[member], factor == tried
+        network = blank_network(stage) if goes_on else stage.network(seed, member)
+        state = start_training(network, settings.training, seed, factor)
+        if goes_on:
             load_checkpoint(path, state, mark)
         if state.finished:
             return
@@ -284,10 +291,7 @@ def finished_members(
     """Return network and record of every member, ``None`` unless all are complete."""
     mark, finished = fingerprint(job, folder), []
     for member, seed in enumerate(job.seeds):
-        path, network = (
-            checkpoint_path(folder / spec.CHECKPOINT, member),
-            stage.network(seed, member),
-        )
+        path, network = checkpoint_path(folder / spec.CHECKPOINT, member), blank_network(stage)
         facts = load_finished(path, network, mark)
         if facts is None:
             return None
@@ -342,7 +346,7 @@ def fingerprint(job: TrainJob, folder: Path) -> str:
 def count_classes(stage: Stage) -> dict[str, int]:
     """Return how often each class is the right one where DFT knows."""
     counts = Counter(int(number) for number in getattr(stage, "classes", ()))
-    return {name: counts[number] for number, name in enumerate(getattr(stage, "class_names", ()))}
+    return {name: counts[number] for number, name in enumerate(stage.class_names)}
 
 
 def _is_late(deadline: float | None) -> bool:

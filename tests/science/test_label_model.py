@@ -224,15 +224,15 @@ def test_an_eip_that_labelled_nothing_changes_nothing(pool, dft):
     assert np.allclose(with_it.forces, without.forces)
 
 
-def test_only_pseudo_labels_better_than_the_network_have_weight(pool, dft):
+def test_pseudo_labels_of_noise_count_less_than_half_and_good_ones_more(pool, dft):
     noise = np.full(3, 0.005)
     eips = noisy(pool, dft, noise, noise)
     good, _ = label(pool, dft, eips)
     bad, _ = label(pool, unpredictable(pool, dft), eips)
-    assert (pseudo_weights(good.energy_error, own_error=0.03) > 0).mean() > 0.95
-    assert (pseudo_weights(good.forces_error, own_error=0.1) > 0).mean() > 0.95
-    assert (pseudo_weights(bad.energy_error, own_error=0.03) > 0).mean() < 0.05
-    assert (pseudo_weights(bad.forces_error, own_error=0.1) > 0).mean() < 0.05
+    assert (pseudo_weights(good.energy_error, half=0.03) >= 0.5).mean() > 0.95
+    assert (pseudo_weights(good.forces_error, half=0.1) >= 0.5).mean() > 0.95
+    assert (pseudo_weights(bad.energy_error, half=0.03) >= 0.5).mean() < 0.05
+    assert (pseudo_weights(bad.forces_error, half=0.1) >= 0.5).mean() < 0.05
 
 
 def test_energies_and_forces_are_chosen_separately(pool, dft):
@@ -310,7 +310,7 @@ def test_without_an_eip_or_with_a_new_element_no_error_is_small_enough(pool, dft
     assert unknown.tolist() == [3, len(pseudo) - 1]
     assert np.flatnonzero(np.isinf(pseudo.forces_error)).tolist() == unknown.tolist()
     assert np.isfinite(pseudo.energy).all()
-    assert pseudo_weights(pseudo.energy_error)[unknown].tolist() == [0.0, 0.0]
+    assert pseudo_weights(pseudo.energy_error, half=1.0)[unknown].tolist() == [0.0, 0.0]
 
 
 def test_the_order_of_the_dft_labels_and_strangers_among_them_do_not_matter(pool, dft):
@@ -376,20 +376,27 @@ def test_the_same_seed_makes_the_same_labels(pool, dft):
     assert not np.array_equal(first.energy, other.energy)
 
 
-def test_weights_fall_with_the_expected_error_and_average_to_one():
-    weights = pseudo_weights(np.array([0.01, 0.02, 0.04, np.inf]), own_error=0.03, floor=0.01)
-    assert weights[2:].tolist() == [0.0, 0.0]
-    assert weights[:2].mean() == pytest.approx(1.0)
-    assert weights[0] / weights[1] == pytest.approx((0.02**2 + 0.01**2) / (2 * 0.01**2))
+def test_weights_fall_with_the_expected_error_from_one_to_nothing():
+    weights = pseudo_weights(np.array([0.0, 0.01, 0.02, 0.04, np.inf]), half=0.01)
+    np.testing.assert_allclose(weights, [1, 1 / 2, 1 / 5, 1 / 17, 0])
 
 
-def test_no_weight_is_left_where_all_are_worse_than_the_network():
-    assert pseudo_weights(np.array([0.2, 0.3]), own_error=0.1).tolist() == [0.0, 0.0]
+def test_an_error_to_count_half_at_is_needed():
+    with pytest.raises(ValueError, match="counts half is 0, not above 0"):
+        pseudo_weights(np.array([0.1]), half=0)
 
 
-def test_an_expected_error_of_zero_needs_a_floor():
-    with pytest.raises(ValueError, match=r"smallest error of 0\.0 and a floor of 0\.0"):
-        pseudo_weights(np.array([0.0, 0.1]))
+def test_a_pseudo_label_that_is_no_number_is_refused_unless_nobody_expects_anything_of_it():
+    fields = {
+        "ids": np.array(["a", "b"]),
+        "offsets": np.array([0, 1, 2]),
+        "energy": np.array([1.0, np.nan]),
+        "forces": np.zeros((2, 3)),
+        "forces_error": np.array([0.1, np.inf]),
+    }
+    PseudoLabels(**fields, energy_error=np.array([0.1, np.inf]))
+    with pytest.raises(ValueError, match="must be finite where an error is expected"):
+        PseudoLabels(**fields, energy_error=np.array([0.1, 0.2]))
 
 
 def test_labels_of_configurations_without_eips_are_refused(pool, dft):

@@ -1,10 +1,9 @@
-"""Physics of the network: symmetries, derivatives, size, cutoff."""
+"""The network with its default trunk; test_nn_trunks.py holds what every trunk must do."""
 
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, fcc111
-from scipy.spatial.transform import Rotation
 
 from aiida_eipnn.science.configurations import Configurations
 
@@ -47,9 +46,6 @@ def cluster():
     return atoms
 
 
-SHAPES = {"crystal": silicon_carbide, "slab": slab, "cluster": cluster}
-
-
 def random_committee(elements=SILICON_CARBIDE, n_members=1, **parameters):
     """Return networks that answer strongly, with references that are not zero."""
     frames = [rattle(bulk("SiC", "zincblende", a=4.36, cubic=True), 0.3, seed) for seed in range(4)]
@@ -83,19 +79,6 @@ def committee():
     return random_committee()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_rotation_turns_the_forces_and_leaves_the_energy(committee, shape):
-    atoms, turned = SHAPES[shape](), SHAPES[shape]()
-    matrix = Rotation.from_rotvec([0.3, -1.1, 0.7]).as_matrix()
-    turned.set_cell(atoms.cell.array @ matrix.T)
-    turned.positions = atoms.positions @ matrix.T
-
-    before, after = predict(committee, atoms), predict(committee, turned)
-
-    assert after.energy == pytest.approx(before.energy, rel=1e-12)
-    np.testing.assert_allclose(after.forces, before.forces @ matrix.T, atol=1e-9)
-
-
 def test_a_mirror_image_has_the_same_energy(committee):
     atoms, mirrored = cluster(), cluster()
     mirrored.positions[:, 0] *= -1
@@ -103,96 +86,11 @@ def test_a_mirror_image_has_the_same_energy(committee):
     assert energy(committee, mirrored) == pytest.approx(energy(committee, atoms), rel=1e-12)
 
 
-def test_order_of_atoms_does_not_matter(committee):
-    atoms = silicon_carbide()
-    order = np.random.default_rng(0).permutation(len(atoms))
-
-    before, after = predict(committee, atoms), predict(committee, atoms[order])
-
-    assert after.energy == pytest.approx(before.energy, rel=1e-12)
-    np.testing.assert_allclose(after.forces, before.forces[order], atol=1e-9)
-
-
-def test_translation_and_wrapping_change_nothing(committee):
-    atoms, moved = silicon_carbide(), silicon_carbide()
-    moved.positions += [0.7, -3.1, 12.0]
-    moved.positions[2] += 2 * moved.cell[0] - moved.cell[1]
-
-    before, after = predict(committee, atoms), predict(committee, moved)
-
-    assert after.energy == pytest.approx(before.energy, rel=1e-12)
-    np.testing.assert_allclose(after.forces, before.forces, atol=1e-9)
-
-
-@pytest.mark.parametrize("repeats", [(2, 1, 1), (1, 2, 2), (3, 1, 2)])
-def test_a_supercell_has_the_energy_of_its_cells(committee, repeats):
-    atoms = silicon_carbide()
-    n = int(np.prod(repeats))
-
-    small, large = predict(committee, atoms), predict(committee, atoms.repeat(repeats))
-
-    assert large.energy[0] == pytest.approx(n * small.energy[0], rel=1e-10)
-    np.testing.assert_allclose(large.forces, np.tile(small.forces, (n, 1)), atol=1e-9)
-    np.testing.assert_allclose(large.stress, small.stress, atol=1e-12)
-    np.testing.assert_allclose(large.features, small.features, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_forces_are_the_slope_of_the_energy(committee, shape):
-    atoms = SHAPES[shape]()
-    forces = predict(committee, atoms).forces
-
-    h = 1e-4
-    for atom, axis in [(0, 0), (3, 1), (5, 2)]:
-        moved = [atoms.copy(), atoms.copy()]
-        moved[0].positions[atom, axis] += h
-        moved[1].positions[atom, axis] -= h
-        up, down = predict(committee, *moved).energy
-        assert forces[atom, axis] == pytest.approx(-(up - down) / (2 * h), rel=1e-5, abs=1e-5)
-
-
-def test_stress_is_the_slope_by_strain(committee):
-    atoms = silicon_carbide()
-    stress = predict(committee, atoms).stress[0]
-
-    h = 1e-5
-    for entry, (a, b) in enumerate([(0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)]):
-        energies = []
-        for sign in (1, -1):
-            strain = np.eye(3)
-            strain[a, b] += sign * h / 2
-            strain[b, a] += sign * h / 2
-            strained = atoms.copy()
-            strained.set_cell(atoms.cell.array @ strain, scale_atoms=True)
-            energies.append(energy(committee, strained))
-        slope = (energies[0] - energies[1]) / (2 * h) / atoms.get_volume()
-        assert stress[entry] == pytest.approx(slope, rel=1e-5, abs=1e-7)
-
-
 def test_there_is_no_stress_without_a_volume(committee):
     predicted = predict(committee, silicon_carbide(), slab(), cluster())
 
     assert np.isfinite(predicted.stress).all(axis=1).tolist() == [True, False, False]
     assert np.isfinite(predicted.forces).all()
-
-
-def test_a_batch_gives_what_single_predictions_give(committee):
-    frames = [silicon_carbide(), cluster(), slab(), Atoms("C", [[0, 0, 0]])]
-    together = predict(committee, *frames)
-
-    singles = [predict(committee, atoms) for atoms in frames]
-
-    np.testing.assert_allclose(together.energy, [one.energy[0] for one in singles], rtol=1e-12)
-    np.testing.assert_allclose(
-        together.forces, np.concatenate([one.forces for one in singles]), atol=1e-9
-    )
-
-
-def test_a_lonely_atom_has_an_energy_and_no_forces(committee):
-    predicted = predict(committee, Atoms("Si", [[0, 0, 0]]))
-
-    assert np.isfinite(predicted.energy).all()
-    np.testing.assert_array_equal(predicted.forces, 0)
 
 
 def test_nothing_jumps_where_a_neighbour_leaves(committee):
@@ -205,20 +103,6 @@ def test_nothing_jumps_where_a_neighbour_leaves(committee):
     assert np.abs(inside.forces).max() < 1e-5
     assert np.abs(outside.forces).max() == 0
     assert abs(energy(committee, dimer(2.0)) - float(outside.energy[0])) > 0.01
-
-
-def test_elements_are_told_apart_as_centre_and_as_neighbour(committee):
-    def triple(*symbols):
-        return Atoms(symbols, [[0, 0, 0], [0, 0, 1.9], [0, 2.3, 0]])
-
-    committee = random_committee()
-    committee.members[0].heads.reference.zero_()
-    energies = [
-        energy(committee, triple(*symbols))
-        for symbols in (("Si", "C", "C"), ("C", "Si", "C"), ("C", "C", "Si"), ("Si", "Si", "C"))
-    ]
-
-    assert min(abs(a - b) for i, a in enumerate(energies) for b in energies[:i]) > 1e-3
 
 
 def test_more_elements_than_channels_are_mixed():

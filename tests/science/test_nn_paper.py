@@ -271,9 +271,9 @@ def test_schnet_sums_filtered_neighbours_without_residual_or_envelope():
         return np.log(0.5 * np.exp(x) + 0.5)
 
     gaussians = np.exp(-128 / 4.0 * (3.9 - np.linspace(0, 4.0, 128)) ** 2)
-    filtered = ssp(linear(ssp(linear(gaussians, "filter.0")), "filter.2"))
-    message = linear(weights["embedding.weight"][14], "node") * filtered
-    expected = linear(ssp(linear(message, "out.0")), "out.2")
+    filtered = ssp(linear(ssp(linear(gaussians, "filter_in")), "filter_out"))
+    message = linear(weights["embedding"][14], "node") * filtered
+    expected = linear(ssp(linear(message, "update_in")), "update_out")
     np.testing.assert_allclose(features[0], expected, rtol=1e-10)
 
 

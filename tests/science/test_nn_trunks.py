@@ -139,8 +139,8 @@ def test_a_rotation_turns_the_forces_and_leaves_the_energy(committee, shape):
 
     before, after = predict(committee, atoms), predict(committee, turned)
 
-    assert after.energy == pytest.approx(before.energy, rel=1e-10)
-    np.testing.assert_allclose(after.forces, before.forces @ matrix.T, atol=1e-7)
+    assert after.energy == pytest.approx(before.energy, rel=1e-12)
+    np.testing.assert_allclose(after.forces, before.forces @ matrix.T, atol=1e-9)
     assert np.abs(before.forces).max() > 1e-3
 
 
@@ -152,8 +152,8 @@ def test_order_of_atoms_and_the_place_of_the_cell_do_not_matter(committee):
 
     before, after = predict(committee, atoms), predict(committee, moved[order])
 
-    assert after.energy == pytest.approx(before.energy, rel=1e-10)
-    np.testing.assert_allclose(after.forces, before.forces[order], atol=1e-7)
+    assert after.energy == pytest.approx(before.energy, rel=1e-12)
+    np.testing.assert_allclose(after.forces, before.forces[order], atol=1e-9)
 
 
 @pytest.mark.parametrize("repeats", [(1, 1, 2), (3, 1, 1), (2, 2, 1)])
@@ -163,9 +163,10 @@ def test_a_supercell_has_the_energy_of_its_cells(committee, repeats):
 
     small, large = predict(committee, atoms), predict(committee, atoms.repeat(repeats))
 
-    assert large.energy[0] / n == pytest.approx(small.energy[0], rel=1e-9)
-    np.testing.assert_allclose(large.forces, np.tile(small.forces, (n, 1)), atol=1e-7)
-    np.testing.assert_allclose(large.stress, small.stress, atol=1e-9)
+    assert large.energy[0] / n == pytest.approx(small.energy[0], rel=1e-10)
+    np.testing.assert_allclose(large.forces, np.tile(small.forces, (n, 1)), atol=1e-9)
+    np.testing.assert_allclose(large.stress, small.stress, atol=1e-12)
+    np.testing.assert_allclose(large.features, small.features, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -179,7 +180,7 @@ def test_forces_are_the_slope_of_the_energy(committee, shape):
         moved[0].positions[atom, axis] += h
         moved[1].positions[atom, axis] -= h
         up, down = predict(committee, *moved).energy
-        assert forces[atom, axis] == pytest.approx(-(up - down) / (2 * h), rel=1e-4, abs=1e-5)
+        assert forces[atom, axis] == pytest.approx(-(up - down) / (2 * h), rel=1e-5, abs=1e-5)
 
 
 def test_stress_is_the_slope_by_strain(committee):
@@ -197,7 +198,7 @@ def test_stress_is_the_slope_by_strain(committee):
             pair[-1].set_cell(atoms.cell.array @ strain, scale_atoms=True)
         up, down = predict(committee, *pair).energy
         slope = (up - down) / (2 * h) / atoms.get_volume()
-        assert stress[entry] == pytest.approx(slope, rel=1e-4, abs=1e-6)
+        assert stress[entry] == pytest.approx(slope, rel=1e-5, abs=1e-7)
 
 
 def test_nothing_jumps_where_a_neighbour_leaves(committee):
@@ -217,9 +218,9 @@ def test_a_batch_gives_what_single_predictions_give(committee):
 
     singles = [predict(committee, atoms) for atoms in frames]
 
-    np.testing.assert_allclose(together.energy, [one.energy[0] for one in singles], rtol=1e-10)
+    np.testing.assert_allclose(together.energy, [one.energy[0] for one in singles], rtol=1e-12)
     np.testing.assert_allclose(
-        together.forces, np.concatenate([one.forces for one in singles]), atol=1e-7
+        together.forces, np.concatenate([one.forces for one in singles]), atol=1e-9
     )
 
 

@@ -6,7 +6,7 @@ from typing import Self
 
 import numpy as np
 
-from aiida_eipnn.science.arrays import Arrays, BoolArray, FloatArray, IntArray, StrArray
+from aiida_eipnn.science.arrays import Arrays, FloatArray, IntArray, StrArray
 from aiida_eipnn.science.configurations import (
     Configurations,
     check_offsets,
@@ -65,6 +65,10 @@ class PseudoLabels:
                 f"forces {self.forces.shape} and offsets {self.offsets.shape} do not fit {n} "
                 "configurations"
             )
+        known = np.repeat(np.isfinite(self.forces_error), self.n_atoms)
+        energy = self.energy[np.isfinite(self.energy_error)]
+        if not (np.isfinite(energy).all() and np.isfinite(self.forces[known]).all()):
+            raise ValueError("pseudo-labels must be finite where an error is expected of them")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -96,123 +100,34 @@ class PseudoLabels:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def pseudo_weights(
-    error: FloatArray, own_error: float | None = None, floor: float = 0.0
-) -> FloatArray:
-    r"""Return the weight of each pseudo-label, :math:`1 / (\sigma^2 + \sigma_0^2)`.
+def pseudo_weights(error: FloatArray, half: float) -> FloatArray:
+    r"""Return the weight of each pseudo-label, :math:`\sigma_0^2 / (\sigma_0^2 + \sigma^2)`.
 
-    The mean over those that are used is 1. A pseudo-label that should be worse than what the
-    network itself says teaches it nothing: its weight is zero.
+    From 0 to 1, relative to a DFT label: labels without a chance of being right weigh nothing,
+    however many there are.
 
     Parameters
     ----------
     error
-        Expected error of each pseudo-label, :math:`\sigma`. Shape ``(n,)``.
-    own_error
-        Error of the network on its validation set, in the same unit; ``None`` uses all.
-    floor
-        :math:`\sigma_0`, in the same unit: below it, no label is better than another.
+        Expected error of each pseudo-label, :math:`\sigma`; infinite where it is not known.
+        Shape ``(n,)``.
+    half
+        Error at which it counts half, :math:`\sigma_0`, in the same unit.
 
     Raises
     ------
     ValueError
-        If an expected error is not above zero and there is no floor.
+        If ``half`` is not above zero.
     """
-    if not (error**2 + floor**2 > 0).all():
-        raise ValueError(
-            "expected errors must be above 0 (infinite where unknown), or the floor must be; "
-            f"got a smallest error of {np.min(error)} and a floor of {floor}"
-        )
-    used = np.isfinite(error) & (own_error is None or error <= own_error)
-    weights = np.where(used, 1.0 / (error**2 + floor**2), 0.0)
-    return np.asarray(weights / weights[used].mean() if used.any() else weights, dtype=np.float64)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class WeightedLabels:
-    """Energies and forces to learn from until the network knows better.
-
-    Parameters
-    ----------
-    ids
-        The configurations, by geometry hash. Shape ``(n,)``.
-    offsets
-        The atoms of configuration ``i`` are rows ``offsets[i]`` to ``offsets[i + 1]``.
-    energy
-        On the zero of DFT, in eV. Shape ``(n,)``.
-    energy_weight
-        How much to believe it, from 0 to 1. Shape ``(n,)``.
-    forces
-        In eV/Å; zero where they are not believed at all. Shape ``(N, 3)``.
-    forces_weight
-        How much to believe them, from 0 to 1. Shape ``(n,)``.
-    """
-
-    ids: StrArray
-    offsets: IntArray
-    energy: FloatArray
-    energy_weight: FloatArray
-    forces: FloatArray
-    forces_weight: FloatArray
-
-    def __post_init__(self) -> None:
-        n, n_atoms = len(self.ids), int(self.offsets[-1])
-        for name, shape in (
-            ("offsets", (n + 1,)),
-            ("energy", (n,)),
-            ("energy_weight", (n,)),
-            ("forces", (n_atoms, 3)),
-            ("forces_weight", (n,)),
-        ):
-            if getattr(self, name).shape != shape:
-                raise ValueError(f"{name} has shape {getattr(self, name).shape}, not {shape}")
-        if not (np.isfinite(self.energy).all() and np.isfinite(self.forces).all()):
-            raise ValueError("pseudo-labels must be finite; leave out what is not known")
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @classmethod
-    def from_arrays(cls, arrays: Arrays) -> Self:
-        """Build from :meth:`arrays`."""
-        return cls(**pick_fields(cls, arrays))
-
-    def arrays(self) -> Arrays:
-        """Return every field by name, ready for :func:`~.arrays.save_arrays`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-def weigh_pseudo_labels(pseudo: PseudoLabels) -> WeightedLabels:
-    r"""Return pseudo-labels of a label model, the less believed the larger the error to expect.
-
-    :math:`w = \sigma_0^2 / (\sigma_0^2 + \sigma^2)`, so that labels without a chance of being right
-    weigh nothing, however many there are.
-    """
-    energy = _belief(pseudo.energy_error, HALF_BELIEVED_ENERGY)
-    forces = _belief(pseudo.forces_error, HALF_BELIEVED_FORCES)
-    use = np.flatnonzero((energy > 0) & np.isfinite(pseudo.energy))
-    taken = pseudo.take(pseudo.ids[use])
-    finite = np.isfinite(taken.forces)
-    pulled: BoolArray = np.ones(len(use), dtype=bool)
-    if len(use):
-        pulled = np.logical_and.reduceat(finite.all(axis=1), taken.offsets[:-1])
-    return WeightedLabels(
-        ids=taken.ids,
-        offsets=taken.offsets,
-        energy=taken.energy,
-        energy_weight=energy[use],
-        forces=np.where(finite, taken.forces, 0.0),
-        forces_weight=np.where(pulled, forces[use], 0.0),
-    )
-
-
-def _belief(error: FloatArray, half: float) -> FloatArray:
-    return np.asarray(np.where(np.isfinite(error), half**2 / (half**2 + error**2), 0.0))
+    if not half > 0:
+        raise ValueError(f"the error at which a pseudo-label counts half is {half}, not above 0")
+    weights: FloatArray = 1.0 / (1.0 + (error / half) ** 2)
+    return weights
 
 
 def pseudo_labels_of_selection(
     configurations: Configurations, labels: Labels, eip_labels: Labels, selection: Selection
-) -> WeightedLabels | None:
+) -> PseudoLabels | None:
     """Return the aligned energies of the chosen EIPs where there is no DFT label.
 
     They weigh as much as the classifier was sure of them; forces are left out: the EIP that is best
@@ -250,11 +165,13 @@ def pseudo_labels_of_selection(
     if not len(use):
         return None
     part = aligned.take(use)
-    return WeightedLabels(
+    # The error at which a pseudo-label counts as much as the classifier is sure.
+    doubt = 1 / choice.probabilities[use, choice.choice[use]] - 1
+    return PseudoLabels(
         ids=part.ids,
         offsets=part.offsets,
         energy=chosen[use],
-        energy_weight=choice.probabilities[use, choice.choice[use]],
+        energy_error=HALF_BELIEVED_ENERGY * np.sqrt(doubt),
         forces=np.zeros((int(part.offsets[-1]), 3)),
-        forces_weight=np.zeros(len(use)),
+        forces_error=np.full(len(use), np.inf),
     )

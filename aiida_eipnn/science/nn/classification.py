@@ -61,6 +61,11 @@ class Classification:
         return len(self.described)
 
     @property
+    def heads(self) -> tuple[str, ...]:
+        """Those of the networks that it starts from."""
+        return self.inputs.members[0].heads.names if self.inputs.members else ()
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """The EIPs, then none."""
         return (*map(str, self.aligned.sources), NONE)
@@ -70,8 +75,7 @@ class Classification:
         source = (
             self.inputs.members[member % len(self.inputs.members)] if self.inputs.members else None
         )
-        heads = source.heads.names if source else ()
-        network = new_network(self, heads, self.class_names, seed=seed)
+        network = new_network(self, seed)
         if source:
             network.trunk.load_state_dict(source.trunk.state_dict())
             network.heads.load_state_dict(source.heads.state_dict())

@@ -22,11 +22,9 @@ from aiida_eipnn.science.nn.network import (
     MACE,
     Network,
     NetworkParameters,
-    derivatives,
     describe_configurations,
-    with_gradient,
 )
-from aiida_eipnn.science.nn.stage import energy_head
+from aiida_eipnn.science.nn.stage import energy_head, predict_batch
 from aiida_eipnn.science.nn.trunk import Batch, BatchSet
 from aiida_eipnn.science.predictions import Predictions
 
@@ -188,7 +186,7 @@ class Committee:
         return describe_configurations(configurations, self.parameters, self.elements, keep=False)
 
     def _predict(self, batch: Batch) -> _Batch:
-        results = [_predict_one(member, batch) for member in self.members]
+        results = [predict_batch(member, batch) for member in self.members]
         with torch.no_grad():
             first = self.members[0]
             pooled = first.pooled(first.trunk(batch), batch.graph)
@@ -223,17 +221,6 @@ class Committee:
             "facts": self.facts,
             "versions": _versions(self.parameters.trunk),
         }
-
-
-def _predict_one(member: Network, batch: Batch) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Return energy, forces and stress of one member."""
-    batch = with_gradient(batch)
-    row = member.heads.row(energy_head(member))
-    energy = member.energies(member.trunk(batch), batch.graph)[:, row]
-    slopes = derivatives(energy, batch, trainable=False)
-    total = energy.detach() + member.heads.references(batch.graph)[:, row]
-    stress = slopes.virial / batch.graph.volumes[:, None]
-    return total.numpy(), slopes.forces.numpy(), stress.numpy()
 
 
 def _summarise(configurations: Configurations, parts: _Batch) -> Predictions:

@@ -156,4 +156,5 @@ def outliers(values: FloatArray) -> BoolArray:
     """Return which values are beyond ``OUTLIER_SIGMA`` robust standard deviations."""
     deviation = np.abs(values - np.median(values))
     # The floor, in eV/atom, matters where more than half of the values are equal.
-    return np.asarray(deviation > OUTLIER_SIGMA * max(1.4826 * float(np.median(deviation)), 1e-3))
+    spread = max(MAD_TO_SIGMA * float(np.median(deviation)), 1e-3)
+    return np.asarray(deviation > OUTLIER_SIGMA * spread)

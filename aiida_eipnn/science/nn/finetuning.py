@@ -16,7 +16,13 @@ from torch import Tensor
 from aiida_eipnn.science.arrays import IntArray
 from aiida_eipnn.science.configurations import Configurations, ragged_rows
 from aiida_eipnn.science.eip.potential import symbols_of
-from aiida_eipnn.science.eip.pseudo_labels import WeightedLabels, pseudo_labels_of_selection
+from aiida_eipnn.science.eip.pseudo_labels import (
+    HALF_BELIEVED_ENERGY,
+    HALF_BELIEVED_FORCES,
+    PseudoLabels,
+    pseudo_labels_of_selection,
+    pseudo_weights,
+)
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.nn.directions import DrawnDirections, directed_set, forces_along
 from aiida_eipnn.science.nn.eip_targets import eip_targets
@@ -44,6 +50,7 @@ from aiida_eipnn.science.nn.stage import (
     need_labels,
     network_parameters,
     new_network,
+    predict_batch,
     shake,
 )
 from aiida_eipnn.science.nn.training import EIP_START, SCORE, Loss, Step
@@ -79,7 +86,7 @@ class PseudoTask:
     def __init__(
         self,
         configurations: Configurations,
-        labels: WeightedLabels,
+        labels: PseudoLabels,
         parameters: NetworkParameters,
         elements: tuple[int, ...],
     ) -> None:
@@ -87,6 +94,13 @@ class PseudoTask:
         self.labels = labels
         self.counts = count_elements(part, np.array(elements))
         self.directed = directed_set(part, parameters, elements, seed=1)
+        self.believed, self.pulled = (
+            torch.from_numpy(pseudo_weights(error, half))
+            for error, half in (
+                (labels.energy_error, HALF_BELIEVED_ENERGY),
+                (labels.forces_error, HALF_BELIEVED_FORCES),
+            )
+        )
 
     def loss(self, network: Network, rng: np.random.Generator, energy_weight: float) -> Tensor:
         """Return the loss of some of them."""
@@ -100,13 +114,8 @@ class PseudoTask:
         along = forces_along(labels.forces[None, atoms], moved.directions, n_atoms)[:, 0]
         energy = moved.energies[:, row] - torch.from_numpy((labels.energy[rows] - shift) / n_atoms)
         pull = moved.along[:, row] - torch.from_numpy(along)
-        believed, pulled = (
-            torch.from_numpy(weight[rows])
-            for weight in (labels.energy_weight, labels.forces_weight)
-        )
-        return energy_weight * weighted_huber(energy, believed, HUBER_ENERGY) + weighted_huber(
-            pull, pulled, HUBER_FORCES
-        )
+        value = energy_weight * weighted_huber(energy, self.believed[rows], HUBER_ENERGY)
+        return value + weighted_huber(pull, self.pulled[rows], HUBER_FORCES)
 
 
 class Finetuning:
@@ -144,12 +153,21 @@ class Finetuning:
     def __len__(self) -> int:
         return len(self.described)
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """DFT, then what is held by replay."""
+        return (DFT_HEAD, *(self.replay.names if self.replay is not None else ()))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     def network(self, seed: int, member: int) -> Network:
         """Return the network that a member starts from."""
         members = self.inputs.members
         source = members[member % len(members)] if members else None
-        kept = self.replay.names if self.replay is not None else ()
-        network = new_network(self, (DFT_HEAD, *kept), seed=seed)
+        network = new_network(self, seed)
         if source is None:
             residual = less_references(self.configurations, self.labels.energy[:, 0])
             network.heads.scale.fill_(energy_scale(residual))
@@ -182,16 +200,13 @@ class Finetuning:
         """Return the errors on labels that are held out."""
         if not len(self.held_out):
             return {}
-        row = network.heads.row(DFT_HEAD)
-        energies, forces = [], []
-        for plain in batches_of(self.unseen_described):
-            batch = with_gradient(plain)
-            energy = network.energies(network.trunk(batch), batch.graph)[:, row]
-            forces.append(derivatives(energy, batch, trainable=False).forces)
-            energies.append(energy.detach() + network.heads.references(batch.graph)[:, row])
-        wrong = torch.cat(energies).numpy() - self.held_out.energy[:, 0]
-        energy_mae = float(np.abs(wrong / self.held_out.n_atoms).mean())
-        forces_mae = float(np.abs(torch.cat(forces).numpy() - self.held_out.forces[0]).mean())
+        parts = [predict_batch(network, batch) for batch in batches_of(self.unseen_described)]
+        energy, forces = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("energy", "forces")
+        )
+        wrong = (energy - self.held_out.energy[:, 0]) / self.held_out.n_atoms
+        energy_mae = float(np.abs(wrong).mean())
+        forces_mae = float(np.abs(forces - self.held_out.forces[0]).mean())
         return {
             "validation_energy_mae": energy_mae,
             "validation_forces_mae": forces_mae,
@@ -333,6 +348,7 @@ def pseudo_task(
     if inputs.selection is not None:
         said = need_labels(inputs.eip_labels, "fine-tuning with a selection", "the EIPs' labels")
         pseudo = pseudo_labels_of_selection(inputs.configurations, labels, said, inputs.selection)
-    if pseudo is None or not len(pseudo):
+    if pseudo is None:
         return None
-    return PseudoTask(inputs.configurations, pseudo, parameters, elements)
+    known = pseudo.take(pseudo.ids[np.isfinite(pseudo.energy_error)])
+    return PseudoTask(inputs.configurations, known, parameters, elements) if len(known) else None

@@ -6,9 +6,8 @@ the baseline as published (NeurIPS 2022, arXiv:2210.08047), not what one would b
 """
 
 import itertools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +26,7 @@ from aiida_eipnn.science.nn.graph import (
     species_of,
 )
 from aiida_eipnn.science.nn.paper_parameters import LEGACY, SCHNET, SOAPNET, PaperParameters
+from aiida_eipnn.science.nn.schnet import SchNetTrunk, SchNetVariant, shifted_softplus
 
 WIDTH = 128
 # Rows of SchNet's embedding: one for each atomic number.
@@ -110,15 +110,25 @@ def paper_set(
     if parameters.padding == LEGACY:
         neighbours, images = pad_with_images(configurations, elements, parameters.cutoff)
         return PaperSet(
-            neighbours=neighbours, n_atoms=configurations.n_atoms, images=images, described=None
+            neighbours=_by_number(neighbours, elements),
+            n_atoms=configurations.n_atoms,
+            images=images,
+            described=None,
         )
     neighbours = find_neighbours(configurations, elements, parameters.cutoff)
     described = None
     if parameters.network == SOAPNET:
         described = DescribedSet(neighbours, soap_basis(parameters.cutoff), parameters.dtype)
+    else:
+        neighbours = _by_number(neighbours, elements)
     n_atoms = configurations.n_atoms
     images = np.arange(n_atoms.sum()) - np.repeat(np.cumsum(n_atoms) - n_atoms, n_atoms)
     return PaperSet(neighbours=neighbours, n_atoms=n_atoms, images=images, described=described)
+
+
+def _by_number(neighbours: Neighbours, elements: Sequence[int]) -> Neighbours:
+    """Let species be atomic numbers, the rows of SchNet's embedding."""
+    return replace(neighbours, species=np.array(elements)[neighbours.species])
 
 
 def soap_basis(cutoff: float) -> Basis:
@@ -197,86 +207,29 @@ def _pad(finder: NeighborList, configurations: Configurations, row: int) -> _Pad
     )
 
 
-def shifted_softplus(x: Tensor) -> Tensor:
-    """Return softplus(x) - ln 2, which is zero at zero."""
-    return nn.functional.softplus(x) - math.log(2)
-
-
 class _ShiftedSoftplus(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation."""
         return shifted_softplus(x)
 
 
-class Interaction(nn.Module):
-    """Sum over neighbours, each weighted by a learnt function of its distance; no residual."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.filter = _layers(WIDTH, WIDTH, dtype).append(_ShiftedSoftplus())
-        self.node = nn.Linear(WIDTH, WIDTH, dtype=dtype)
-        self.out = _layers(WIDTH, WIDTH, dtype)
-
-    def forward(self, x: Tensor, expanded: Tensor, filled: Tensor, partners: Tensor) -> Tensor:
-        """Return new features of the nodes. Shape ``(M, 128)``.
-
-        Parameters
-        ----------
-        x
-            Features. Shape ``(M, 128)``.
-        expanded
-            Distance in Gaussians, of the places that are filled. Shape ``(E, 128)``.
-        filled
-            Node of each of these places. Shape ``(E,)``.
-        partners
-            Neighbour in each of them. Shape ``(E,)``.
-        """
-        # Selected, not indexed: the gradient of that is the same however many threads sum it.
-        message = self.node(x).index_select(0, partners) * self.filter(expanded)
-        result: Tensor = self.out(torch.zeros_like(x).index_add(0, filled, message))
-        return result
-
-
-class SchNetTrunk(nn.Module):
-    r"""SchNet without residuals and without envelope.
+def published_schnet(parameters: PaperParameters) -> SchNetTrunk:
+    r"""Return SchNet without residuals and without envelope, one row of its embedding an element.
 
     Distances are expanded in 128 Gaussians :math:`e^{-\gamma (r - \mu)^2}` with centres from 0 to
     the cutoff and :math:`\gamma = 128 / r_c`.
-
-    Parameters
-    ----------
-    parameters
-        Cutoff, number of interactions, precision.
-    elements
-        Atomic numbers, in the order of ``graph.species``.
     """
-
-    def __init__(self, parameters: PaperParameters, elements: Sequence[int]) -> None:
-        super().__init__()
-        dtype = parameters.dtype
-        self.gamma = WIDTH / parameters.cutoff
-        self.numbers: Tensor
-        self.centres: Tensor
-        # Facts, not weights: they are no part of what is transferred.
-        self.register_buffer("numbers", torch.tensor(list(elements)), persistent=False)
-        centres = torch.linspace(0.0, parameters.cutoff, WIDTH, dtype=dtype)
-        self.register_buffer("centres", centres, persistent=False)
-        self.embedding = nn.Embedding(N_SPECIES, WIDTH, dtype=dtype)
-        self.interactions = nn.ModuleList(
-            Interaction(dtype) for _ in range(parameters.n_interactions)
-        )
-
-    def forward(self, batch: PaperBatch) -> Tensor:
-        """Return the features of the nodes. Shape ``(M, 128)``."""
-        graph = batch.graph
-        filled, place = torch.nonzero(graph.vectors.detach().any(dim=-1), as_tuple=True)
-        distance = graph.vectors[filled, place].norm(dim=-1).to(self.centres.dtype)
-        expanded = torch.exp(-self.gamma * (distance[:, None] - self.centres) ** 2)
-        partners = graph.partners[filled, place]
-        x: Tensor = self.embedding(self.numbers[graph.species])
-        for interaction in self.interactions:
-            x = interaction(x, expanded, filled, partners)
-        return x
+    return SchNetTrunk(
+        N_SPECIES,
+        cutoff=parameters.cutoff,
+        n_radial=WIDTH,
+        width=WIDTH,
+        depth=parameters.n_interactions,
+        dtype=parameters.dtype,
+        variant=SchNetVariant(
+            residual=False, envelope=False, averaged=False, gamma=WIDTH / parameters.cutoff
+        ),
+    )
 
 
 class SoapTrunk(nn.Module):
@@ -371,9 +324,7 @@ class PaperNetwork(nn.Module):
         self.elements = tuple(elements)
         self.outputs = tuple(outputs)
         self.trunk = (
-            SoapTrunk(parameters)
-            if parameters.network == SOAPNET
-            else SchNetTrunk(parameters, elements)
+            SoapTrunk(parameters) if parameters.network == SOAPNET else published_schnet(parameters)
         )
         head = ClassHead if classifies else EnergyHead
         self.head = head(len(outputs), parameters.dtype)
@@ -439,5 +390,5 @@ def _initialise(network: nn.Module, generator: torch.Generator) -> None:
             bound = module.in_features**-0.5
             nn.init.uniform_(module.weight, -bound, bound, generator=generator)
             nn.init.uniform_(module.bias, -bound, bound, generator=generator)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, generator=generator)
+        elif isinstance(module, SchNetTrunk):
+            nn.init.normal_(module.embedding, generator=generator)

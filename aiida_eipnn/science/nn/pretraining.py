@@ -98,8 +98,8 @@ class Pretraining:
     """Learn what every EIP says about every configuration, and what they say in the median."""
 
     defaults: Mapping[str, Any] = {
-        # Errors of the heads fall as a power of the steps; they are an eighth of what DFT and the
-        # best EIP differ by after this many on 2,000 configurations.
+        # Three times as many lowered the error of a network that was fine-tuned on 10 labels of
+        # mvl_W from 2.8 to 2.3 meV/atom, and that of its forces not at all.
         "steps": 6000,
         "batch_size": 64,
         "learning_rate": 3e-3,
@@ -120,13 +120,23 @@ class Pretraining:
     def __len__(self) -> int:
         return len(self.task)
 
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The EIPs, then their consensus."""
+        return self.task.names
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     def network(self, seed: int, member: int) -> Network:
         """Return the network that a member starts from."""
-        network = new_network(self, self.task.names, seed=seed)
+        network = new_network(self, seed)
         if self.inputs.members:
             source = self.inputs.members[member % len(self.inputs.members)]
             network.trunk.load_state_dict(source.trunk.state_dict())
-            for name in set(self.task.names) & set(source.heads.names):
+            for name in set(self.heads) & set(source.heads.names):
                 copy_head(network, name, source, name)
         network.heads.reference.copy_(torch.from_numpy(self.targets.reference))
         network.heads.scale.fill_(self.targets.scale)

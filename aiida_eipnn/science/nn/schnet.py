@@ -165,7 +165,8 @@ class SchNetTrunk(Trunk[GraphBatch]):
 
     def _features(self, graph: Graph, tangent: Tensor | None) -> Moving:
         bonds = self._bonds(graph, tangent)
-        x = Moving(self.embedding[graph.species])
+        # Selected, not indexed: the gradient of that is the same however many threads sum it.
+        x = Moving(self.embedding.index_select(0, graph.species))
         for interaction in self.interactions:
             update = interaction(x, bonds, 1 / self.n_neighbours)
             x = _plus(x, update) if self.variant.residual else update

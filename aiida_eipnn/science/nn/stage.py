@@ -6,24 +6,31 @@ A stage is prepared once for all members, and is then the task of the training l
 
 import logging
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
-from aiida_eipnn.science.eip.pseudo_labels import WeightedLabels
+from aiida_eipnn.science.eip.pseudo_labels import PseudoLabels
 from aiida_eipnn.science.eip.selection import Selection, SelectionParameters
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.nn.heads import CONSENSUS, DFT_HEAD
 from aiida_eipnn.science.nn.network import (
     Network,
     NetworkParameters,
+    derivatives,
     describe_configurations,
+    with_gradient,
 )
 from aiida_eipnn.science.nn.training import Loss, Step, TrainingParameters
-from aiida_eipnn.science.reference import count_elements, fit_reference_energies
+from aiida_eipnn.science.nn.trunk import Batch
+from aiida_eipnn.science.reference import (
+    MAD_TO_SIGMA,
+    count_elements,
+    fit_reference_energies,
+)
 
 LOGGER = logging.getLogger(__name__)
 
@@ -58,7 +65,7 @@ class StageInputs:
     labels: Labels | None = None
     eip_labels: Labels | None = None
     selection: Selection | None = None
-    pseudo: WeightedLabels | None = None
+    pseudo: PseudoLabels | None = None
     members: tuple[Network, ...] = ()
     eips: tuple[str, ...] = ()
 
@@ -86,6 +93,19 @@ class Stage(Protocol):
     """A prepared stage: the task of the loop, and the network before and after."""
 
     n_labels: int
+    parameters: NetworkParameters
+    elements: tuple[int, ...]
+    statistics: "Statistics"
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the energy heads of its networks."""
+        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes of its networks, empty where there is no classifier."""
+        ...
 
     def __len__(self) -> int:
         """Return the number of labelled configurations."""
@@ -108,14 +128,6 @@ class Stage(Protocol):
         ...
 
 
-class Prepared(Protocol):
-    """What a new network needs to know of a stage."""
-
-    parameters: NetworkParameters
-    elements: tuple[int, ...]
-    statistics: "Statistics"
-
-
 class Statistics:
     """The configurations that standardisations are fitted on: the set, or an even part of it."""
 
@@ -128,15 +140,14 @@ class Statistics:
         )
 
 
-def new_network(
-    stage: "Prepared",
-    heads: tuple[str, ...] | list[str],
-    classes: tuple[str, ...] = (),
-    *,
-    seed: int,
-) -> Network:
-    """Return a network with random weights whose descriptors are standardised."""
-    network = Network(stage.parameters, stage.elements, heads, classes)
+def blank_network(stage: Stage) -> Network:
+    """Return a network of the stage to load weights into."""
+    return Network(stage.parameters, stage.elements, stage.heads, stage.class_names)
+
+
+def new_network(stage: Stage, seed: int) -> Network:
+    """Return a network of the stage with random weights whose descriptors are standardised."""
+    network = blank_network(stage)
     network.initialise(seed)
     network.trunk.standardise(stage.statistics.described)
     return network
@@ -169,6 +180,25 @@ def energy_head(network: Network) -> str:
     )
 
 
+class BatchPrediction(NamedTuple):
+    """Energies in eV, forces in eV/Å and stresses in eV/Å³ of a batch."""
+
+    energy: FloatArray
+    forces: FloatArray
+    stress: FloatArray
+
+
+def predict_batch(network: Network, batch: Batch) -> BatchPrediction:
+    """Return what the head that speaks for the network predicts."""
+    batch = with_gradient(batch)
+    row = network.heads.row(energy_head(network))
+    energy = network.energies(network.trunk(batch), batch.graph)[:, row]
+    slopes = derivatives(energy, batch, trainable=False)
+    total = energy.detach() + network.heads.references(batch.graph)[:, row]
+    stress = slopes.virial / batch.graph.volumes[:, None]
+    return BatchPrediction(total.numpy(), slopes.forces.numpy(), stress.numpy())
+
+
 def copy_head(network: Network, name: str, source: Network, source_name: str) -> None:
     """Copy a head, without its references."""
     row, source_row = network.heads.row(name), source.heads.row(source_name)
@@ -189,7 +219,7 @@ def shake(network: Network, noise: float, seed: int) -> None:
 def energy_scale(per_atom: FloatArray) -> float:
     """Return the robust spread of energies per atom, in eV; 1 where they are all equal."""
     deviation = np.abs(per_atom - np.median(per_atom))
-    spread = max(1.4826 * float(np.median(deviation)), 0.1 * float(np.std(per_atom)))
+    spread = max(MAD_TO_SIGMA * float(np.median(deviation)), 0.1 * float(np.std(per_atom)))
     return spread if spread > 1e-6 else 1.0
 
 
