@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -88,10 +88,14 @@ class Task:
     arm: str
 
     @property
+    def key(self) -> str:
+        """A name."""
+        return f"{self.dataset}/{self.trunk}-{self.arm}-{self.n}-{self.seed}"
+
+    @property
     def errors_file(self) -> Path:
         """Where the errors of the test configurations are kept."""
-        name = f"{self.trunk}-{self.arm}-{self.n}-{self.seed}.npz"
-        return Path(ERRORS / self.dataset / name)
+        return Path(ERRORS / f"{self.key}.npz")
 
     @classmethod
     def of_row(cls, row: dict[str, Any]) -> "Task":
@@ -251,6 +255,12 @@ class Results:
         self.content: dict[str, Any] = {"meta": {}, "rows": [], "saved": []}
         if path.exists():
             self.content = json.loads(path.read_text())
+            unpack_errors(self.packed, self.rows)
+
+    @property
+    def packed(self) -> Path:
+        """The errors of the test configurations, so that a run goes on in another checkout."""
+        return self.path.with_suffix(".npz")
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -271,6 +281,7 @@ class Results:
 
     def finish(self) -> None:
         """Add the points saved, of all trainings whose errors are here, and what they were on."""
+        pack_errors(self.packed, self.done)
         rows = self.rows
         done = self.done
         here = [row for row in rows if Task.of_row(row) in done]
@@ -297,6 +308,36 @@ class Results:
             lines = ",\n".join(json.dumps(row) for row in self.content[name])
             parts.append(f'"{name}": [\n{lines}\n]')
         write_whole(self.path, "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def pack_errors(path: Path, tasks: Iterable[Task]) -> None:
+    """Write the errors of these trainings to one file; equal errors give equal files."""
+    packed = {}
+    for task in sorted(tasks):
+        with np.load(task.errors_file) as kept:
+            for name, values in kept.items():
+                # The weights are those of the test set, whatever was trained.
+                key = task.dataset if name == "weights" else f"{task.key}/{name}"
+                packed[f"{name}:{key}"] = values.astype(np.float32)
+    partial = path.with_name(f".{path.name}")
+    with partial.open("wb") as stream:
+        np.savez_compressed(stream, **packed)
+    partial.replace(path)
+
+
+def unpack_errors(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Put back the errors of trainings that were made elsewhere."""
+    if not path.exists():
+        return
+    with np.load(path) as packed:
+        for task in map(Task.of_row, rows):
+            keys = {name: f"{name}:{task.key}/{name}" for name in ("energy", "forces")}
+            if task.errors_file.exists() or not set(keys.values()) <= set(packed.files):
+                continue
+            task.errors_file.parent.mkdir(parents=True, exist_ok=True)
+            weights = packed[f"weights:{task.dataset}"]
+            errors = {name: packed[key] for name, key in keys.items()}
+            np.savez(task.errors_file, **errors, weights=weights)
 
 
 def list_saved(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

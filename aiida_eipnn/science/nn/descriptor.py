@@ -217,17 +217,6 @@ def describe(graph: Graph, basis: Basis, dtype: torch.dtype) -> Described:
     return Described(graph, basis, pairs.to(dtype), density.to(dtype), descriptors.to(dtype))
 
 
-def descriptor_change(
-    graph: Graph, tangent: Tensor, basis: Basis, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Return the descriptors, and their change when the vectors change by ``tangent``.
-
-    Shapes ``(N, n_descriptors)``; ``tangent`` is zero in empty places. Shape ``(N, K, 3)``.
-    """
-    described = describe(graph, basis, dtype)
-    return described.descriptors, descriptor_tangent(tangent, described)
-
-
 def descriptors_of(described: Described) -> Tensor:
     """Return the descriptors as a differentiable function of ``graph.vectors``."""
     result: Tensor = _Descriptors.apply(described.graph.vectors, described)  # type: ignore[no-untyped-call]

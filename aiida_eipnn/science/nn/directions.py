@@ -15,7 +15,12 @@ from torch import Tensor
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations, ragged_rows
-from aiida_eipnn.science.nn.descriptor import MAX_KEPT_BYTES, Basis, descriptor_change
+from aiida_eipnn.science.nn.descriptor import (
+    MAX_KEPT_BYTES,
+    Basis,
+    describe,
+    descriptor_tangent,
+)
 from aiida_eipnn.science.nn.graph import Graph, batch_graph, find_neighbours
 from aiida_eipnn.science.nn.heads import Owners, sum_atoms
 from aiida_eipnn.science.nn.network import (
@@ -123,13 +128,11 @@ class KeptDirections:
 
     def _describe(self, graph: Graph, rows: IntArray, basis: Basis) -> None:
         atoms = slice(int(self.offsets[rows[0]]), int(self.offsets[rows[-1] + 1]))
+        described = describe(graph, basis, self.descriptors.dtype)
+        self.descriptors[atoms] = described.descriptors
         for number in range(N_DIRECTIONS):
             moves = torch.from_numpy(self.directions[number, atoms].astype(np.float64))
-            descriptors, change = descriptor_change(
-                graph, tangent_of(graph, moves), basis, self.descriptors.dtype
-            )
-            self.changes[number, atoms] = change
-        self.descriptors[atoms] = descriptors
+            self.changes[number, atoms] = descriptor_tangent(tangent_of(graph, moves), described)
 
 
 class DrawnDirections:

@@ -7,7 +7,7 @@ them that fits the DFT labels best.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +68,14 @@ REPLAY_BATCH = 16
 PSEUDO_BATCH = 32
 
 
+class PseudoErrors(NamedTuple):
+    """Errors on some pseudo-labels: which ones, in eV/atom, and of forces along a direction."""
+
+    rows: IntArray
+    energy: Tensor
+    along: Tensor
+
+
 class PseudoTask:
     """Pseudo-labels where DFT has none.
 
@@ -104,6 +112,13 @@ class PseudoTask:
 
     def loss(self, network: Network, rng: np.random.Generator, energy_weight: float) -> Tensor:
         """Return the loss of some of them."""
+        errors = self.errors(network, rng)
+        believed, pulled = self.believed[errors.rows], self.pulled[errors.rows]
+        value = energy_weight * weighted_huber(errors.energy, believed, HUBER_ENERGY)
+        return value + weighted_huber(errors.along, pulled, HUBER_FORCES)
+
+    def errors(self, network: Network, rng: np.random.Generator) -> PseudoErrors:
+        """Return the errors of some of them."""
         labels, row = self.labels, network.heads.row(DFT_HEAD)
         n = min(PSEUDO_BATCH, len(labels))
         rows = rng.choice(len(labels), n, replace=False)
@@ -113,9 +128,14 @@ class PseudoTask:
         atoms = ragged_rows(labels.offsets, rows)
         along = forces_along(labels.forces[None, atoms], moved.directions, n_atoms)[:, 0]
         energy = moved.energies[:, row] - torch.from_numpy((labels.energy[rows] - shift) / n_atoms)
-        pull = moved.along[:, row] - torch.from_numpy(along)
-        value = energy_weight * weighted_huber(energy, self.believed[rows], HUBER_ENERGY)
-        return value + weighted_huber(pull, self.pulled[rows], HUBER_FORCES)
+        return PseudoErrors(rows, energy, moved.along[:, row] - torch.from_numpy(along))
+
+
+class Teachers(NamedTuple):
+    """What is learnt beside the DFT labels: what holds the EIP heads, and pseudo-labels."""
+
+    replay: EipTask | None
+    pseudo: PseudoTask | None
 
 
 class Finetuning:
@@ -131,7 +151,9 @@ class Finetuning:
         "ema_decay": 0.99,
     }
 
-    def __init__(self, inputs: StageInputs, settings: StageSettings) -> None:
+    def __init__(
+        self, inputs: StageInputs, settings: StageSettings, teachers: Teachers | None = None
+    ) -> None:
         labels = need_labels(inputs.labels, "fine-tuning", "DFT labels")
         self.settings, self.inputs = settings, inputs
         self.labels, self.held_out = hold_out(labels, settings.training.validation_fraction)
@@ -143,8 +165,11 @@ class Finetuning:
         self.described = describe_configurations(
             self.configurations, self.parameters, self.elements
         )
-        self.replay = replay_task(inputs, settings, self.parameters, self.elements)
-        self.pseudo = pseudo_task(inputs, labels, self.parameters, self.elements)
+        # Those of another training on the same inputs serve as well, and take long to prepare.
+        self.teachers = teachers or Teachers(
+            replay_task(inputs, settings, self.parameters, self.elements),
+            pseudo_task(inputs, labels, self.parameters, self.elements),
+        )
         self.unseen = configurations.take(configurations.rows_of(self.held_out.ids))
         self.unseen_described = describe_configurations(self.unseen, self.parameters, self.elements)
         # Those that are held out were paid for too.
@@ -156,7 +181,8 @@ class Finetuning:
     @property
     def heads(self) -> tuple[str, ...]:
         """DFT, then what is held by replay."""
-        return (DFT_HEAD, *(self.replay.names if self.replay is not None else ()))
+        replay = self.teachers.replay
+        return (DFT_HEAD, *(replay.names if replay is not None else ()))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -193,7 +219,7 @@ class Finetuning:
         if weights.stress_weight:
             virial = virial_error(slopes.virial, labels.stress[rows, 0], batch)
             value = value + weights.stress_weight * huber(virial, HUBER_ENERGY)
-        value = value + self._knowledge(network, step)
+        value = value + self.knowledge(network, step)
         return Loss(value, {"energy_mae": absolute(per_atom), "forces_mae": absolute(error)})
 
     def validate(self, network: Network) -> dict[str, float]:
@@ -218,17 +244,17 @@ class Finetuning:
         """Fit the standardisation of the pooled features."""
         fit_pooling(network, self.statistics.described)
 
-    def _knowledge(self, network: Network, step: Step) -> Tensor:
+    def knowledge(self, network: Network, step: Step) -> Tensor:
         """Return the loss of what EIPs say."""
         weights, value = self.settings.training, torch.zeros(())
-        if self.replay is not None:
-            n = min(REPLAY_BATCH, len(self.replay))
-            rows = step.rng.choice(len(self.replay), n, replace=False)
-            errors = self.replay.errors(network, rows, step.rng, weights)
+        replay, pseudo = self.teachers
+        if replay is not None:
+            rows = step.rng.choice(len(replay), min(REPLAY_BATCH, len(replay)), replace=False)
+            errors = replay.errors(network, rows, step.rng, weights)
             value = value + weights.replay_weight * errors.loss
-        if self.pseudo is not None and step.progress < PSEUDO_END and weights.pseudo_weight:
+        if pseudo is not None and step.progress < PSEUDO_END and weights.pseudo_weight:
             fading = weights.pseudo_weight * (1 - step.progress / PSEUDO_END)
-            value = value + fading * self.pseudo.loss(network, step.rng, weights.energy_weight)
+            value = value + fading * pseudo.loss(network, step.rng, weights.energy_weight)
         return value
 
     def _transfer(self, network: Network, source: Network, seed: int) -> None:
