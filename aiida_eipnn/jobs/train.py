@@ -191,6 +191,7 @@ def train_member(
     ValueError
         If it diverges, and again at a lower learning rate.
     """
+    stage = stage.for_member(member)
     path = checkpoint_path(folder / spec.CHECKPOINT, member)
     mark = fingerprint(job, folder)
     tried = read_rate_factor(path, mark)

@@ -34,6 +34,7 @@ from aiida_eipnn.science.nn.stages import STAGES, prepare  # noqa: E402
 from aiida_eipnn.science.nn.training import (  # noqa: E402
     Diverged,
     Loss,
+    Step,
     TrainingParameters,
     fit,
     learning_rate,
@@ -203,6 +204,42 @@ def test_training_stops_when_held_out_labels_say_so():
     scores = [row["validation_score"] for row in state.history]
     assert len(scores) < 100
     assert np.argmin(scores) == len(scores) - 4
+
+
+def test_each_member_holds_out_other_labels_until_each_was_held_out_once():
+    settings = settings_for("finetune", steps=2, validation_fraction=0.3)
+    stage = prepare("finetune", judged_inputs(), settings)
+    parts = [set(stage.for_member(member).held_out.tolist()) for member in range(3)]
+
+    assert [len(part) for part in parts] == [5, 5, 5]
+    assert set.union(*parts) == set(range(14))
+    assert parts[0] == set(stage.held_out.tolist())
+
+
+@pytest.mark.parametrize("member", [0, 2])
+def test_nothing_of_what_a_member_holds_out_is_learnt(member):
+    inputs = judged_inputs()
+    settings = settings_for("finetune", steps=20, validation_fraction=0.3)
+    held = prepare("finetune", inputs, settings).for_member(member).held_out
+    labels = inputs.labels
+    energy, forces = labels.energy.copy(), labels.forces.copy()
+    energy[held] += 5.0
+    forces[:, np.isin(np.repeat(np.arange(14), labels.n_atoms), held)] *= 3.0
+    other = replace(inputs, labels=replace(labels, energy=energy, forces=forces))
+
+    networks = []
+    for each in (inputs, other):
+        stage = prepare("finetune", each, settings).for_member(member)
+        state = start_training(stage.network(4, member), settings.training, 4)
+        for _ in range(5):
+            rows = np.arange(len(stage))
+            stage.loss(state.network, rows, Step(0.0, np.random.default_rng(0))).value.backward()
+            state.optimiser.step()
+        networks.append(state.network)
+
+    for name, weight in networks[0].named_parameters():
+        assert torch.equal(weight, networks[1].get_parameter(name)), name
+    assert torch.equal(networks[0].heads.reference, networks[1].heads.reference)
 
 
 def test_all_labels_held_out_are_refused():

@@ -1,7 +1,7 @@
 """The stage that learns which EIP is right where."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -69,6 +69,10 @@ class Classification:
     def class_names(self) -> tuple[str, ...]:
         """The EIPs, then none."""
         return (*map(str, self.aligned.sources), NONE)
+
+    def for_member(self, member: int) -> Self:
+        """Return itself: all members learn from the same labels."""
+        return self
 
     def network(self, seed: int, member: int) -> Network:
         """Return the network that a member starts from."""

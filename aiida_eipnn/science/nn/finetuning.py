@@ -5,9 +5,10 @@ the heads of the EIPs stay in the loss (replay), and the head of DFT starts as t
 them that fits the DFT labels best.
 """
 
+import copy
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -66,6 +67,8 @@ PSEUDO_END = 0.8
 MAX_REPLAY = 3000
 REPLAY_BATCH = 16
 PSEUDO_BATCH = 32
+# Held-out configurations that are predicted at once.
+_BATCH = 64
 
 
 class PseudoErrors(NamedTuple):
@@ -155,13 +158,12 @@ class Finetuning:
         self, inputs: StageInputs, settings: StageSettings, teachers: Teachers | None = None
     ) -> None:
         labels = need_labels(inputs.labels, "fine-tuning", "DFT labels")
-        self.settings, self.inputs = settings, inputs
-        self.labels, self.held_out = hold_out(labels, settings.training.validation_fraction)
+        self.settings, self.inputs, self.labels = settings, inputs, labels
         self.parameters = network_parameters(inputs, settings)
         self.statistics = Statistics(inputs, self.parameters)
         self.elements = self.statistics.elements
         configurations = inputs.configurations
-        self.configurations = configurations.take(configurations.rows_of(self.labels.ids))
+        self.configurations = configurations.take(configurations.rows_of(labels.ids))
         self.described = describe_configurations(
             self.configurations, self.parameters, self.elements
         )
@@ -170,13 +172,19 @@ class Finetuning:
             replay_task(inputs, settings, self.parameters, self.elements),
             pseudo_task(inputs, labels, self.parameters, self.elements),
         )
-        self.unseen = configurations.take(configurations.rows_of(self.held_out.ids))
-        self.unseen_described = describe_configurations(self.unseen, self.parameters, self.elements)
         # Those that are held out were paid for too.
         self.n_labels = len(labels)
+        self.learnt, self.held_out = hold_out(labels, settings.training.validation_fraction)
+
+    def for_member(self, member: int) -> Self:
+        """Return the task of a member: each holds out other labels."""
+        task = copy.copy(self)
+        fraction = self.settings.training.validation_fraction
+        task.learnt, task.held_out = hold_out(self.labels, fraction, member)
+        return task
 
     def __len__(self) -> int:
-        return len(self.described)
+        return len(self.learnt)
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -195,7 +203,8 @@ class Finetuning:
         source = members[member % len(members)] if members else None
         network = new_network(self, seed)
         if source is None:
-            residual = less_references(self.configurations, self.labels.energy[:, 0])
+            known = self.configurations.take(self.learnt)
+            residual = less_references(known, self.labels.energy[self.learnt, 0])
             network.heads.scale.fill_(energy_scale(residual))
         else:
             self._transfer(network, source, seed)
@@ -204,6 +213,7 @@ class Finetuning:
 
     def loss(self, network: Network, rows: IntArray, step: Step) -> Loss:
         """Return the loss of energies, forces and stress, of pseudo-labels and of replay."""
+        rows = self.learnt[rows]
         batch = with_gradient(self.described.batch(rows))
         weights, labels = self.settings.training, self.labels
         row = network.heads.row(DFT_HEAD)
@@ -224,15 +234,18 @@ class Finetuning:
 
     def validate(self, network: Network) -> dict[str, float]:
         """Return the errors on labels that are held out."""
-        if not len(self.held_out):
+        rows = self.held_out
+        if not len(rows):
             return {}
-        parts = [predict_batch(network, batch) for batch in batches_of(self.unseen_described)]
+        batches = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)]
+        parts = [predict_batch(network, self.described.batch(batch)) for batch in batches]
         energy, forces = (
             np.concatenate([getattr(part, name) for part in parts]) for name in ("energy", "forces")
         )
-        wrong = (energy - self.held_out.energy[:, 0]) / self.held_out.n_atoms
+        known = self.labels.take(rows)
+        wrong = (energy - known.energy[:, 0]) / known.n_atoms
         energy_mae = float(np.abs(wrong).mean())
-        forces_mae = float(np.abs(forces - self.held_out.forces[0]).mean())
+        forces_mae = float(np.abs(forces - known.forces[0]).mean())
         return {
             "validation_energy_mae": energy_mae,
             "validation_forces_mae": forces_mae,
@@ -275,12 +288,14 @@ class Finetuning:
 
     def _start_head(self, network: Network, source: Network, seed: int) -> None:
         """Let the head of DFT be the combination of EIP heads that fits its labels."""
+        known = self.configurations.take(self.learnt)
+        described = describe_configurations(known, self.parameters, self.elements)
         shares = torch.from_numpy(
             combine_heads(
                 source,
-                DrawnDirections(self.described),
-                self.configurations,
-                self.labels,
+                DrawnDirections(described),
+                known,
+                self.labels.take(self.learnt),
                 np.random.default_rng([seed, 3]),
             )
         ).to(network.heads.weight.dtype)
@@ -299,7 +314,8 @@ class Finetuning:
                 ]
             )
         residual = self.labels.energy[:, 0] - predicted.numpy()
-        reference = fit_reference_energies(self.configurations, residual)
+        known = self.configurations.take(self.learnt)
+        reference = fit_reference_energies(known, residual[self.learnt])
         if unknown := sorted(set(self.elements) - set(reference)):
             LOGGER.warning(
                 "no DFT label contains %s: energies of such configurations have no true zero",
@@ -310,8 +326,10 @@ class Finetuning:
         network.heads.reference[row] = torch.tensor(values, dtype=torch.float64)
 
 
-def hold_out(labels: Labels, fraction: float) -> tuple[Labels, Labels]:
-    """Return labels to learn, and labels to judge by: ``fraction`` of them, the same every time.
+def hold_out(labels: Labels, fraction: float, member: int = 0) -> tuple[IntArray, IntArray]:
+    """Return rows of labels to learn, and of ``fraction`` of them to judge by.
+
+    The same for a member every time, and others for the next, until each was held out once.
 
     Raises
     ------
@@ -325,9 +343,9 @@ def hold_out(labels: Labels, fraction: float) -> tuple[Labels, Labels]:
             "from; lower it, or set it to 0"
         )
     # By id, so that the order in which labels came does not matter.
-    order = np.random.default_rng(0).permutation(len(labels))[:n_held]
-    held = np.argsort(labels.ids, kind="stable")[order]
-    return labels.take(np.setdiff1d(np.arange(len(labels)), held)), labels.take(np.sort(held))
+    order = np.argsort(labels.ids, kind="stable")[np.random.default_rng(0).permutation(len(labels))]
+    held = np.sort(order[(member * n_held + np.arange(n_held)) % len(labels)])
+    return np.setdiff1d(np.arange(len(labels)), held), held
 
 
 def replay_task(

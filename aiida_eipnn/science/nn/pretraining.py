@@ -1,7 +1,7 @@
 """The stage that learns what every EIP says, and what they say in the median."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -129,6 +129,10 @@ class Pretraining:
     def class_names(self) -> tuple[str, ...]:
         """None."""
         return ()
+
+    def for_member(self, member: int) -> Self:
+        """Return itself: all members learn from the same labels."""
+        return self
 
     def network(self, seed: int, member: int) -> Network:
         """Return the network that a member starts from."""

@@ -6,7 +6,7 @@ A stage is prepared once for all members, and is then the task of the training l
 
 import logging
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -109,6 +109,10 @@ class Stage(Protocol):
 
     def __len__(self) -> int:
         """Return the number of labelled configurations."""
+        ...
+
+    def for_member(self, member: int) -> Self:
+        """Return the task of a member, which shares all that was prepared."""
         ...
 
     def network(self, seed: int, member: int) -> Network:
