@@ -37,7 +37,6 @@ from aiida_eipnn.science.nn.network import Network, NetworkParameters
 from aiida_eipnn.science.nn.stage import Stage, StageInputs, StageSettings
 from aiida_eipnn.science.nn.stages import STAGES, prepare
 from aiida_eipnn.science.nn.training import (
-    SCORE,
     Step,
     TrainingParameters,
     TrainingState,
@@ -46,12 +45,12 @@ from aiida_eipnn.science.nn.training import (
 )
 from aiida_eipnn.science.pool import make_pool
 from aiida_eipnn.science.reference import Alignment, fit_alignment
+from aiida_eipnn.science.verdict import SCORE, Verdict
 
 # The scratch twin may be as long as pre-training and fine-tuning together.
 SCRATCH_STEPS = (300, 1000, 3000, 7000)
 SCRATCH = {"weight_decay": 0.3}
 VALIDATION = 0.2
-HELP, NO_HELP = "EIPs help", "EIPs do not help here"
 # Pseudo-labels are many, and want at least so many steps.
 PSEUDO_STEPS = 3000
 # As published: the largest error of an EIP that is right, in eV/atom; fine-tuning without anything
@@ -313,7 +312,7 @@ def worst_eip(problem: Problem, seed: int) -> Trained:
     said = material(problem).eips.take(material(problem).eips.rows_of(problem.dft.ids))
     aligned = alignment.apply(material(problem).pool, said)
     wrong = np.abs(aligned.energy - problem.dft.energy) / problem.dft.n_atoms[:, None]
-    column = int(np.nan_to_num(wrong.mean(axis=0), nan=-1.0).argmax())
+    column = int(mean_of_known(wrong).argmax())
     labels = only_source(material(problem).eips, column)
     return taught(problem, seed, labels, f"only-{column}")
 
@@ -365,8 +364,9 @@ def taught(
         pseudo=pseudo,
         members=(network,),
     )
-    trained = judged(problem, seed, inputs, lambda _: {})
-    used = trained.notes is not None and trained.notes["verdict"] == HELP
+    training = {} if pseudo is None else {"steps": PSEUDO_STEPS}
+    trained = judged(problem, seed, inputs, lambda _: training)
+    used = trained.notes is not None and trained.notes["eips_help"]
     return trained._replace(
         steps=trained.steps + (steps if used else 0), cpu_s=(trained.cpu_s or 0.0) + cost
     )
@@ -393,15 +393,15 @@ def judged(
     settings = settings_for(problem, "finetune", training | {"validation_fraction": VALIDATION})
     stage = Finetuning(inputs, settings)
     with_eips = trained_state(stage, settings, seed).history[-1][SCORE]
-    verdict = NO_HELP if twin.score < with_eips else HELP
+    verdict = Verdict(score=with_eips, scratch_score=twin.score, n_held_out=len(stage.held_out))
     settings = settings_for(problem, "finetune", training)
-    if verdict == HELP:
+    if verdict.eips_help:
         stage = Finetuning(inputs, settings, stage.teachers)
     else:
         settings = settings_for(problem, "finetune", SCRATCH | {"steps": twin.steps})
         stage = Finetuning(without_eips(problem), settings)
     state = trained_state(stage, settings, seed)
-    notes = {"score": with_eips, "scratch_score": twin.score, "verdict": verdict}
+    notes = {"score": with_eips, "scratch_score": twin.score, "eips_help": verdict.eips_help}
     seconds = time.process_time() - start + twin.cpu_s
     return Trained(
         predict=predictor(state.network), steps=state.n_steps, cpu_s=seconds, notes=notes
@@ -478,8 +478,15 @@ def best_column(problem: Problem, aligned: Labels) -> int:
     energy = np.abs(aligned.energy - labels.energy) / labels.n_atoms[:, None]
     forces = np.abs(aligned.forces - labels.forces).mean(axis=2)
     complete = aligned.ok.mean(axis=0) > 0.9
-    score = np.log(np.nanmean(energy, axis=0) + 2e-3) + np.log(np.nanmean(forces, axis=1) + 5e-3)
+    score = np.log(mean_of_known(energy) + 2e-3) + np.log(mean_of_known(forces.T) + 5e-3)
     return int(np.where(complete, score, np.inf).argmin())
+
+
+def mean_of_known(values: FloatArray) -> FloatArray:
+    """Return the mean of each column over what is a number; zero where nothing is."""
+    known = np.isfinite(values)
+    mean: FloatArray = np.where(known, values, 0.0).sum(axis=0) / np.maximum(1, known.sum(axis=0))
+    return mean
 
 
 def only_source(labels: Labels, column: int) -> Labels:

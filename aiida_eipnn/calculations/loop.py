@@ -1,7 +1,7 @@
 """Calcfunctions that steer the loop: split, check, acquire, assess."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from aiida_eipnn.science.metrics import errors, errors_by_type, prediction_error
 from aiida_eipnn.science.predictions import Predictions
 from aiida_eipnn.science.reference import best_single, fit_alignment
 from aiida_eipnn.science.uncertainty import calibrate
+from aiida_eipnn.science.verdict import N_HELD_OUT, SCORE, Verdict
 
 TEST, INITIAL, REFUSED, KNOWN = "test", "initial", "refused", "known"
 
@@ -184,6 +185,21 @@ def acquire(
 
 
 @calcfunction
+def judge(metrics: Dict, scratch_metrics: Dict) -> Dict:
+    """Return whether to use the committee that learnt from EIPs, by labels that it did not learn.
+
+    Parameters are the metrics of its fine-tuning and of its twin from scratch, which held out the
+    same labels; see :class:`aiida_eipnn.science.nn.verdict.Verdict`.
+    """
+    verdict = Verdict(
+        score=metrics[SCORE],
+        scratch_score=scratch_metrics[SCORE],
+        n_held_out=metrics[N_HELD_OUT],
+    )
+    return Dict({**asdict(verdict), "eips_help": verdict.eips_help, "text": verdict.text})
+
+
+@calcfunction
 def assess(
     pool: ConfigurationsData,
     predictions: PredictionsData,
@@ -197,7 +213,8 @@ def assess(
 
     ``parameters`` are those of the acquisition: what it would not choose is no candidate.
     ``more`` holds the training labels (``labels_*``), the choices made (``taken_*``), and
-    optionally ``scratch``, the predictions of the committee trained from scratch, and
+    optionally ``scratch``, the predictions of the committee trained from scratch, ``verdict``,
+    whether it is the one that is measured, then ``finetuned``, the predictions of the other, and
     ``previous``, the history so far.
 
     Returns
@@ -231,8 +248,11 @@ def assess(
         "best_eip": _best_eip(pool.value(), training.labelled(), test, eip_labels.value()),
         "calibration": _calibration(test, predicted),
     }
-    if "scratch" in more:
-        details["scratch"] = prediction_errors(test, more["scratch"].value()).as_dict()
+    for name in ("scratch", "finetuned"):
+        if name in more:
+            details[name] = prediction_errors(test, more[name].value()).as_dict()
+    if "verdict" in more:
+        details["verdict"] = more["verdict"].get_dict()
     found = stop_reason([record], StopCriteria.from_dict(stop.get_dict()))
     fields = {name: getattr(record, name) for name in IterationRecord.__slots__}
     return Dict(

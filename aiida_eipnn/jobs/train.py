@@ -45,6 +45,7 @@ from aiida_eipnn.science.nn.stage import (
 )
 from aiida_eipnn.science.nn.stages import STAGES, prepare
 from aiida_eipnn.science.nn.training import Diverged, TrainingParameters, fit, start_training
+from aiida_eipnn.science.verdict import N_HELD_OUT, SCORE
 
 LOGGER = logging.getLogger(__name__)
 
@@ -87,6 +88,7 @@ def run(job: TrainJob, folder: Path) -> State:
         "n_steps": sum(record["n_steps"] for record in records),
         "members": records,
     }
+    metrics |= judgement(stage, records)
     if (report := folder / spec.CHECKPOINT / spec.LABEL_MODEL).exists():
         # What is not a number has no place in JSON: nothing was there to measure.
         metrics["label_model"] = json.loads(report.read_text(), parse_constant=lambda _: None)
@@ -100,6 +102,16 @@ def run(job: TrainJob, folder: Path) -> State:
     # What it was for is in the output now.
     shutil.rmtree(folder / spec.CHECKPOINT)
     return State.DONE
+
+
+def judgement(stage: Stage, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the mean score on held-out labels, and their number; nothing where there are none."""
+    members = range(len(records))
+    asked = {int(row) for member in members for row in stage.for_member(member).held_out}
+    if not asked:
+        return {}
+    best = [min(epoch[SCORE] for epoch in record["epochs"]) for record in records]
+    return {SCORE: sum(best) / len(best), N_HELD_OUT: len(asked)}
 
 
 def make_pseudo_labels_of(job: TrainJob, folder: Path) -> None:

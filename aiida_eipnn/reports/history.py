@@ -85,6 +85,10 @@ class Iteration:
         DFT points asked for up to then, the test set and those that failed included.
     committee, scratch, best_eip
         Errors on the test set: of the committee, of its twin without EIPs, of the best EIP.
+    finetuned
+        Those of the network that learnt from EIPs, where the twin is used as the committee.
+    verdict
+        Whether the EIPs help, in a sentence; empty where it was not asked.
     best_eip_name
         Which EIP that is.
     by_config_type
@@ -108,6 +112,8 @@ class Iteration:
     n_dft_labels: int | None = None
     committee: Errors | None = None
     scratch: Errors | None = None
+    finetuned: Errors | None = None
+    verdict: str = ""
     best_eip: Errors | None = None
     best_eip_name: str = ""
     by_config_type: dict[str, Errors]
@@ -383,6 +389,8 @@ def _iteration(
         n_dft_labels=record.get("n_dft_labels"),
         committee=errors_from(record.get("committee")),
         scratch=errors_from(record.get("scratch")),
+        finetuned=errors_from(record.get("finetuned")),
+        verdict=str(record.get("verdict", {}).get("text", "")),
         best_eip=errors_from(best),
         best_eip_name=best.get("name", ""),
         by_config_type={

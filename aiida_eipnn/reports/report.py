@@ -163,8 +163,12 @@ def summary(history: History) -> list[str]:
         return [f"There are no errors to report yet.{points}", *_ending(history)]
     last = history.assessed[-1]
     sentences = [_reached(last)]
-    if last.scratch:
+    if last.finetuned:
+        sentences.append(f"That is the twin from scratch; with EIPs it is {both(last.finetuned)}.")
+    elif last.scratch:
         sentences.append(f"The same network trained from scratch reaches {both(last.scratch)}.")
+    if last.verdict:
+        sentences.append(f"{last.verdict}.")
     if last.best_eip:
         name = short_name(last.best_eip_name)
         sentences.append(f"The best single EIP, {name}, is off by {both(last.best_eip)}.")
@@ -242,9 +246,10 @@ def error_card(name: str, last: Iteration, field: str, unit: str) -> Card:
 
 def gain_card(last: Iteration) -> Card | None:
     """Return what the EIPs bring: the error of the forces over that of the twin without them."""
-    if last.scratch is None or last.committee is None or not last.committee.forces_mae > 0:
+    informed = last.finetuned or last.committee
+    if last.scratch is None or informed is None or not informed.forces_mae > 0:
         return None
-    gain = last.scratch.forces_mae / last.committee.forces_mae
+    gain = last.scratch.forces_mae / informed.forces_mae
     return Card(
         title="What the EIPs bring",
         value=f"{gain:.2g}×",

@@ -23,6 +23,7 @@ from aiida_eipnn.jobs.spec import Stage
 from aiida_eipnn.science.acquisition import AcquisitionParameters
 from aiida_eipnn.science.convergence import StopCriteria
 from aiida_eipnn.science.eip.label_model import LabelModelParameters
+from aiida_eipnn.science.verdict import SCORE
 from aiida_eipnn.workflows.builder import PROTOCOLS, Codes, Start, fill_builder
 from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, validate_occupations, validate_pw
 from aiida_eipnn.workflows.restart import LabelBaseWorkChain, TrainBaseWorkChain
@@ -176,7 +177,11 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             valid_type=Data,
             help="What each iteration made, emitted as it is made.",
         )
-        spec.output("committee", valid_type=CommitteeData, help="The last fine-tuned committee.")
+        spec.output(
+            "committee",
+            valid_type=CommitteeData,
+            help="The last committee; its twin from scratch where held-out labels say so.",
+        )
         spec.output("selection", valid_type=SelectionData, help="The last choice of EIPs.")
         spec.output("predictions", valid_type=PredictionsData, help="Its view of the pool.")
         spec.output("history", valid_type=Dict, help="Errors by iteration, and why it stopped.")
@@ -410,16 +415,24 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         self.to_context(finetuning=self._submit_train(inputs, "finetune"))
 
     def inspect_finetune(self) -> ExitCode | None:
-        """Take the committee."""
+        """Take the committee, and judge by held-out labels whether it or its twin is used."""
         if broken := self._broken(self.ctx.finetuning, "FINETUNE"):
             return broken
         self.ctx.committee = self.ctx.finetuning.outputs.committee
         self._emit("committee", self.ctx.committee)
+        self.ctx.verdict = None
         if self.inputs.train_scratch:
             if broken := self._broken(self.ctx.scratch, "FINETUNE"):
                 return broken
             self._emit("scratch", self.ctx.scratch.outputs.committee)
+            self._judge(self.ctx.finetuning.outputs.metrics, self.ctx.scratch.outputs.metrics)
         return None
+
+    def _judge(self, metrics: Dict, scratch_metrics: Dict) -> None:
+        if SCORE in metrics.get_dict() and SCORE in scratch_metrics.get_dict():
+            self.ctx.verdict = loop.judge(metrics, scratch_metrics)
+            self._emit("verdict", self.ctx.verdict)
+            self.report(f"verdict: {self.ctx.verdict['text']}")
 
     def evaluate(self) -> None:
         """Ask the committee, and its twin, about the whole pool."""
@@ -438,6 +451,10 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             if broken := self._broken(self.ctx.scratch_evaluation, "EVALUATE"):
                 return broken
             self._emit("scratch_predictions", self.ctx.scratch_evaluation.outputs.predictions)
+            if self.ctx.verdict is not None and not self.ctx.verdict["eips_help"]:
+                self.ctx.finetuned = self.ctx.predictions
+                self.ctx.predictions = self.ctx.scratch_evaluation.outputs.predictions
+                self.ctx.committee = self.ctx.scratch.outputs.committee
         return None
 
     def assess(self) -> ExitCode | None:
@@ -445,6 +462,10 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         more = {f"{loop.LABELS}{key}": node for key, node in self.ctx.labels.items()}
         if self.inputs.train_scratch:
             more["scratch"] = self.ctx.scratch_evaluation.outputs.predictions
+        if self.ctx.verdict is not None:
+            more["verdict"] = self.ctx.verdict
+            if not self.ctx.verdict["eips_help"]:
+                more["finetuned"] = self.ctx.finetuned
         if "history" in self.ctx:
             more["previous"] = self.ctx.history
         history, broken = self._steer(
@@ -564,7 +585,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             f"{name} {1000 * record[key]['energy_mae']:.1f} meV/atom, "
             f"{1000 * record[key]['forces_mae']:.0f} meV/Å"
             for name, key in (
-                ("fine-tuned", "committee"),
+                ("fine-tuned", "finetuned" if "finetuned" in record else "committee"),
                 ("from scratch", "scratch"),
                 ("best EIP", "best_eip"),
             )

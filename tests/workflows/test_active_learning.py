@@ -70,6 +70,34 @@ def test_each_iteration_measures_the_committee_its_twin_and_the_best_eip(loop):
             assert record[who]["energy_mae"] > 0
 
 
+def test_held_out_labels_say_in_each_iteration_whether_eips_help(loop):
+    for name, made in loop.outputs.iterations.items():
+        verdict = made.verdict.get_dict()
+        record = loop.outputs.history["iterations"][int(name[1:]) - 1]
+        assert record["verdict"] == verdict
+        assert verdict["text"].startswith("EIPs ")
+        # Two members hold out one label each.
+        assert verdict["n_held_out"] == 2
+    used = made.committee if verdict["eips_help"] else made.scratch
+    assert loop.outputs.committee.uuid == used.uuid
+
+
+def test_where_the_twin_from_scratch_is_clearly_better_it_is_used(loop, builder):
+    made = builder(
+        finetune={"learning_rate": 1e-9, "head_start": "new", "steps": 1, "min_epochs": 1},
+        stop={"max_iterations": 1},
+    )
+    with enable_caching():
+        outputs, node = run_get_node(made)
+    assert node.is_finished_ok, node.exit_message
+    iteration, record = outputs["iterations"]["i001"], outputs["history"]["iterations"][0]
+    assert not iteration["verdict"]["eips_help"]
+    assert outputs["committee"].uuid == iteration["scratch"].uuid
+    assert outputs["predictions"].uuid == iteration["scratch_predictions"].uuid
+    assert record["committee"] == record["scratch"]
+    assert record["finetuned"]["forces_mae"] > record["scratch"]["forces_mae"]
+
+
 def test_labels_grow_by_what_was_asked_for(loop):
     first, second = (record["n_dft_labels"] for record in loop.outputs.history["iterations"])
     assert second - first == 1

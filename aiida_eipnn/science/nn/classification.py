@@ -39,6 +39,7 @@ class Classification:
         labels = need_labels(inputs.labels, "classification", "DFT labels")
         eip_labels = need_labels(inputs.eip_labels, "classification", "labels of at least one EIP")
         self.settings, self.inputs = settings, inputs
+        self.held_out = np.zeros(0, dtype=np.int64)
         self.parameters = network_parameters(inputs, settings)
         self.statistics = Statistics(inputs, self.parameters)
         self.elements = self.statistics.elements

@@ -1,5 +1,6 @@
 """What the heads of the EIPs learn: their labels, each on its own zero, and the median of them."""
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -111,10 +112,13 @@ def spreads(per_atom: FloatArray, forces: FloatArray) -> tuple[FloatArray, Float
 
     A source without spread, such as one with a single label, gets that of the others.
     """
-    deviation = np.abs(per_atom - np.nanmedian(per_atom, axis=0))
-    energy = MAD_TO_SIGMA * np.nanmedian(deviation, axis=0)
-    # The mean, not its square: a few strong forces must not set the scale for all others.
-    size = np.nanmean(np.abs(forces), axis=(1, 2))
+    with warnings.catch_warnings():
+        # A source without any label has no spread, which is filled in below.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        deviation = np.abs(per_atom - np.nanmedian(per_atom, axis=0))
+        energy = MAD_TO_SIGMA * np.nanmedian(deviation, axis=0)
+        # The mean, not its square: a few strong forces must not set the scale for all others.
+        size = np.nanmean(np.abs(forces), axis=(1, 2))
     return _filled(energy), _filled(size)
 
 

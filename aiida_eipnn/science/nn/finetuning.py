@@ -54,8 +54,9 @@ from aiida_eipnn.science.nn.stage import (
     predict_batch,
     shake,
 )
-from aiida_eipnn.science.nn.training import EIP_START, SCORE, Loss, Step
+from aiida_eipnn.science.nn.training import EIP_START, Loss, Step
 from aiida_eipnn.science.reference import count_elements, fit_reference_energies
+from aiida_eipnn.science.verdict import SCORE
 
 # From these residuals on the loss is linear, so that the mean error counts and not the largest
 # ones: energies in eV/atom, forces in eV/Å.

@@ -110,6 +110,7 @@ class Pretraining:
     def __init__(self, inputs: StageInputs, settings: StageSettings) -> None:
         labels = need_labels(inputs.eip_labels, "pre-training", "labels of at least one EIP")
         self.settings, self.inputs = settings, inputs
+        self.held_out = np.zeros(0, dtype=np.int64)
         self.parameters = network_parameters(inputs, settings)
         self.statistics = Statistics(inputs, self.parameters)
         self.elements = self.statistics.elements

@@ -96,6 +96,8 @@ class Stage(Protocol):
     parameters: NetworkParameters
     elements: tuple[int, ...]
     statistics: "Statistics"
+    # Rows of the labels that are not learnt but judge.
+    held_out: IntArray
 
     @property
     def heads(self) -> tuple[str, ...]:

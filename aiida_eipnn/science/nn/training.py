@@ -17,14 +17,13 @@ from torch import Tensor
 from aiida_eipnn.science.arrays import IntArray
 from aiida_eipnn.science.nn.network import Network
 from aiida_eipnn.science.settings import build
+from aiida_eipnn.science.verdict import SCORE
 
 # The learning rate ends at this part of its start.
 FINAL_RATE = 0.01
 # Where the head of DFT starts from.
 EIP_START, NEW_START = "eips", "new"
 HEAD_STARTS = (EIP_START, NEW_START)
-# What decides between weights, on labels that are held out.
-SCORE = "validation_score"
 # Part of the steps in which the learning rate rises from zero.
 WARM_UP = 0.02
 # Records of a training at most: a small set takes thousands of epochs.

@@ -1,0 +1,131 @@
+"""The injection benchmark on a small set of its own: every arm, and going on where it was."""
+
+import json
+import sys
+from pathlib import Path
+
+import ase.io
+import numpy as np
+import pytest
+from ase.build import bulk
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from aiida_eipnn.science.eip.analytic import LennardJones
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+# The last one is not there: an EIP without a single label must not stop anything.
+EIPS = [
+    "EAM_Dynamo_Ackland_2003_W__MO_141627196590_005",
+    "lennard-jones",
+    "EAM_NotInstalled_W__MO_000000000000_000",
+]
+FEW = {"steps": 10, "min_epochs": 1}
+
+
+def write_set(path: Path) -> None:
+    """Tungsten that obeys a pair potential, with a published split."""
+    rng = np.random.default_rng(0)
+    frames = []
+    for number in range(30):
+        atoms = bulk("W", a=3.17, cubic=True)
+        atoms.set_cell(atoms.cell * (1 + rng.uniform(-0.05, 0.05)), scale_atoms=True)
+        atoms.positions += rng.normal(0, 0.08, atoms.positions.shape)
+        label = LennardJones(epsilon=0.5, sigma=2.45).label(atoms)
+        atoms.calc = SinglePointCalculator(atoms, energy=label.energy, forces=label.forces)
+        atoms.info |= {"split": "test" if number % 3 == 0 else "train", "config_type": "hot"}
+        frames.append(atoms)
+    ase.io.write(path, frames, format="extxyz")
+
+
+@pytest.fixture
+def injection(kim, torch, tmp_path, monkeypatch):
+    """The runner, on the small set, with trainings of a few steps."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import injection
+    import injection_data
+    import injection_networks
+
+    from aiida_eipnn.science.nn.classification import Classification
+    from aiida_eipnn.science.nn.finetuning import Finetuning
+    from aiida_eipnn.science.nn.pretraining import Pretraining
+
+    write_set(tmp_path / "mvl_W.extxyz")
+    monkeypatch.setattr(injection_data, "DATA", tmp_path)
+    monkeypatch.setattr(injection_data, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(injection_data, "choose_eips", lambda element: EIPS)
+    monkeypatch.setattr(injection, "ERRORS", tmp_path / "errors")
+    for stage in (Pretraining, Classification, Finetuning):
+        monkeypatch.setattr(stage, "defaults", {**stage.defaults, **FEW})
+    monkeypatch.setattr(injection_networks, "SCRATCH_STEPS", (5, 10))
+    monkeypatch.setattr(injection_networks, "PSEUDO_STEPS", 10)
+    monkeypatch.setattr(injection_networks, "PAPER_PROBE_STEPS", 5)
+    few = [{**recipe, "count": 4} for recipe in injection_networks.RECIPES[:2]]
+    monkeypatch.setattr(injection_networks, "RECIPES", few)
+    # In this process: a worker would not know of the small set.
+    monkeypatch.setattr(
+        injection,
+        "run_all",
+        lambda tasks, n_workers: ((task, injection.run_task(task)) for task in tasks),
+    )
+    injection.load_dataset.cache_clear()
+    injection_networks._material.cache_clear()
+    yield injection
+    injection.load_dataset.cache_clear()
+    injection_networks._material.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("injection")]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def run(injection, tmp_path, monkeypatch, capsys):
+    """Run the benchmark; return its results and what it printed."""
+
+    def go(*options: str):
+        output = tmp_path / "results.json"
+        given = ["injection.py", "--datasets", "mvl_W", "--output", str(output), *options]
+        monkeypatch.setattr(sys, "argv", given)
+        assert injection.main() == 0
+        return json.loads(output.read_text()), capsys.readouterr().out
+
+    return go
+
+
+def test_every_arm_gives_a_row_with_errors(injection, run):
+    results, _ = run("--n", "6", "--seeds", "0")
+
+    rows = {row["arm"]: row for row in results["rows"]}
+    assert set(rows) == {*injection.ALONE, *injection.NETWORKS}
+    for row in rows.values():
+        assert row["energy_mae_mev"] > 0
+        assert row["force_mae_mev"] > 0
+        assert row["by_type"]["hot"]["n"] == 10
+    assert all(rows[arm]["steps"] > 0 for arm in injection.NETWORKS)
+    # Pre-training counts where its network is used.
+    assert rows["paper_2"]["steps"] > rows["paper_1"]["steps"]
+    for arm in ("ours_1", "ours_2", "ours_both", "worst_eip", "shuffled"):
+        notes = rows[arm]["notes"]
+        if not notes["eips_help"]:
+            assert rows[arm]["force_mae_mev"] == rows["scratch"]["force_mae_mev"]
+
+
+def test_a_run_goes_on_where_it_was_in_another_checkout_too(injection, run, tmp_path):
+    first, _ = run("--arms", "constant", "eip_shift", "--n", "6", "12", "--seeds", "0")
+    # The errors of single configurations stay behind in the other checkout.
+    for path in (tmp_path / "errors").rglob("*.npz"):
+        path.unlink()
+
+    second, printed = run("--arms", "constant", "eip_shift", "--n", "6", "20", "--seeds", "0")
+
+    assert "4 trainings, 2 of them done before" in printed
+    assert len(second["rows"]) == 6
+    assert [row for row in second["rows"] if row in first["rows"]] == first["rows"]
+
+
+def test_points_saved_are_those_of_the_errors_that_were_kept(run):
+    results, _ = run("--arms", "scratch", "eip_shift", "--n", "4", "8", "16", "--seeds", "0", "1")
+
+    (saved, *_) = [entry for entry in results["saved"] if entry["n_scratch"] == 16]
+    scratch = [row for row in results["rows"] if row["arm"] == "scratch" and row["n"] == 16]
+    mean = np.mean([row["force_mae_mev"] for row in scratch])
+    assert saved["target_force_mae_mev"] == pytest.approx(mean, rel=1e-3)
+    assert saved["n_seeds"] == 2
