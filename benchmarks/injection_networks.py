@@ -58,7 +58,6 @@ PSEUDO_STEPS = 3000
 PAPER_TOLERANCE = 0.1
 PAPER_TRANSFER = {"replay_weight": 0.0, "head_start": "new"}
 PAPER_WEIGHTS = (1e-3, 1e-2, 1e-1)
-PAPER_PROBE_STEPS = 1000
 
 
 # What the pool is enlarged by for pre-training: unlabelled configurations cost nothing. The same
@@ -245,7 +244,7 @@ def augmented(
     """Learn DFT labels and the energies of the chosen EIPs, weighted as validation says."""
     start = time.process_time()
     pseudo = classified(problem, seed)
-    part = training | {"steps": PAPER_PROBE_STEPS, "validation_fraction": VALIDATION}
+    part = training | {"validation_fraction": VALIDATION}
     inputs = replace(inputs, pseudo=pseudo)
     scores, teachers = [], None
     for weight in PAPER_WEIGHTS:

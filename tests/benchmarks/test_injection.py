@@ -58,7 +58,6 @@ def injection(kim, torch, tmp_path, monkeypatch):
         monkeypatch.setattr(stage, "defaults", {**stage.defaults, **FEW})
     monkeypatch.setattr(injection_networks, "SCRATCH_STEPS", (5, 10))
     monkeypatch.setattr(injection_networks, "PSEUDO_STEPS", 10)
-    monkeypatch.setattr(injection_networks, "PAPER_PROBE_STEPS", 5)
     few = [{**recipe, "count": 4} for recipe in injection_networks.RECIPES[:2]]
     monkeypatch.setattr(injection_networks, "RECIPES", few)
     # In this process: a worker would not know of the small set.
