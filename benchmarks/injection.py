@@ -117,12 +117,7 @@ def run_task(task: Task) -> dict[str, Any]:
         raise ValueError(f"{task.arm} predicts numbers that are not finite")
     errors = test_errors(truth, energy, forces)
     task.errors_file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(
-        task.errors_file,
-        energy=errors["energy"],
-        forces=errors["forces"],
-        weights=errors["weights"],
-    )
+    np.savez(task.errors_file, forces=errors["forces"], weights=errors["weights"])
     total = mean_errors(errors, np.ones(len(wanted), dtype=np.bool_))
     return {
         **{name: getattr(task, name) for name in ("dataset", "trunk", "arm", "n", "seed")},
@@ -315,10 +310,9 @@ def pack_errors(path: Path, tasks: Iterable[Task]) -> None:
     packed = {}
     for task in sorted(tasks):
         with np.load(task.errors_file) as kept:
-            for name, values in kept.items():
-                # The weights are those of the test set, whatever was trained.
-                key = task.dataset if name == "weights" else f"{task.key}/{name}"
-                packed[f"{name}:{key}"] = values.astype(np.float32)
+            packed[f"forces/{task.key}"] = kept["forces"].astype(np.float32)
+            # Those of the test set, whatever was trained.
+            packed[f"weights/{task.dataset}"] = kept["weights"].astype(np.float32)
     partial = path.with_name(f".{path.name}")
     with partial.open("wb") as stream:
         np.savez_compressed(stream, **packed)
@@ -331,13 +325,12 @@ def unpack_errors(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         return
     with np.load(path) as packed:
         for task in map(Task.of_row, rows):
-            keys = {name: f"{name}:{task.key}/{name}" for name in ("energy", "forces")}
-            if task.errors_file.exists() or not set(keys.values()) <= set(packed.files):
+            key = f"forces/{task.key}"
+            if task.errors_file.exists() or key not in packed.files:
                 continue
             task.errors_file.parent.mkdir(parents=True, exist_ok=True)
-            weights = packed[f"weights:{task.dataset}"]
-            errors = {name: packed[key] for name, key in keys.items()}
-            np.savez(task.errors_file, **errors, weights=weights)
+            weights = packed[f"weights/{task.dataset}"]
+            np.savez(task.errors_file, forces=packed[key], weights=weights)
 
 
 def list_saved(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
