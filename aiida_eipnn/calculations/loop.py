@@ -176,7 +176,9 @@ def acquire(
         settings = replace(settings, n_select=max(min(settings.n_select, left), 1))
     # The number of choices made makes each iteration draw anew from the one seed.
     rng = np.random.default_rng([seed.value, len(taken)])
-    chosen = acquisition.acquire(predicted, _candidates(predicted, taken), settings, rng)
+    chosen = acquisition.acquire(
+        predicted, _candidates(predicted, taken), settings, rng, _labelled(predicted, taken)
+    )
     return ChoiceData.from_value(
         Choice(ids=predicted.ids[chosen.rows], scores=chosen.scores),
         strategy=str(settings.strategy),
@@ -267,6 +269,13 @@ def assess(
 
 def _candidates(predicted: Predictions, taken: Mapping[str, ChoiceData]) -> IntArray:
     return np.flatnonzero(~np.isin(predicted.ids, _ids_of(taken)))
+
+
+def _labelled(predicted: Predictions, taken: Mapping[str, ChoiceData]) -> IntArray:
+    """Return the rows that are learnt from; those asked for in vain would fail again."""
+    kept_apart = {f"{TAKEN}{name}" for name in (TEST, REFUSED)}
+    asked = {key: node for key, node in taken.items() if key not in kept_apart}
+    return np.flatnonzero(np.isin(predicted.ids, _ids_of(asked)))
 
 
 def _ids_of(choices: Mapping[str, ChoiceData]) -> StrArray:

@@ -8,6 +8,11 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray, StrArray
+from aiida_eipnn.science.batch_selection import (
+    farthest_points,
+    largest_cluster_points,
+    most_informative_points,
+)
 from aiida_eipnn.science.predictions import Predictions
 from aiida_eipnn.science.settings import build
 
@@ -20,6 +25,17 @@ class Strategy(StrEnum):
     RANDOM = "random"
     UNCERTAINTY = "uncertainty"
     DIVERSE = "diverse"
+    FARTHEST = "farthest"
+    MAX_DET = "max_det"
+    LCMD = "lcmd"
+
+
+# Strategies that look at the features alone, and at those of what is labelled already.
+_BY_FEATURES = {
+    Strategy.FARTHEST: farthest_points,
+    Strategy.MAX_DET: most_informative_points,
+    Strategy.LCMD: largest_cluster_points,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +49,12 @@ class AcquisitionParameters:
     strategy
         ``random``: any candidate, the baseline. ``uncertainty``: the most uncertain ones.
         ``diverse``: those that differ most from one another among the uncertain ones.
+        ``farthest``, ``max_det``, ``lcmd``: those that differ from one another and from what is
+        labelled (:mod:`aiida_eipnn.science.batch_selection`), among those in the window.
     top_fraction
         Share of the candidates that ``diverse`` calls uncertain; never fewer than ``n_select``.
     min_uncertainty, max_uncertainty
-        Window for ``uncertainty`` and ``diverse``, in eV/Å. A configuration above it is more
+        Window for all strategies but ``random``, in eV/Å. A configuration above it is more
         likely unphysical than informative, and DFT may not converge there.
     allow_fewer
         Take all there are where there are fewer than ``n_select``; otherwise that is an error.
@@ -90,6 +108,7 @@ def acquire(
     candidates: IntArray,
     parameters: AcquisitionParameters,
     rng: np.random.Generator,
+    known: IntArray | None = None,
 ) -> Acquisition:
     """Choose the candidates to label.
 
@@ -103,6 +122,8 @@ def acquire(
         How many, and how.
     rng
         Used by ``random`` only.
+    known
+        Rows of ``predictions`` that are labelled already.
 
     Raises
     ------
@@ -122,7 +143,14 @@ def acquire(
     n = min(parameters.n_select, len(rows))
     if n == 0:
         return Acquisition(rows, uncertainty[rows])
-    chosen = rows[_choose(predictions.features[rows], uncertainty[rows], n, parameters, rng)]
+    if choose := _BY_FEATURES.get(parameters.strategy):
+        labelled = np.zeros(0, dtype=np.int64) if known is None else known
+        features = standardise(predictions.features[np.concatenate([rows, labelled])])
+        before = features[len(rows) :] if len(labelled) else None
+        chosen = rows[choose(features[: len(rows)], n, before)]
+    else:
+        features = predictions.features[rows]
+        chosen = rows[_choose(features, uncertainty[rows], n, parameters, rng)]
     return Acquisition(chosen, uncertainty[chosen])
 
 
@@ -135,35 +163,6 @@ def within_window(
     if parameters.max_uncertainty is not None:
         inside &= uncertainty[rows] <= parameters.max_uncertainty
     return rows[inside]
-
-
-def farthest_points(features: FloatArray, n: int, start: int) -> IntArray:
-    """Choose ``n`` rows, each as far as possible from those chosen before it.
-
-    Parameters
-    ----------
-    features
-        One point a row. Shape ``(n_points, n_features)``.
-    n
-        How many to choose.
-    start
-        The row to begin with.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer points than to choose.
-    """
-    if not 1 <= n <= len(features):
-        raise ValueError(f"cannot pick {n} of {len(features)} points")
-    chosen = [start]
-    distance = np.linalg.norm(features - features[start], axis=1)
-    for _ in range(n - 1):
-        # Where all points coincide with chosen ones, a chosen one must still not come again.
-        distance[chosen[-1]] = -1.0
-        chosen.append(int(distance.argmax()))
-        distance = np.minimum(distance, np.linalg.norm(features - features[chosen[-1]], axis=1))
-    return np.array(chosen, dtype=np.int64)
 
 
 def standardise(features: FloatArray) -> FloatArray:

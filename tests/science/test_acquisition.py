@@ -4,7 +4,6 @@ import pytest
 from aiida_eipnn.science.acquisition import (
     AcquisitionParameters,
     acquire,
-    farthest_points,
     shares,
     standardise,
     stratified_split,
@@ -117,19 +116,29 @@ def test_wrong_parameters_say_what_is_allowed(settings, words):
         AcquisitionParameters.from_dict(settings)
 
 
-def test_farthest_points_picks_the_extremes_first():
-    line = np.array([[0.0], [1.0], [2.0], [3.9], [9.0]])
+@pytest.mark.parametrize("strategy", ["farthest", "max_det", "lcmd"])
+def test_what_is_labelled_already_is_not_asked_for_again_in_another_guise(strategy):
+    # Two groups; one of the first is labelled, so the next comes from the second.
+    features = [[0.0, 1.0], [0.1, 1.0], [0.05, 1.0], [5.0, 1.2], [5.1, 0.9]]
+    found = acquire(
+        predictions(np.ones(5), features),
+        np.array([1, 2, 3, 4]),
+        AcquisitionParameters(n_select=1, strategy=strategy),
+        np.random.default_rng(0),
+        known=np.array([0]),
+    )
 
-    assert farthest_points(line, 3, start=0).tolist() == [0, 4, 3]
+    assert set(found.rows) <= {3, 4}
 
 
-def test_farthest_points_never_picks_one_twice():
-    assert sorted(farthest_points(np.zeros((4, 2)), 4, start=2).tolist()) == [0, 1, 2, 3]
+@pytest.mark.parametrize("strategy", ["farthest", "max_det", "lcmd"])
+def test_strategies_by_features_obey_the_window(strategy):
+    features = [[0.0], [1.0], [50.0], [2.0]]
+    chosen = pick(
+        [0.1, 0.2, 9.0, 0.3], features, n_select=3, strategy=strategy, max_uncertainty=1.0
+    )
 
-
-def test_farthest_points_of_too_few_are_refused():
-    with pytest.raises(ValueError, match="cannot pick 5 of 4 points"):
-        farthest_points(np.zeros((4, 2)), 5, start=0)
+    assert sorted(chosen.rows) == [0, 1, 3]
 
 
 def test_standardised_features_weigh_the_same_and_constant_ones_nothing():

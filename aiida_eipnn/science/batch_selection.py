@@ -1,0 +1,175 @@
+"""Batches of points that differ from one another and from what is known already.
+
+All methods are greedy and deterministic, of two points as good as each other the first is taken,
+and cost ``O(n k d)`` for ``k`` chosen or known points among ``n`` with ``d`` features.
+"""
+
+import numpy as np
+
+from aiida_eipnn.science.arrays import FloatArray, IntArray
+
+# Variance of the noise of a label, relative to the mean variance of the features.
+NOISE = 1e-3
+
+
+def farthest_points(
+    features: FloatArray, n: int, known: FloatArray | None = None, start: int = 0
+) -> IntArray:
+    """Choose ``n`` rows, each as far as possible from what is known or was chosen before.
+
+    Parameters
+    ----------
+    features
+        One point a row. Shape ``(n_points, n_features)``.
+    n
+        How many to choose.
+    known
+        Points that are labelled already. Shape ``(n_known, n_features)``.
+    start
+        The row to begin with where nothing is known.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer points than to choose.
+    """
+    check_number(features, n)
+    distance = _squared_to_nearest(features, known)
+    chosen: list[int] = []
+    for _ in range(n):
+        first = known is None and not chosen
+        chosen.append(start if first else int(distance.argmax()))
+        distance = np.minimum(distance, _squared(features, features[chosen[-1]]))
+        # Where all points coincide with chosen ones, a chosen one must still not come again.
+        distance[chosen] = -1.0
+    return np.array(chosen, dtype=np.int64)
+
+
+def most_informative_points(
+    features: FloatArray, n: int, known: FloatArray | None = None
+) -> IntArray:
+    r"""Choose ``n`` rows that together have the largest determinant of their kernel matrix.
+
+    Each is the one of which a linear model of the features, with all that is known and was chosen
+    before, is least certain (MaxDet) [1]_.
+
+    Parameters
+    ----------
+    features
+        One point a row. Shape ``(n_points, n_features)``.
+    n
+        How many to choose.
+    known
+        Points that are labelled already. Shape ``(n_known, n_features)``.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer points than to choose.
+
+    References
+    ----------
+    .. [1] Holzmüller et al., J. Mach. Learn. Res. 24, 164 (2023).
+    """
+    check_number(features, n)
+    noise = NOISE * max(float((features**2).sum(axis=1).mean()), 1e-300)
+    precision = noise * np.eye(features.shape[1])
+    if known is not None:
+        precision += known.T @ known
+    covariance = np.linalg.inv(precision)
+    variance = np.einsum("ij,jk,ik->i", features, covariance, features)
+    chosen: list[int] = []
+    for _ in range(n):
+        variance[chosen] = -1.0
+        chosen.append(int(variance.argmax()))
+        # What a label there would tell, by the formula of Sherman and Morrison.
+        learnt = covariance @ features[chosen[-1]]
+        size = 1.0 + float(features[chosen[-1]] @ learnt)
+        covariance -= np.outer(learnt, learnt) / size
+        variance -= (features @ learnt) ** 2 / size
+    return np.array(chosen, dtype=np.int64)
+
+
+def largest_cluster_points(
+    features: FloatArray, n: int, known: FloatArray | None = None, start: int = 0
+) -> IntArray:
+    """Choose ``n`` rows, each the farthest of the cluster whose distances add up to most (LCMD).
+
+    Every point belongs to the nearest of those that are known or chosen; the size of a cluster is
+    the sum of its squared distances [1]_. Where points are dense, several are taken; a lonely one
+    far off, which farthest points would begin with, has to wait.
+
+    Parameters
+    ----------
+    features
+        One point a row. Shape ``(n_points, n_features)``.
+    n
+        How many to choose.
+    known
+        Points that are labelled already. Shape ``(n_known, n_features)``.
+    start
+        The row to begin with where nothing is known.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer points than to choose.
+
+    References
+    ----------
+    .. [1] Holzmüller et al., J. Mach. Learn. Res. 24, 164 (2023).
+    """
+    check_number(features, n)
+    distance = _squared_to_nearest(features, known)
+    owner = _nearest(features, known)
+    n_centres = 0 if known is None else len(known)
+    chosen: list[int] = []
+    for _ in range(n):
+        first = n_centres == 0
+        row = start if first else _farthest_of_largest(distance, owner, n_centres)
+        chosen.append(row)
+        to_new = _squared(features, features[row])
+        closer = (to_new < distance) | first
+        owner[closer] = n_centres
+        distance = np.where(closer, to_new, distance)
+        # A chosen point is in no cluster, so that it cannot come again.
+        owner[row], distance[row] = -1, -1.0
+        n_centres += 1
+    return np.array(chosen, dtype=np.int64)
+
+
+def check_number(features: FloatArray, n: int) -> None:
+    """Raise ``ValueError`` where ``n`` of these points cannot be chosen."""
+    if not 1 <= n <= len(features):
+        raise ValueError(f"cannot pick {n} of {len(features)} points")
+
+
+def _farthest_of_largest(distance: FloatArray, owner: IntArray, n_centres: int) -> int:
+    free = owner >= 0
+    sizes = np.bincount(owner[free], weights=distance[free], minlength=n_centres)
+    members = np.bincount(owner[free], minlength=n_centres)
+    # Of clusters without extent, one that has members.
+    largest = int(np.where(members > 0, sizes, -1.0).argmax())
+    return int(np.where(owner == largest, distance, -1.0).argmax())
+
+
+def _squared(features: FloatArray, centre: FloatArray) -> FloatArray:
+    squared: FloatArray = ((features - centre) ** 2).sum(axis=1)
+    return squared
+
+
+def _squared_to_nearest(features: FloatArray, known: FloatArray | None) -> FloatArray:
+    distance = np.full(len(features), np.inf)
+    for centre in () if known is None else known:
+        distance = np.minimum(distance, _squared(features, centre))
+    return distance
+
+
+def _nearest(features: FloatArray, known: FloatArray | None) -> IntArray:
+    nearest = np.zeros(len(features), dtype=np.int64)
+    distance = np.full(len(features), np.inf)
+    for number, centre in enumerate(() if known is None else known):
+        to_centre = _squared(features, centre)
+        nearest[to_centre < distance] = number
+        distance = np.minimum(distance, to_centre)
+    return nearest
