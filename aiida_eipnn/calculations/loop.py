@@ -23,7 +23,11 @@ from aiida_eipnn.science.labels import Labels, join_labels
 from aiida_eipnn.science.metrics import errors, errors_by_type, prediction_errors
 from aiida_eipnn.science.predictions import Predictions
 from aiida_eipnn.science.reference import best_single, fit_alignment
-from aiida_eipnn.science.uncertainty import calibrate
+from aiida_eipnn.science.uncertainty import (
+    calibrate,
+    calibration_scale,
+    judge_uncertainties,
+)
 from aiida_eipnn.science.verdict import N_HELD_OUT, SCORE, Verdict
 
 TEST, INITIAL, REFUSED, KNOWN = "test", "initial", "refused", "known"
@@ -249,6 +253,7 @@ def assess(
         "by_config_type": _errors_by_type(pool.value(), test, predicted),
         "best_eip": _best_eip(pool.value(), training.labelled(), test, eip_labels.value()),
         "calibration": _calibration(test, predicted),
+        "panel": _panel(test, predicted),
     }
     for name in ("scratch", "finetuned"):
         if name in more:
@@ -325,3 +330,16 @@ def _calibration(test: Labels, predicted: Predictions) -> dict[str, float | int]
         return None
     found = calibrate(spread, error)
     return {name: getattr(found, name) for name in ("spearman", "scale", "coverage", "n")}
+
+
+def _panel(test: Labels, predicted: Predictions) -> dict[str, Any] | None:
+    """Judge the spread of force components, once its scale is right, by their errors."""
+    atoms = ragged_rows(predicted.offsets, rows_of(predicted.ids, test.ids))
+    error = (predicted.forces[atoms] - test.forces[0]).ravel()
+    # The spread is that of the vector; each of its three components has a part of it.
+    spread = np.repeat(predicted.forces_std[atoms] / np.sqrt(3), 3)
+    used = spread > 0
+    if not used.any():
+        return None
+    scale = calibration_scale(spread[used], error[used])
+    return asdict(judge_uncertainties(scale * spread[used], error[used]))

@@ -27,7 +27,7 @@ from aiida_eipnn.reports.points import (
 )
 from aiida_eipnn.science.convergence import StopCriteria
 from aiida_eipnn.science.metrics import Errors
-from aiida_eipnn.science.uncertainty import Calibration
+from aiida_eipnn.science.uncertainty import Calibration, Panel
 
 LOOP = "ActiveLearningWorkChain"
 TEST = "test"
@@ -99,6 +99,8 @@ class Iteration:
         Of the candidates, in eV/Å.
     calibration
         How the uncertainty compares with the errors on the test set.
+    panel
+        What else is known of it, once its scale is right.
     choices
         How often each EIP, or ``none``, was chosen in the pool.
     asked
@@ -121,6 +123,7 @@ class Iteration:
     max_uncertainty: float | None = None
     mean_uncertainty: float | None = None
     calibration: Calibration | None = None
+    panel: Panel | None = None
     choices: dict[str, int]
     asked: Asked | None = None
     seconds: float = 0.0
@@ -402,6 +405,7 @@ def _iteration(
         max_uncertainty=record.get("max_uncertainty"),
         mean_uncertainty=record.get("mean_uncertainty"),
         calibration=_calibration(calibration),
+        panel=_panel(record.get("panel")),
         choices=dict(selection.base.attributes.get("counts")) if selection else {},
         asked=_asked(outputs.get("choice"), pool),
         seconds=seconds,
@@ -412,6 +416,10 @@ def _calibration(record: Mapping[str, Any] | None) -> Calibration | None:
     if not record:
         return None
     return Calibration(**_numbers(record, Calibration.__slots__))
+
+
+def _panel(record: Mapping[str, Any] | None) -> Panel | None:
+    return Panel(**_numbers(record, Panel.__slots__)) if record else None
 
 
 def _numbers(record: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

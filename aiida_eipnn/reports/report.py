@@ -265,8 +265,15 @@ def trust_card(last: Iteration) -> Card | None:
     return Card(
         title="Does it know its errors?",
         value=f"{last.calibration.spearman:.2f}",
-        note="rank correlation of uncertainty and force error; 1 is perfect",
+        note="rank correlation of uncertainty and force error; 1 is perfect" + _interval(last),
     )
+
+
+def _interval(last: Iteration) -> str:
+    """Return how often an interval of nine in ten holds, once its scale is right."""
+    if last.panel is None:
+        return ""
+    return f"; {100 * last.panel.coverage['0.9']:.0f} % of the errors are within a 90 % interval"
 
 
 def league(

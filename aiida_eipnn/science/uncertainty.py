@@ -1,10 +1,16 @@
 """Is the committee unsure where it is wrong: rank correlation, scale, coverage."""
 
+import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 from aiida_eipnn.science.arrays import FloatArray
+
+# Probabilities whose intervals are looked at, and bins of the uncertainty.
+LEVELS = (0.68, 0.9, 0.95)
+N_BINS = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +33,102 @@ class Calibration:
     scale: float
     coverage: float
     n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    r"""What is known of uncertainties whose scale is calibrated.
+
+    Parameters
+    ----------
+    spearman
+        Rank correlation of uncertainty and absolute error.
+    nll
+        Mean negative logarithm of the likelihood of the errors, :math:`N(0, \sigma_i^2)`; with
+        errors in eV/Å.
+    miscalibration_area
+        Area between the share of errors that lie within the interval of each probability and that
+        probability: 0 is perfect, 0.5 the worst.
+    ence
+        Mean over ten bins of :math:`\sigma`, as many in each, of
+        :math:`|\sigma_b - e_b| / \sigma_b` with root mean squares [1]_.
+    coverage
+        Share of errors within the interval of each probability, as ``"0.68"``.
+    rejection
+        How far the error falls when the most uncertain are left out, from 0 as by chance to 1 as
+        if the errors were known; negative where it rises.
+    n
+        Number of pairs.
+
+    References
+    ----------
+    .. [1] Levi et al., Sensors 22, 5540 (2022).
+    """
+
+    spearman: float
+    nll: float
+    miscalibration_area: float
+    ence: float
+    coverage: dict[str, float]
+    rejection: float
+    n: int
+
+
+def judge_uncertainties(sigma: FloatArray, error: FloatArray) -> Panel:
+    """Compare calibrated uncertainties with the errors that were made, both of shape ``(n,)``.
+
+    Raises
+    ------
+    ValueError
+        If an uncertainty is not above zero.
+    """
+    _check_pairs(sigma, error)
+    if not (sigma > 0).all():
+        raise ValueError(f"{int((sigma <= 0).sum())} of {len(sigma)} uncertainties are not above 0")
+    error = np.abs(error)
+    z = error / sigma
+    return Panel(
+        spearman=spearman(sigma, error),
+        nll=float(np.mean(0.5 * np.log(2 * np.pi * sigma**2) + 0.5 * z**2)),
+        miscalibration_area=_miscalibration_area(z),
+        ence=_calibration_error(sigma, error),
+        coverage={str(level): float(np.mean(z <= normal_quantile(level))) for level in LEVELS},
+        rejection=_rejection(sigma, error),
+        n=len(sigma),
+    )
+
+
+def conformal_factor(uncertainty: FloatArray, error: FloatArray, level: float) -> float:
+    r"""Return the factor on uncertainties that covers new errors with at least this probability.
+
+    The :math:`\lceil (n + 1) p \rceil`-th smallest :math:`|e_i| / u_i` of ``n`` pairs that were not
+    learnt [1]_; infinite where they are too few. It holds for pairs like these, in any order.
+
+    Parameters
+    ----------
+    uncertainty, error
+        Shape ``(n,)``; uncertainties above zero.
+    level
+        Probability, between 0 and 1.
+
+    References
+    ----------
+    .. [1] Hu et al., Mach. Learn.: Sci. Technol. 3, 045028 (2022).
+    """
+    _check_pairs(uncertainty, error)
+    if not 0 < level < 1:
+        raise ValueError(f"the level must be between 0 and 1, not {level}")
+    if not (uncertainty > 0).all():
+        raise ValueError("uncertainties must be above 0; a committee of equal members has none")
+    place = math.ceil((len(error) + 1) * level)
+    if place > len(error):
+        return math.inf
+    return float(np.sort(np.abs(error) / uncertainty)[place - 1])
+
+
+def normal_quantile(level: float) -> float:
+    """Return the number of standard deviations within which normal errors lie so often."""
+    return NormalDist().inv_cdf((1 + level) / 2)
 
 
 def calibrate(uncertainty: FloatArray, error: FloatArray) -> Calibration:
@@ -82,6 +184,34 @@ def ranks(values: FloatArray) -> FloatArray:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts + 1) / 2)[inverse]
+
+
+def _miscalibration_area(z: FloatArray) -> float:
+    levels = np.linspace(0, 1, 101)[1:-1]
+    limits = np.array([normal_quantile(float(level)) for level in levels])
+    found = np.searchsorted(np.sort(z), limits, side="right") / len(z)
+    return float(np.mean(np.abs(found - levels)))
+
+
+def _calibration_error(sigma: FloatArray, error: FloatArray) -> float:
+    order = np.argsort(sigma, kind="stable")
+    bins = np.array_split(order, min(N_BINS, len(order)))
+    expected = np.array([np.sqrt(np.mean(sigma[rows] ** 2)) for rows in bins])
+    made = np.array([np.sqrt(np.mean(error[rows] ** 2)) for rows in bins])
+    return float(np.mean(np.abs(expected - made) / expected))
+
+
+def _rejection(sigma: FloatArray, error: FloatArray) -> float:
+    by_sigma = _mean_of_kept(error[np.argsort(sigma, kind="stable")])
+    by_error = _mean_of_kept(np.sort(error))
+    possible = error.mean() - by_error.mean()
+    return float((error.mean() - by_sigma.mean()) / possible) if possible > 0 else 0.0
+
+
+def _mean_of_kept(ordered: FloatArray) -> FloatArray:
+    """Return the mean error when only the first 1, 2, ... are kept."""
+    kept: FloatArray = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
+    return kept
 
 
 def _check_pairs(first: FloatArray, second: FloatArray) -> None:
