@@ -13,6 +13,7 @@ from aiida_eipnn.science.batch_selection import (
     largest_cluster_points,
     most_informative_points,
 )
+from aiida_eipnn.science.feature_uncertainty import last_layer_uncertainty, mahalanobis_distance
 from aiida_eipnn.science.predictions import Predictions
 from aiida_eipnn.science.settings import build
 
@@ -38,6 +39,20 @@ _BY_FEATURES = {
 }
 
 
+class Measure(StrEnum):
+    """By what candidates are ranked."""
+
+    COMMITTEE = "committee"
+    LAST_LAYER = "last_layer"
+    DENSITY = "density"
+
+
+_BY_KNOWN = {
+    Measure.LAST_LAYER: last_layer_uncertainty,
+    Measure.DENSITY: mahalanobis_distance,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AcquisitionParameters:
     """How many candidates to choose, and how.
@@ -51,6 +66,11 @@ class AcquisitionParameters:
         ``diverse``: those that differ most from one another among the uncertain ones.
         ``farthest``, ``max_det``, ``lcmd``: those that differ from one another and from what is
         labelled (:mod:`aiida_eipnn.science.batch_selection`), among those in the window.
+    measure
+        What ``uncertainty`` and ``diverse`` call uncertain: ``committee``, the spread of the
+        members' forces; ``last_layer`` and ``density``, how strange the features are to what is
+        labelled (:mod:`aiida_eipnn.science.feature_uncertainty`). The window is always one of the
+        committee.
     top_fraction
         Share of the candidates that ``diverse`` calls uncertain; never fewer than ``n_select``.
     min_uncertainty, max_uncertainty
@@ -67,6 +87,7 @@ class AcquisitionParameters:
 
     n_select: int
     strategy: Strategy = Strategy.DIVERSE
+    measure: Measure = Measure.COMMITTEE
     top_fraction: float = 0.5
     min_uncertainty: float = 0.0
     max_uncertainty: float | None = None
@@ -76,6 +97,10 @@ class AcquisitionParameters:
         if self.strategy not in list(Strategy):
             raise ValueError(
                 f"no acquisition strategy {self.strategy!r}, only {[str(s) for s in Strategy]}"
+            )
+        if self.measure not in list(Measure):
+            raise ValueError(
+                f"no measure of uncertainty {self.measure!r}, only {[str(m) for m in Measure]}"
             )
         if self.n_select < 1:
             raise ValueError(f"n_select is {self.n_select}; choose at least one candidate")
@@ -143,14 +168,16 @@ def acquire(
     n = min(parameters.n_select, len(rows))
     if n == 0:
         return Acquisition(rows, uncertainty[rows])
+    labelled = np.zeros(0, dtype=np.int64) if known is None else known
+    features = standardise(predictions.features[np.concatenate([rows, labelled])])
+    features, before = features[: len(rows)], features[len(rows) :]
     if choose := _BY_FEATURES.get(parameters.strategy):
-        labelled = np.zeros(0, dtype=np.int64) if known is None else known
-        features = standardise(predictions.features[np.concatenate([rows, labelled])])
-        before = features[len(rows) :] if len(labelled) else None
-        chosen = rows[choose(features[: len(rows)], n, before)]
+        chosen = rows[choose(features, n, before if len(before) else None)]
     else:
+        measure = _BY_KNOWN.get(parameters.measure)
+        ranked = measure(features, before) if measure else uncertainty[rows]
         features = predictions.features[rows]
-        chosen = rows[_choose(features, uncertainty[rows], n, parameters, rng)]
+        chosen = rows[_choose(features, ranked, n, parameters, rng)]
     return Acquisition(chosen, uncertainty[chosen])
 
 

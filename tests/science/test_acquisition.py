@@ -131,6 +131,30 @@ def test_what_is_labelled_already_is_not_asked_for_again_in_another_guise(strate
     assert set(found.rows) <= {3, 4}
 
 
+@pytest.mark.parametrize("measure", ["last_layer", "density"])
+def test_what_is_strange_to_the_labelled_ones_is_picked_whatever_the_committee_says(measure):
+    rng = np.random.default_rng(0)
+    features = np.concatenate([rng.normal(size=(30, 3)), [[9.0, 0.0, 0.0], [0.1, 0.1, 0.1]]])
+    uncertainty = np.r_[np.ones(30), 0.1, 5.0]
+    found = acquire(
+        predictions(uncertainty, features),
+        np.array([30, 31]),
+        AcquisitionParameters(n_select=1, strategy="uncertainty", measure=measure),
+        np.random.default_rng(0),
+        known=np.arange(30),
+    )
+
+    assert found.rows.tolist() == [30]
+    assert found.scores.tolist() == [0.1]
+
+
+def test_a_measure_by_labels_needs_labels():
+    with pytest.raises(ValueError, match="nothing is labelled yet"):
+        pick([0.1, 0.2], n_select=1, strategy="uncertainty", measure="density")
+    with pytest.raises(ValueError, match="no measure of uncertainty 'guess'"):
+        AcquisitionParameters(n_select=1, measure="guess")
+
+
 @pytest.mark.parametrize("strategy", ["farthest", "max_det", "lcmd"])
 def test_strategies_by_features_obey_the_window(strategy):
     features = [[0.0], [1.0], [50.0], [2.0]]
