@@ -2,6 +2,7 @@
 
 verdi run workflows/active_learning.py --protocol demo
 verdi run workflows/active_learning.py --protocol fast --pool pool.xyz --eip ID --eip ID
+verdi run workflows/active_learning.py --protocol fast --stored labelled.xyz  # without pw.x
 verdi run -- workflows/active_learning.py --help
 """
 
@@ -23,6 +24,9 @@ launch.add_protocol(options)
 options.add_argument("--structure", type=Path, help="seed structure (any format of ASE)")
 options.add_argument("--pool", type=Path, help="extended XYZ file with a pool of your own")
 options.add_argument("--known", type=Path, help="extended XYZ file with DFT labels you have")
+options.add_argument(
+    "--stored", type=Path, help="extended XYZ file with DFT labels to look up: pw.x is not run"
+)
 options.add_argument("--eip", action="append", default=[], help="name of an EIP; repeat for each")
 options.add_argument("--report", type=Path, help="write the report here when it is done")
 options.add_argument(
@@ -33,17 +37,22 @@ given = options.parse_args()
 if given.structure:
     structures = [StructureData(ase=launch.checked(read, given.structure))]
 else:
-    structures = launch.silicon() if not given.pool else []
+    structures = launch.silicon() if not (given.pool or given.stored) else []
+stored = launch.labelled_of(given.stored) if given.stored else (None, None)
 known = launch.labelled_of(given.known) if given.known else (None, None)
 builder = launch.checked(
     lambda: ActiveLearningWorkChain.get_builder_from_protocol(
-        Codes(pw=launch.code_of(given.pw_code), job=launch.code_of(given.job_code)),
+        Codes(
+            job=launch.code_of(given.job_code),
+            pw=None if given.stored else launch.code_of(given.pw_code),
+        ),
         Start(
             structures=structures,
-            pool=launch.configurations_of(given.pool) if given.pool else None,
+            pool=launch.configurations_of(given.pool) if given.pool else stored[0],
             eips=given.eip,
             known_configurations=known[0],
             known_labels=known[1],
+            stored_labels=stored[1],
         ),
         protocol=given.protocol,
         overrides=launch.overrides_of(given.overrides),

@@ -33,6 +33,8 @@ from aiida_eipnn.science.labels import DFT, Labels, join_labels
 MAX_NODES = 50
 
 # pw.x converges for atoms on top of one another too; such a label is no physics to learn from.
+# Why a configuration has no label where labels are looked up only.
+NOT_STORED = "no stored DFT label is of this configuration"
 MAX_FORCE = 200.0
 
 # A link label may not start with a digit, as ids may.
@@ -264,6 +266,34 @@ def failure_of(retrieved: FolderData) -> str:
 
 
 @calcfunction
+def look_up(
+    configurations: ConfigurationsData, choice: ChoiceData, stored: LabelsData, **level: Dict
+) -> dict[str, Any]:
+    """Take the labels that are there already, and say what is left to label.
+
+    With a ``level``, that of the runs to come, the output ``rest`` holds what has no stored label,
+    if anything does; without one nothing will run, and what has none is a row with that reason.
+
+    Raises
+    ------
+    ValueError
+        If the stored labels are of another level of theory.
+    """
+    labels = stored.value().labelled()
+    here = np.isin(choice.ids(), labels.ids)
+    found = labels.take(labels.rows_of(choice.ids()[here]))
+    if level:
+        compare_levels([stored.level, level["level"].get_dict()])
+        left = Choice(ids=choice.ids()[~here], scores=choice.value().scores[~here])
+        rest = {"rest": ChoiceData.from_value(left, strategy="rest")} if len(left.ids) else {}
+        return {"labels": LabelsData.from_value(found, level=stored.level), **rest}
+    sets = configurations.value()
+    missing = sets.take(sets.rows_of(choice.ids()[~here]))
+    rows = join_labels([found, Labels.missing(missing, found.sources.tolist(), NOT_STORED)])
+    return {"labels": LabelsData.from_value(rows, level=stored.level)}
+
+
+@calcfunction
 def merge_labels(**parts: LabelsData) -> LabelsData:
     """Put labels of one level of theory one after the other.
 
@@ -282,7 +312,12 @@ def same_level(nodes: list[LabelsData]) -> dict[str, Any]:
 
     Labels that declare no level, as those read from a file, are taken at their user's word.
     """
-    levels = [node.level for node in nodes if node.level]
+    return compare_levels([node.level for node in nodes])
+
+
+def compare_levels(given: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the one level of theory that is declared; ``ValueError`` says where they differ."""
+    levels = [dict(level) for level in given if level]
     for level in levels[1:]:
         differing = {
             key: (levels[0].get(key), level.get(key))

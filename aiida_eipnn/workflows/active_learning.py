@@ -25,7 +25,13 @@ from aiida_eipnn.science.convergence import StopCriteria
 from aiida_eipnn.science.eip.label_model import LabelModelParameters
 from aiida_eipnn.science.verdict import SCORE
 from aiida_eipnn.workflows.builder import PROTOCOLS, Codes, Start, fill_builder
-from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, validate_occupations, validate_pw
+from aiida_eipnn.workflows.label_dft import (
+    DftLabelWorkChain,
+    runs_pw,
+    validate_labeller,
+    validate_occupations,
+    validate_pw,
+)
 from aiida_eipnn.workflows.restart import LabelBaseWorkChain, TrainBaseWorkChain
 
 # The twin is fine-tuned like the committee, but from scratch.
@@ -625,6 +631,10 @@ def _validate_inputs(inputs: Any, _: Any) -> str | None:
         return message
     if inputs["split"].get_dict().get(INITIAL, 0) == 0 and "labels" not in inputs.get("known", {}):
         return f"nothing to learn from: set split.{INITIAL} above 0, or give `known` labels"
+    if message := validate_labeller(inputs["dft"]):
+        return message
+    if not runs_pw(inputs["dft"]):
+        return None
     if "pool" in inputs:
         return validate_pw(inputs["dft"]["pw_base"], inputs["pool"])
     return validate_occupations(inputs["dft"]["pw_base"])

@@ -34,14 +34,14 @@ class Codes:
 
     Parameters
     ----------
-    pw
-        Runs pw.x.
     job
         Runs ``eipnn-job``.
+    pw
+        Runs pw.x; not needed where all DFT labels are stored.
     """
 
-    pw: AbstractCode
     job: AbstractCode
+    pw: AbstractCode | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +58,8 @@ class Start:
         Names of the EIPs; the protocol's list for the element where it is empty.
     known_configurations, known_labels
         Configurations with DFT labels that are there already.
+    stored_labels
+        DFT labels of configurations of the pool: they are looked up when they are asked for.
     """
 
     structures: Sequence[StructureData] = ()
@@ -65,6 +67,7 @@ class Start:
     eips: Sequence[str] = ()
     known_configurations: ConfigurationsData | None = None
     known_labels: LabelsData | None = None
+    stored_labels: LabelsData | None = None
 
     def __post_init__(self) -> None:
         if not self.structures and self.pool is None:
@@ -98,7 +101,7 @@ def fill_builder(
             "labels": start.known_labels,
         }
     builder.label.job = label_inputs(inputs, codes.job, start.elements, start.eips, options)
-    builder.dft = dft_inputs(inputs["dft"], codes.pw, start.elements, options)
+    builder.dft = labeller_inputs(inputs["dft"], codes.pw, start, options)
     builder.train.job = train_inputs(inputs, codes.job, options)
     builder.evaluate = {"parameters": Dict(inputs["evaluate"]), **_job(codes.job, options)}
     for name in (*TRAININGS, "split", "label_model", "gate", "acquisition", "stop"):
@@ -107,6 +110,28 @@ def fill_builder(
     builder.train_scratch = inputs["train_scratch"]
     builder.use_pseudo_labels = inputs["use_pseudo_labels"]
     return builder
+
+
+def labeller_inputs(
+    inputs: Mapping[str, Any],
+    code: AbstractCode | None,
+    start: Start,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the inputs of DftLabelWorkChain that runs pw.x, looks labels up, or both.
+
+    Raises
+    ------
+    ValueError
+        If there is neither a code nor a stored label.
+    """
+    if start.stored_labels is None and code is None:
+        raise ValueError("nothing to label with: give a code for pw.x, or stored DFT labels")
+    stored = {} if start.stored_labels is None else {"stored": start.stored_labels}
+    if code is None:
+        fraction = Float(inputs["min_success_fraction"])
+        return {"n_lanes": Int(inputs["n_lanes"]), "min_success_fraction": fraction, **stored}
+    return {**dft_inputs(inputs, code, start.elements, options), **stored}
 
 
 def dft_inputs(

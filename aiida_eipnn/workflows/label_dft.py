@@ -40,6 +40,7 @@ from aiida_eipnn.calculations.dft import (
     deal_lanes,
     gather_dft_labels,
     level_of_theory,
+    look_up,
     merge_labels,
     mesh_name,
     mesh_of,
@@ -213,11 +214,26 @@ class DftLabelWorkChain(ProtocolMixin, WorkChain):
             validator=_validate_fraction,
             help="Fewer labels than this fraction of the choice are an error.",
         )
+        spec.input(
+            "stored",
+            valid_type=LabelsData,
+            required=False,
+            help="DFT labels that are there already and not made again; without `pw_base` nothing "
+            "runs, and what they do not have is a row without a label.",
+        )
+        for name in ("pw_base", "scaling"):
+            spec.inputs[name].required = False
+        spec.inputs["pw_base"].populate_defaults = False
         spec.inputs.validator = _validate_inputs
         spec.outline(
             cls.setup,
             while_(cls.should_run_lanes)(cls.run_lanes, cls.inspect_lanes),
             cls.results,
+        )
+        spec.exit_code(
+            409,
+            "ERROR_STORED_LABELS",
+            message="The stored labels cannot be used: {message}",
         )
         spec.exit_code(
             410,
@@ -255,17 +271,37 @@ class DftLabelWorkChain(ProtocolMixin, WorkChain):
             builder[name] = value
         return builder
 
-    def setup(self) -> None:
-        """Fingerprint the level of theory and deal the configurations to lanes."""
-        pw_base = self.inputs.pw_base
-        self.ctx.level = level_of_theory(
-            pw_base.pw.parameters, *kpoints_rule(pw_base), **pw_base.pw.pseudos
-        )
-        self.ctx.lanes = deal_lanes(
-            self.inputs.configurations, self.inputs.choice, self.inputs.n_lanes
-        )
+    def setup(self) -> ExitCode | None:
+        """Look up what is stored, and deal the other configurations to lanes."""
+        self.ctx.parts, self.ctx.children, self.ctx.waiting = [], [], []
+        rest, broken = self._look_up()
+        if broken or rest is None:
+            return broken
+        self.ctx.lanes = deal_lanes(self.inputs.configurations, rest, self.inputs.n_lanes)
         self.ctx.waiting = sorted(self.ctx.lanes)
-        self.ctx.children = []
+        return None
+
+    def _look_up(self) -> tuple[ChoiceData | None, ExitCode | None]:
+        """Return what pw.x has to label, or why that cannot be said."""
+        level = {}
+        if "pw_base" in self.inputs:
+            pw_base = self.inputs.pw_base
+            self.ctx.level = level_of_theory(
+                pw_base.pw.parameters, *kpoints_rule(pw_base), **pw_base.pw.pseudos
+            )
+            level = {"level": self.ctx.level}
+        if "stored" not in self.inputs:
+            return self.inputs.choice, None
+        try:
+            found = look_up(
+                self.inputs.configurations, self.inputs.choice, self.inputs.stored, **level
+            )
+        except ValueError as error:
+            return None, self.exit_codes.ERROR_STORED_LABELS.format(message=str(error))
+        self.ctx.parts = [found["labels"]]
+        n_found = found["labels"].base.attributes.get("n_labels")
+        self.report(f"DFT labels: {n_found} of {len(self.inputs.choice)} are stored")
+        return found.get("rest"), None
 
     def should_run_lanes(self) -> bool:
         """Go on until each lane has run."""
@@ -296,7 +332,8 @@ class DftLabelWorkChain(ProtocolMixin, WorkChain):
     def results(self) -> ExitCode | None:
         """Merge the labels of the lanes and judge whether they are enough."""
         n_chosen = len(self.inputs.choice)
-        labels = merge_all([self._labels_of_lane(child) for child in self.ctx.children])
+        made = [self._labels_of_lane(child) for child in self.ctx.children]
+        labels = merge_all([*self.ctx.parts, *made])
         self.out("labels", labels)
         n_labels = labels.base.attributes.get("n_labels")
         if n_labels == 0:
@@ -349,9 +386,23 @@ def _validate_scaling(value: Dict | None, _: Any) -> str | None:
 
 def _validate_inputs(inputs: Any, _: Any) -> str | None:
     """Refuse what pw.x would refuse, once, before anything runs."""
-    if "configurations" not in inputs or "pw_base" not in inputs:
+    if "configurations" not in inputs:
         return None
-    return validate_pw(inputs["pw_base"], inputs["configurations"])
+    if message := validate_labeller(inputs):
+        return message
+    return validate_pw(inputs["pw_base"], inputs["configurations"]) if runs_pw(inputs) else None
+
+
+def runs_pw(inputs: Any) -> bool:
+    """Return whether pw.x is set up to run."""
+    return bool(inputs.get("pw_base"))
+
+
+def validate_labeller(inputs: Any) -> str | None:
+    """Return what is missing to label with, if anything is."""
+    if runs_pw(inputs):
+        return None if "scaling" in inputs else "`pw_base` needs `scaling` beside it"
+    return None if "stored" in inputs else "give `pw_base` to run pw.x, or `stored` labels, or both"
 
 
 def validate_pw(pw_base: Any, configurations: ConfigurationsData) -> str | None:

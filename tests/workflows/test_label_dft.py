@@ -199,3 +199,76 @@ def test_labels_of_different_levels_are_not_mixed():
     high = LabelsData.from_value(labels, level={"ecutwfc": 60.0})
     with pytest.raises(ValueError, match=r"different levels of theory.*ecutwfc"):
         same_level([low, high])
+
+
+def runs_of(node):
+    return [child for child in node.called_descendants if isinstance(child, CalcJobNode)]
+
+
+def test_stored_labels_are_not_made_again_and_the_rest_is_run(dft_inputs, rattled_silicon):
+    configurations = rattled_silicon(3, seed=11)
+    first, _ = run_get_node(DftLabelWorkChain, **dft_inputs(configurations.take([0, 2])))
+    outputs, node = run_get_node(
+        DftLabelWorkChain, **dft_inputs(configurations), stored=first["labels"]
+    )
+    assert node.is_finished_ok, node.exit_message
+    assert len(runs_of(node)) == 1
+    labels, before = outputs["labels"].value(), first["labels"].value()
+    assert labels.ok.all()
+    assert set(labels.ids) == set(configurations.ids)
+    for name in before.ids:
+        old, new = before.rows_of([name])[0], labels.rows_of([name])[0]
+        assert labels.energy[new] == before.energy[old]
+        # Still traced to the run that made it.
+        assert labels.origins[new] == before.origins[old]
+
+
+def test_stored_labels_of_another_level_are_refused_before_anything_runs(
+    dft_inputs, rattled_silicon
+):
+    configurations = rattled_silicon(2, seed=12)
+    level = {"ecutwfc": 99.0}
+    stored = LabelsData.from_value(labels_of_zero(configurations), level=level)
+    _, node = run_get_node(DftLabelWorkChain, **dft_inputs(configurations), stored=stored)
+    assert node.exit_status == 409
+    assert "ecutwfc" in node.exit_message
+    assert not runs_of(node)
+
+
+def labels_of_zero(configurations):
+    empty = Labels.missing(configurations, ["dft"])
+    return Labels.from_arrays(
+        {
+            **empty.arrays(),
+            "energy": np.zeros((len(configurations), 1)),
+            "forces": np.zeros_like(empty.forces),
+            "status": np.zeros_like(empty.status),
+        }
+    )
+
+
+def test_without_pw_labels_are_looked_up_and_what_has_none_says_so(rattled_silicon):
+    configurations = rattled_silicon(4, seed=13)
+    inputs = {
+        "configurations": ConfigurationsData.from_value(configurations),
+        "choice": ChoiceData.from_value(Choice.from_ids(configurations.ids), strategy="given"),
+    }
+    stored = LabelsData.from_value(labels_of_zero(configurations.take([0, 1, 3])))
+    outputs, node = run_get_node(DftLabelWorkChain, **inputs, stored=stored)
+    assert node.is_finished_ok, node.exit_message
+    assert not runs_of(node)
+    labels = outputs["labels"].value()
+    assert labels.ok.sum() == 3
+    (failure,) = labels.failures()
+    assert failure.id == str(configurations.ids[2])
+    assert failure.reason == "no stored DFT label is of this configuration"
+
+
+def test_nothing_to_label_with_is_refused_at_once(rattled_silicon):
+    configurations = rattled_silicon(1)
+    with pytest.raises(ValueError, match=r"give `pw_base` to run pw\.x, or `stored` labels"):
+        run_get_node(
+            DftLabelWorkChain,
+            configurations=ConfigurationsData.from_value(configurations),
+            choice=ChoiceData.from_value(Choice.from_ids(configurations.ids), strategy="given"),
+        )
