@@ -2,8 +2,10 @@
 
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from aiida.manage.caching import enable_caching
@@ -13,6 +15,7 @@ from aiida_eipnn.cli import launch
 from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.science.eip.engine import label_with_eips
 from aiida_eipnn.science.io import write_labelled
 
 SCRIPTS = Path(__file__).parents[2] / "workflows"
@@ -125,6 +128,22 @@ def test_the_whole_loop_and_its_report(kim, torch, job_code, pw_code, files, run
         assert (files / "third.html").stat().st_size > 10_000
         builder.seed = Int(builder.seed.value + 1)
         assert launch.finished_before(builder) is None
+
+
+def test_a_loop_on_the_labels_of_a_file_needs_no_pw(
+    kim, torch, job_code, files, run, rattled_silicon
+):
+    pool = rattled_silicon(10)
+    stored = replace(label_with_eips(pool, [SW]), sources=np.array(["dft"]))
+    write_labelled(files / "labelled.xyz", pool, [stored])
+    printed = run(
+        "active_learning.py",
+        *("--stored", files / "labelled.xyz", "--eip", SW, "--eip", EDIP),
+        *("--overrides", files / "overrides.yaml", "--report", files / "report.html"),
+        *("--job-code", job_code.full_label),
+    )
+    assert "finished" in printed
+    assert (files / "report.html").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
