@@ -27,6 +27,7 @@ from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.science.arrays import FloatArray
 from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.dft_cost import estimate_cost
 from aiida_eipnn.science.labels import DFT, Labels, join_labels
 
 # Gathering costs O(N^2) in the number of input nodes, so a process takes no more than these.
@@ -146,22 +147,13 @@ def deal_lanes(
     """
     ids = choice.ids()
     chosen = configurations.value().take(configurations.value().rows_of(ids))
-    lanes = deal(estimated_cost(chosen), n_lanes.value, MAX_NODES)
+    lanes = deal(estimate_cost(chosen), n_lanes.value, MAX_NODES)
     return {
         f"lane_{number:03d}": ChoiceData.from_value(
             Choice(ids=ids[rows], scores=choice.value().scores[rows]), strategy="lane"
         )
         for number, rows in enumerate(lanes)
     }
-
-
-def estimated_cost(configurations: Configurations) -> FloatArray:
-    """Return the relative DFT cost of each configuration.
-
-    Plane waves grow with the volume, bands with the atoms, and k-points with one over the volume.
-    """
-    volumes = np.abs(np.linalg.det(configurations.cells))
-    return configurations.n_atoms.astype(float) ** 2 * np.maximum(volumes / volumes.mean(), 1e-3)
 
 
 def deal(cost: FloatArray, n_lanes: int, most: int) -> list[list[int]]:

@@ -18,6 +18,7 @@ from aiida_eipnn.science import acquisition
 from aiida_eipnn.science.arrays import IntArray, StrArray
 from aiida_eipnn.science.configurations import Configurations, ragged_rows, rows_of
 from aiida_eipnn.science.convergence import IterationRecord, StopCriteria, stop_reason
+from aiida_eipnn.science.dft_cost import estimate_cost
 from aiida_eipnn.science.gate import PROBLEMS, GateReport, keep_valid, refuse_labels
 from aiida_eipnn.science.labels import Labels, join_labels
 from aiida_eipnn.science.metrics import errors, errors_by_type, prediction_errors
@@ -160,7 +161,12 @@ def _gate_facts(report: GateReport) -> dict[str, Any]:
 
 @calcfunction
 def acquire(
-    predictions: PredictionsData, parameters: Dict, stop: Dict, seed: Int, **taken: ChoiceData
+    pool: ConfigurationsData,
+    predictions: PredictionsData,
+    parameters: Dict,
+    stop: Dict,
+    seed: Int,
+    **taken: ChoiceData,
 ) -> ChoiceData:
     """Choose the next configurations to label; see :func:`aiida_eipnn.science.acquisition.acquire`.
 
@@ -180,8 +186,14 @@ def acquire(
         settings = replace(settings, n_select=max(min(settings.n_select, left), 1))
     # The number of choices made makes each iteration draw anew from the one seed.
     rng = np.random.default_rng([seed.value, len(taken)])
+    configurations = pool.value()
+    # In the order of the predictions.
+    rows = configurations.rows_of(predicted.ids)
+    facts = acquisition.PoolFacts(
+        cost=estimate_cost(configurations)[rows], config_types=configurations.config_types[rows]
+    )
     chosen = acquisition.acquire(
-        predicted, _candidates(predicted, taken), settings, rng, _labelled(predicted, taken)
+        predicted, _candidates(predicted, taken), settings, rng, _labelled(predicted, taken), facts
     )
     return ChoiceData.from_value(
         Choice(ids=predicted.ids[chosen.rows], scores=chosen.scores),

@@ -1,5 +1,6 @@
 """Which candidates to label with DFT: acquisition, and the stratified split that comes first."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -76,6 +77,11 @@ class AcquisitionParameters:
     min_uncertainty, max_uncertainty
         Window for all strategies but ``random``, in eV/Å. A configuration above it is more
         likely unphysical than informative, and DFT may not converge there.
+    cost_exponent
+        Power of the DFT cost by which what a candidate brings is divided: 0 counts points, 1 what
+        they cost.
+    stratified
+        Whether each type of configuration gets points in proportion to its candidates.
     allow_fewer
         Take all there are where there are fewer than ``n_select``; otherwise that is an error.
 
@@ -91,6 +97,8 @@ class AcquisitionParameters:
     top_fraction: float = 0.5
     min_uncertainty: float = 0.0
     max_uncertainty: float | None = None
+    cost_exponent: float = 0.0
+    stratified: bool = False
     allow_fewer: bool = False
 
     def __post_init__(self) -> None:
@@ -106,6 +114,8 @@ class AcquisitionParameters:
             raise ValueError(f"n_select is {self.n_select}; choose at least one candidate")
         if not 0 < self.top_fraction <= 1:
             raise ValueError(f"top_fraction is {self.top_fraction}; it must lie in (0, 1]")
+        if not 0 <= self.cost_exponent < math.inf:
+            raise ValueError(f"cost_exponent is {self.cost_exponent}; it must be 0 or above")
         if self.max_uncertainty is not None and not self.max_uncertainty > self.min_uncertainty:
             raise ValueError(
                 f"no uncertainty lies between {self.min_uncertainty} and {self.max_uncertainty} "
@@ -116,6 +126,22 @@ class AcquisitionParameters:
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
         """Build from plain values by name."""
         return build(cls, content, "acquisition")
+
+
+class PoolFacts(NamedTuple):
+    """What else is known of the configurations of the predictions, in their order.
+
+    Parameters
+    ----------
+    cost
+        Relative cost of a DFT run (:func:`aiida_eipnn.science.dft_cost.estimate_cost`).
+        Shape ``(n,)``.
+    config_types
+        Shape ``(n,)``.
+    """
+
+    cost: FloatArray
+    config_types: StrArray
 
 
 class Acquisition(NamedTuple):
@@ -134,6 +160,7 @@ def acquire(
     parameters: AcquisitionParameters,
     rng: np.random.Generator,
     known: IntArray | None = None,
+    facts: PoolFacts | None = None,
 ) -> Acquisition:
     """Choose the candidates to label.
 
@@ -149,11 +176,14 @@ def acquire(
         Used by ``random`` only.
     known
         Rows of ``predictions`` that are labelled already.
+    facts
+        Needed where cost or type of a configuration counts.
 
     Raises
     ------
     ValueError
-        If there are fewer candidates than to choose, unless the parameters allow it.
+        If there are fewer candidates than to choose, unless the parameters allow it, or if facts
+        are missing.
     """
     rows = _first_of_each(predictions.ids, np.asarray(candidates, dtype=np.int64))
     uncertainty = predictions.uncertainty
@@ -168,17 +198,68 @@ def acquire(
     n = min(parameters.n_select, len(rows))
     if n == 0:
         return Acquisition(rows, uncertainty[rows])
+    chosen = np.zeros(0, dtype=np.int64)
     labelled = np.zeros(0, dtype=np.int64) if known is None else known
-    features = standardise(predictions.features[np.concatenate([rows, labelled])])
-    features, before = features[: len(rows)], features[len(rows) :]
-    if choose := _BY_FEATURES.get(parameters.strategy):
-        chosen = rows[choose(features, n, before if len(before) else None)]
-    else:
-        measure = _BY_KNOWN.get(parameters.measure)
-        ranked = measure(features, before) if measure else uncertainty[rows]
-        features = predictions.features[rows]
-        chosen = rows[_choose(features, ranked, n, parameters, rng)]
+    for part, quota in _strata(rows, n, parameters, facts):
+        choose = _Chooser(predictions, parameters, rng, np.concatenate([labelled, chosen]), facts)
+        chosen = np.concatenate([chosen, part[choose.places(part, quota)]])
     return Acquisition(chosen, uncertainty[chosen])
+
+
+def _strata(
+    rows: IntArray, n: int, parameters: AcquisitionParameters, facts: PoolFacts | None
+) -> list[tuple[IntArray, int]]:
+    """Return the candidates of each type and how many of them to choose."""
+    if not parameters.stratified:
+        return [(rows, n)]
+    types = _need(facts, "stratified acquisition", "types of the configurations").config_types[rows]
+    parts = [rows[types == name] for name in np.unique(types)]
+    quota = shares(np.array([len(part) for part in parts], dtype=np.int64), n)
+    return [(part, int(size)) for part, size in zip(parts, quota, strict=True) if size]
+
+
+def _need(facts: PoolFacts | None, what: str, which: str) -> PoolFacts:
+    if facts is None:
+        raise ValueError(f"{what} needs the {which} of the pool, and they are not given")
+    return facts
+
+
+class _Chooser(NamedTuple):
+    """How some of the candidates of one type are chosen."""
+
+    predictions: Predictions
+    parameters: AcquisitionParameters
+    rng: np.random.Generator
+    known: IntArray
+    facts: PoolFacts | None
+
+    def places(self, rows: IntArray, n: int) -> IntArray:
+        """Return which of these rows to take, the best first."""
+        strategy = self.parameters.strategy
+        if strategy == Strategy.RANDOM:
+            return self.rng.choice(len(rows), size=n, replace=False)
+        features = standardise(self.predictions.features[np.concatenate([rows, self.known])])
+        features, known = features[: len(rows)], features[len(rows) :]
+        worth = self._worth(rows)
+        if choose := _BY_FEATURES.get(strategy):
+            return choose(features, n, known if len(known) else None, worth)
+        measure = _BY_KNOWN.get(self.parameters.measure)
+        ranked = measure(features, known) if measure else self.predictions.uncertainty[rows]
+        # A stable sort: equal uncertainties keep the order of the pool on every machine.
+        order = np.argsort(-worth * ranked, kind="stable")
+        if strategy == Strategy.UNCERTAINTY:
+            return order[:n]
+        top = order[: max(n, math.ceil(self.parameters.top_fraction * len(order)))]
+        unlike = standardise(self.predictions.features[rows[top]])
+        return top[farthest_points(unlike, n, None, worth[top])]
+
+    def _worth(self, rows: IntArray) -> FloatArray:
+        """Return by what to multiply what each of these rows brings."""
+        if self.parameters.cost_exponent == 0:
+            return np.ones(len(rows))
+        cost = _need(self.facts, "cost-aware acquisition", "DFT cost").cost[rows]
+        worth: FloatArray = (cost / np.median(cost)) ** -self.parameters.cost_exponent
+        return worth
 
 
 def within_window(
@@ -269,23 +350,6 @@ def shares(available: IntArray, size: int) -> IntArray:
         behind = np.where(quota < available, exact - quota, -np.inf)
         quota[behind.argmax()] += 1
     return quota
-
-
-def _choose(
-    features: FloatArray,
-    uncertainty: FloatArray,
-    n: int,
-    parameters: AcquisitionParameters,
-    rng: np.random.Generator,
-) -> IntArray:
-    # A stable sort: equal uncertainties keep the order of the pool on every machine.
-    order = np.argsort(-uncertainty, kind="stable")
-    if parameters.strategy == Strategy.RANDOM:
-        return rng.choice(len(uncertainty), size=n, replace=False)
-    if parameters.strategy == Strategy.UNCERTAINTY:
-        return order[:n]
-    top = order[: max(n, int(np.ceil(parameters.top_fraction * len(order))))]
-    return top[farthest_points(standardise(features[top]), n, start=0)]
 
 
 def _first_of_each(ids: StrArray, rows: IntArray) -> IntArray:

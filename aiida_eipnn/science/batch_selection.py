@@ -13,7 +13,12 @@ NOISE = 1e-3
 
 
 def farthest_points(
-    features: FloatArray, n: int, known: FloatArray | None = None, start: int = 0
+    features: FloatArray,
+    n: int,
+    known: FloatArray | None = None,
+    weights: FloatArray | None = None,
+    *,
+    start: int = 0,
 ) -> IntArray:
     """Choose ``n`` rows, each as far as possible from what is known or was chosen before.
 
@@ -25,6 +30,9 @@ def farthest_points(
         How many to choose.
     known
         Points that are labelled already. Shape ``(n_known, n_features)``.
+    weights
+        What each point is worth, one by default: what is dear to label is worth less. Shape
+        ``(n_points,)``.
     start
         The row to begin with where nothing is known.
 
@@ -34,11 +42,11 @@ def farthest_points(
         If there are fewer points than to choose.
     """
     check_number(features, n)
-    distance = _squared_to_nearest(features, known)
+    distance, worth = _squared_to_nearest(features, known), _worth(features, weights)
     chosen: list[int] = []
     for _ in range(n):
         first = known is None and not chosen
-        chosen.append(start if first else int(distance.argmax()))
+        chosen.append(start if first else int((worth * distance).argmax()))
         distance = np.minimum(distance, _squared(features, features[chosen[-1]]))
         # Where all points coincide with chosen ones, a chosen one must still not come again.
         distance[chosen] = -1.0
@@ -46,7 +54,10 @@ def farthest_points(
 
 
 def most_informative_points(
-    features: FloatArray, n: int, known: FloatArray | None = None
+    features: FloatArray,
+    n: int,
+    known: FloatArray | None = None,
+    weights: FloatArray | None = None,
 ) -> IntArray:
     r"""Choose ``n`` rows that together have the largest determinant of their kernel matrix.
 
@@ -61,6 +72,9 @@ def most_informative_points(
         How many to choose.
     known
         Points that are labelled already. Shape ``(n_known, n_features)``.
+    weights
+        What each point is worth, one by default: what is dear to label is worth less. Shape
+        ``(n_points,)``.
 
     Raises
     ------
@@ -78,10 +92,11 @@ def most_informative_points(
         precision += known.T @ known
     covariance = np.linalg.inv(precision)
     variance = np.einsum("ij,jk,ik->i", features, covariance, features)
+    worth = _worth(features, weights)
     chosen: list[int] = []
     for _ in range(n):
         variance[chosen] = -1.0
-        chosen.append(int(variance.argmax()))
+        chosen.append(int((worth * variance).argmax()))
         # What a label there would tell, by the formula of Sherman and Morrison.
         learnt = covariance @ features[chosen[-1]]
         size = 1.0 + float(features[chosen[-1]] @ learnt)
@@ -91,7 +106,12 @@ def most_informative_points(
 
 
 def largest_cluster_points(
-    features: FloatArray, n: int, known: FloatArray | None = None, start: int = 0
+    features: FloatArray,
+    n: int,
+    known: FloatArray | None = None,
+    weights: FloatArray | None = None,
+    *,
+    start: int = 0,
 ) -> IntArray:
     """Choose ``n`` rows, each the farthest of the cluster whose distances add up to most (LCMD).
 
@@ -107,6 +127,9 @@ def largest_cluster_points(
         How many to choose.
     known
         Points that are labelled already. Shape ``(n_known, n_features)``.
+    weights
+        What each point is worth, one by default: what is dear to label is worth less. Shape
+        ``(n_points,)``.
     start
         The row to begin with where nothing is known.
 
@@ -120,13 +143,13 @@ def largest_cluster_points(
     .. [1] Holzmüller et al., J. Mach. Learn. Res. 24, 164 (2023).
     """
     check_number(features, n)
-    distance = _squared_to_nearest(features, known)
+    distance, worth = _squared_to_nearest(features, known), _worth(features, weights)
     owner = _nearest(features, known)
     n_centres = 0 if known is None else len(known)
     chosen: list[int] = []
     for _ in range(n):
         first = n_centres == 0
-        row = start if first else _farthest_of_largest(distance, owner, n_centres)
+        row = start if first else _farthest_of_largest(worth * distance, owner, n_centres)
         chosen.append(row)
         to_new = _squared(features, features[row])
         closer = (to_new < distance) | first
@@ -151,6 +174,10 @@ def _farthest_of_largest(distance: FloatArray, owner: IntArray, n_centres: int) 
     # Of clusters without extent, one that has members.
     largest = int(np.where(members > 0, sizes, -1.0).argmax())
     return int(np.where(owner == largest, distance, -1.0).argmax())
+
+
+def _worth(features: FloatArray, weights: FloatArray | None) -> FloatArray:
+    return np.ones(len(features)) if weights is None else weights
 
 
 def _squared(features: FloatArray, centre: FloatArray) -> FloatArray:

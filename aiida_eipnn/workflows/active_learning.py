@@ -500,6 +500,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         choice, broken = self._steer(
             "ACQUIRE",
             loop.acquire,
+            self.ctx.pool,
             self.ctx.predictions,
             self.inputs.acquisition,
             self.inputs.stop,

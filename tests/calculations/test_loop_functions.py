@@ -129,8 +129,13 @@ def test_the_gate_refuses_overlapping_atoms_and_says_why(rattled_silicon):
 
 
 @pytest.fixture
-def predictions(rattled_silicon):
-    configurations = rattled_silicon(10)
+def pool(rattled_silicon):
+    return ConfigurationsData.from_value(rattled_silicon(10))
+
+
+@pytest.fixture
+def predictions(pool):
+    configurations = pool.value()
     spread = np.linspace(0.1, 1.0, 10)
     return PredictionsData.from_value(
         Predictions(
@@ -146,10 +151,11 @@ def predictions(rattled_silicon):
     )
 
 
-def test_what_was_taken_before_is_no_candidate(predictions):
+def test_what_was_taken_before_is_no_candidate(pool, predictions):
     ids = predictions.value().ids
     taken = ChoiceData.from_value(Choice.from_ids(ids[5:]))
     choice = loop.acquire(
+        pool,
         predictions,
         Dict({"n_select": 2, "strategy": "uncertainty"}),
         Dict({}),
@@ -160,24 +166,24 @@ def test_what_was_taken_before_is_no_candidate(predictions):
     assert choice.value().scores.tolist() == pytest.approx([0.5, 0.4])
 
 
-def test_each_iteration_draws_anew_from_the_one_seed(predictions):
+def test_each_iteration_draws_anew_from_the_one_seed(pool, predictions):
     ids = predictions.value().ids
     settings = Dict({"n_select": 4, "strategy": "random"})
     taken = ChoiceData.from_value(Choice.from_ids(ids[:0]))
-    first = loop.acquire(predictions, settings, Dict({}), Int(0), taken_test=taken)
-    again = loop.acquire(predictions, settings, Dict({}), Int(0), taken_test=taken)
+    first = loop.acquire(pool, predictions, settings, Dict({}), Int(0), taken_test=taken)
+    again = loop.acquire(pool, predictions, settings, Dict({}), Int(0), taken_test=taken)
     later = loop.acquire(
-        predictions, settings, Dict({}), Int(0), taken_test=taken, taken_i001=taken
+        pool, predictions, settings, Dict({}), Int(0), taken_test=taken, taken_i001=taken
     )
     assert first.ids().tolist() == again.ids().tolist()
     assert first.ids().tolist() != later.ids().tolist()
 
 
-def test_the_budget_caps_what_is_asked_for(predictions):
+def test_the_budget_caps_what_is_asked_for(pool, predictions):
     ids = predictions.value().ids
     paid = ChoiceData.from_value(Choice.from_ids(ids[:4]))
     choice = loop.acquire(
-        predictions, Dict({"n_select": 4}), Dict({"dft_budget": 6}), Int(0), taken_test=paid
+        pool, predictions, Dict({"n_select": 4}), Dict({"dft_budget": 6}), Int(0), taken_test=paid
     )
     assert len(choice) == 2
 

@@ -3,6 +3,7 @@ import pytest
 
 from aiida_eipnn.science.acquisition import (
     AcquisitionParameters,
+    PoolFacts,
     acquire,
     shares,
     standardise,
@@ -129,6 +130,71 @@ def test_what_is_labelled_already_is_not_asked_for_again_in_another_guise(strate
     )
 
     assert set(found.rows) <= {3, 4}
+
+
+def choose_with(facts, uncertainty, features=None, **settings):
+    found = acquire(
+        predictions(np.asarray(uncertainty, float), features),
+        np.arange(len(uncertainty)),
+        AcquisitionParameters.from_dict(settings),
+        np.random.default_rng(0),
+        facts=facts,
+    )
+    return found.rows.tolist()
+
+
+def facts_of(cost, types=None):
+    types = ["a"] * len(cost) if types is None else types
+    return PoolFacts(cost=np.asarray(cost, float), config_types=np.array(types))
+
+
+def test_what_is_dear_must_bring_more():
+    settings = {"n_select": 1, "strategy": "uncertainty"}
+    facts = facts_of([1.0, 10.0, 1.0])
+
+    assert choose_with(facts, [0.2, 0.5, 0.3], **settings) == [1]
+    assert choose_with(facts, [0.2, 0.5, 0.3], cost_exponent=1.0, **settings) == [2]
+    assert choose_with(facts, [0.2, 5.0, 0.3], cost_exponent=1.0, **settings) == [1]
+
+
+@pytest.mark.parametrize("strategy", ["diverse", "farthest", "lcmd"])
+def test_strategies_of_unlike_points_mind_the_cost(strategy):
+    # Two points far off, one of them dear; the first is where a batch begins.
+    features = [[0.0, 0.1], [9.0, 1.0], [8.9, 1.0], [0.1, 0.0]]
+    settings = {"n_select": 2, "strategy": strategy, "top_fraction": 1.0, "cost_exponent": 1.0}
+    for cost, wanted, unwanted in (([1, 50, 1, 1], 2, 1), ([1, 1, 50, 1], 1, 2)):
+        found = choose_with(facts_of(cost), [1.0, 0.9, 0.9, 0.9], features, **settings)
+        assert wanted in found
+        assert unwanted not in found
+
+
+@pytest.mark.parametrize("strategy", ["random", "uncertainty", "diverse", "lcmd"])
+def test_strata_get_points_in_proportion(strategy):
+    types = ["md"] * 60 + ["surface"] * 30 + ["dimer"] * 10
+    rng = np.random.default_rng(1)
+    # The most uncertain ones are all of one type.
+    uncertainty = np.r_[rng.uniform(0.1, 0.2, 60), rng.uniform(1, 2, 30), rng.uniform(0.1, 0.2, 10)]
+    found = choose_with(
+        facts_of(np.ones(100), types),
+        uncertainty,
+        rng.normal(size=(100, 3)),
+        n_select=20,
+        strategy=strategy,
+        stratified=True,
+    )
+
+    assert len(set(found)) == 20
+    counts = {name: sum(types[row] == name for row in found) for name in ("md", "surface", "dimer")}
+    assert counts == {"md": 12, "surface": 6, "dimer": 2}
+
+
+def test_cost_and_strata_need_the_facts():
+    with pytest.raises(ValueError, match="needs the DFT cost of the pool"):
+        choose_with(None, [0.1], n_select=1, cost_exponent=1.0)
+    with pytest.raises(ValueError, match="needs the types of the configurations of the pool"):
+        choose_with(None, [0.1], n_select=1, stratified=True)
+    with pytest.raises(ValueError, match="cost_exponent is -1"):
+        AcquisitionParameters(n_select=1, cost_exponent=-1)
 
 
 @pytest.mark.parametrize("measure", ["last_layer", "density"])

@@ -65,6 +65,14 @@ def test_a_lonely_point_far_off_waits_until_the_dense_part_is_covered():
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_point_that_is_worth_little_waits(method):
+    pool, known = np.array([[1.0, 0.0], [0.0, 1.1], [0.9, 0.1]]), np.array([[0.1, 0.1]])
+
+    assert method(pool, 1, known).tolist() == [1]
+    assert method(pool, 1, known, np.array([1.0, 0.01, 1.0])).tolist() == [0]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_no_point_is_chosen_twice_even_where_all_are_the_same(method):
     assert sorted(method(np.zeros((5, 2)), 5).tolist()) == [0, 1, 2, 3, 4]
     assert sorted(method(np.ones((5, 2)), 5, np.ones((2, 2))).tolist()) == [0, 1, 2, 3, 4]
