@@ -90,7 +90,7 @@ bench-training: install
 # Two processes of one thread each; CPU times are part of the results.
 bench-injection bench-injection-full: export OMP_NUM_THREADS := 1
 bench-injection: install
-	python benchmarks/injection.py --quick
+	python benchmarks/injection.py --quick --output build/bench-injection/quick.json
 
 bench-injection-full: install
 	python benchmarks/injection.py
