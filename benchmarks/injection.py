@@ -73,7 +73,7 @@ SIZES = (5, 10, 20, 25, 50, 100, 200, 400, 762, ALL)
 FULL = {"mvl_W": (*SIZES, 40), "pyxtal_Si": SIZES, "mlearn_Si": SIZES}
 # Those that networks are trained on; arms without networks take no time.
 FULL_NETWORKS = {"mvl_W": (5, 10, 20, 40), "pyxtal_Si": (25, 100, 400), "mlearn_Si": (20, 100)}
-QUICK = {"mvl_W": (10,), "pyxtal_Si": (25,), "mlearn_Si": ()}
+QUICK = {"mvl_W": (10,), "pyxtal_Si": (25,)}
 QUICK_NETWORKS = ("scratch", "paper_both", "ours_both")
 SEEDS, QUICK_SEEDS = (0, 1, 2), (0,)
 TRUNKS = ("power_spectrum",)
@@ -184,8 +184,7 @@ def choose_tasks(given: argparse.Namespace) -> list[Task]:
     seeds = given.seeds or (QUICK_SEEDS if given.quick else SEEDS)
     tasks = []
     for name in given.datasets:
-        wanted = given.n or (QUICK if given.quick else FULL)[name]
-        if not wanted:
+        if not (wanted := given.n or (QUICK if given.quick else FULL).get(name)):
             continue
         dataset = load_dataset(name)
         if dataset is None:

@@ -34,9 +34,10 @@ from aiida_eipnn.science.labels import DFT, Labels, join_labels
 MAX_NODES = 50
 
 # pw.x converges for atoms on top of one another too; such a label is no physics to learn from.
+MAX_FORCE = 200.0
+
 # Why a configuration has no label where labels are looked up only.
 NOT_STORED = "no stored DFT label is of this configuration"
-MAX_FORCE = 200.0
 
 # A link label may not start with a digit, as ids may.
 LABELLED = "labelled_"

@@ -15,7 +15,7 @@ from aiida_eipnn.data.finite import finite
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.data.predictions import PredictionsData
 from aiida_eipnn.science import acquisition
-from aiida_eipnn.science.arrays import IntArray, StrArray
+from aiida_eipnn.science.arrays import FloatArray, IntArray, StrArray
 from aiida_eipnn.science.configurations import Configurations, ragged_rows, rows_of
 from aiida_eipnn.science.convergence import IterationRecord, StopCriteria, stop_reason
 from aiida_eipnn.science.dft_cost import estimate_cost
@@ -207,7 +207,7 @@ def judge(metrics: Dict, scratch_metrics: Dict) -> Dict:
     """Return whether to use the committee that learnt from EIPs, by labels that it did not learn.
 
     Parameters are the metrics of its fine-tuning and of its twin from scratch, which held out the
-    same labels; see :class:`aiida_eipnn.science.nn.verdict.Verdict`.
+    same labels; see :class:`aiida_eipnn.science.verdict.Verdict`.
     """
     verdict = Verdict(
         score=metrics[SCORE],
@@ -335,23 +335,25 @@ def _best_eip(
 
 def _calibration(test: Labels, predicted: Predictions) -> dict[str, float | int] | None:
     """Compare the spread of the forces with their errors, atom by atom."""
-    atoms = ragged_rows(predicted.offsets, rows_of(predicted.ids, test.ids))
-    error = np.linalg.norm(predicted.forces[atoms] - test.forces[0], axis=1)
-    spread = predicted.forces_std[atoms]
+    spread, error = _forces_on_test(test, predicted)
     if not (spread > 0).any():
         return None
-    found = calibrate(spread, error)
+    found = calibrate(spread, np.linalg.norm(error, axis=1))
     return {name: getattr(found, name) for name in ("spearman", "scale", "coverage", "n")}
 
 
 def _panel(test: Labels, predicted: Predictions) -> dict[str, Any] | None:
     """Judge the spread of force components, once its scale is right, by their errors."""
-    atoms = ragged_rows(predicted.offsets, rows_of(predicted.ids, test.ids))
-    error = (predicted.forces[atoms] - test.forces[0]).ravel()
-    # The spread is that of the vector; each of its three components has a part of it.
-    spread = np.repeat(predicted.forces_std[atoms] / np.sqrt(3), 3)
+    spread, error = _forces_on_test(test, predicted)
     used = spread > 0
     if not used.any():
         return None
-    scale = calibration_scale(spread[used], error[used])
-    return asdict(judge_uncertainties(scale * spread[used], error[used]))
+    # The spread is that of the vector; each of its three components has a part of it.
+    sigma, wrong = np.repeat(spread[used] / np.sqrt(3), 3), error[used].ravel()
+    return asdict(judge_uncertainties(calibration_scale(sigma, wrong) * sigma, wrong))
+
+
+def _forces_on_test(test: Labels, predicted: Predictions) -> tuple[FloatArray, FloatArray]:
+    """Return spread, ``(N,)``, and error, ``(N, 3)``, of the forces on the test set."""
+    atoms = ragged_rows(predicted.offsets, rows_of(predicted.ids, test.ids))
+    return predicted.forces_std[atoms], predicted.forces[atoms] - test.forces[0]

@@ -1,7 +1,8 @@
 """Batches of points that differ from one another and from what is known already.
 
 All methods are greedy and deterministic, of two points as good as each other the first is taken,
-and cost ``O(n k d)`` for ``k`` chosen or known points among ``n`` with ``d`` features.
+and cost ``O(n k d)`` for ``k`` chosen or known points among ``n`` with ``d`` features. Where
+nothing is known, distances begin at the first point.
 """
 
 import numpy as np
@@ -17,8 +18,6 @@ def farthest_points(
     n: int,
     known: FloatArray | None = None,
     weights: FloatArray | None = None,
-    *,
-    start: int = 0,
 ) -> IntArray:
     """Choose ``n`` rows, each as far as possible from what is known or was chosen before.
 
@@ -33,8 +32,6 @@ def farthest_points(
     weights
         What each point is worth, one by default: what is dear to label is worth less. Shape
         ``(n_points,)``.
-    start
-        The row to begin with where nothing is known.
 
     Raises
     ------
@@ -42,11 +39,11 @@ def farthest_points(
         If there are fewer points than to choose.
     """
     check_number(features, n)
-    distance, worth = _squared_to_nearest(features, known), _worth(features, weights)
+    distance, worth = _nearest(features, known)[0], _worth(features, weights)
     chosen: list[int] = []
     for _ in range(n):
         first = known is None and not chosen
-        chosen.append(start if first else int((worth * distance).argmax()))
+        chosen.append(0 if first else int((worth * distance).argmax()))
         distance = np.minimum(distance, _squared(features, features[chosen[-1]]))
         # Where all points coincide with chosen ones, a chosen one must still not come again.
         distance[chosen] = -1.0
@@ -110,8 +107,6 @@ def largest_cluster_points(
     n: int,
     known: FloatArray | None = None,
     weights: FloatArray | None = None,
-    *,
-    start: int = 0,
 ) -> IntArray:
     """Choose ``n`` rows, each the farthest of the cluster whose distances add up to most (LCMD).
 
@@ -130,8 +125,6 @@ def largest_cluster_points(
     weights
         What each point is worth, one by default: what is dear to label is worth less. Shape
         ``(n_points,)``.
-    start
-        The row to begin with where nothing is known.
 
     Raises
     ------
@@ -143,13 +136,12 @@ def largest_cluster_points(
     .. [1] Holzmüller et al., J. Mach. Learn. Res. 24, 164 (2023).
     """
     check_number(features, n)
-    distance, worth = _squared_to_nearest(features, known), _worth(features, weights)
-    owner = _nearest(features, known)
+    (distance, owner), worth = _nearest(features, known), _worth(features, weights)
     n_centres = 0 if known is None else len(known)
     chosen: list[int] = []
     for _ in range(n):
         first = n_centres == 0
-        row = start if first else _farthest_of_largest(worth * distance, owner, n_centres)
+        row = 0 if first else _farthest_of_largest(worth * distance, owner, n_centres)
         chosen.append(row)
         to_new = _squared(features, features[row])
         closer = (to_new < distance) | first
@@ -185,18 +177,12 @@ def _squared(features: FloatArray, centre: FloatArray) -> FloatArray:
     return squared
 
 
-def _squared_to_nearest(features: FloatArray, known: FloatArray | None) -> FloatArray:
+def _nearest(features: FloatArray, known: FloatArray | None) -> tuple[FloatArray, IntArray]:
+    """Return the squared distance to the nearest known point, infinite without one, and which."""
     distance = np.full(len(features), np.inf)
-    for centre in () if known is None else known:
-        distance = np.minimum(distance, _squared(features, centre))
-    return distance
-
-
-def _nearest(features: FloatArray, known: FloatArray | None) -> IntArray:
-    nearest = np.zeros(len(features), dtype=np.int64)
-    distance = np.full(len(features), np.inf)
+    owner = np.zeros(len(features), dtype=np.int64)
     for number, centre in enumerate(() if known is None else known):
         to_centre = _squared(features, centre)
-        nearest[to_centre < distance] = number
+        owner[to_centre < distance] = number
         distance = np.minimum(distance, to_centre)
-    return nearest
+    return distance, owner

@@ -1,6 +1,5 @@
 """Is the committee unsure where it is wrong: rank correlation, scale, coverage."""
 
-import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -96,34 +95,6 @@ def judge_uncertainties(sigma: FloatArray, error: FloatArray) -> Panel:
         rejection=_rejection(sigma, error),
         n=len(sigma),
     )
-
-
-def conformal_factor(uncertainty: FloatArray, error: FloatArray, level: float) -> float:
-    r"""Return the factor on uncertainties that covers new errors with at least this probability.
-
-    The :math:`\lceil (n + 1) p \rceil`-th smallest :math:`|e_i| / u_i` of ``n`` pairs that were not
-    learnt [1]_; infinite where they are too few. It holds for pairs like these, in any order.
-
-    Parameters
-    ----------
-    uncertainty, error
-        Shape ``(n,)``; uncertainties above zero.
-    level
-        Probability, between 0 and 1.
-
-    References
-    ----------
-    .. [1] Hu et al., Mach. Learn.: Sci. Technol. 3, 045028 (2022).
-    """
-    _check_pairs(uncertainty, error)
-    if not 0 < level < 1:
-        raise ValueError(f"the level must be between 0 and 1, not {level}")
-    if not (uncertainty > 0).all():
-        raise ValueError("uncertainties must be above 0; a committee of equal members has none")
-    place = math.ceil((len(error) + 1) * level)
-    if place > len(error):
-        return math.inf
-    return float(np.sort(np.abs(error) / uncertainty)[place - 1])
 
 
 def normal_quantile(level: float) -> float:

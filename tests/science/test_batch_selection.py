@@ -22,7 +22,7 @@ def points():
 def test_farthest_points_begin_with_the_extremes():
     line = np.array([[0.0], [1.0], [2.0], [3.9], [9.0]])
 
-    assert farthest_points(line, 3, start=0).tolist() == [0, 4, 3]
+    assert farthest_points(line, 3).tolist() == [0, 4, 3]
     assert farthest_points(line, 2, known=np.array([[8.0]])).tolist() == [0, 3]
 
 

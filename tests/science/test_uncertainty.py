@@ -1,11 +1,11 @@
-"""The panel of uncertainties and conformal factors, on errors that were planted."""
+"""The panel of uncertainties, on errors that were planted."""
 
 import math
 
 import numpy as np
 import pytest
 
-from aiida_eipnn.science.uncertainty import conformal_factor, judge_uncertainties, normal_quantile
+from aiida_eipnn.science.uncertainty import judge_uncertainties, normal_quantile
 
 
 @pytest.fixture
@@ -57,32 +57,6 @@ def test_rejection_is_one_where_the_order_is_right_and_nothing_by_chance(honest)
     assert judge_uncertainties(1 / (np.abs(error) + 1e-3), error).rejection < -0.5
 
 
-@pytest.mark.parametrize("level", [0.5, 0.9])
-def test_a_conformal_factor_covers_new_errors_whatever_their_distribution(level):
-    rng = np.random.default_rng(2)
-
-    def draw(n):
-        sigma = rng.uniform(0.1, 1.0, n)
-        return sigma, sigma**2 * rng.standard_t(3, n)
-
-    covered = []
-    for _ in range(400):
-        factor = conformal_factor(*draw(60), level)
-        sigma, error = draw(200)
-        covered.append(np.mean(np.abs(error) <= factor * sigma))
-
-    assert level - 0.005 < np.mean(covered) < level + 0.03
-
-
-def test_too_few_errors_cover_nothing_but_everything():
-    assert conformal_factor(np.ones(5), np.ones(5), 0.9) == math.inf
-    assert conformal_factor(np.ones(9), np.arange(9.0), 0.9) == 8.0
-
-
 def test_what_cannot_be_judged_is_refused():
     with pytest.raises(ValueError, match="1 of 2 uncertainties are not above 0"):
         judge_uncertainties(np.array([0.0, 1.0]), np.ones(2))
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        conformal_factor(np.ones(5), np.ones(5), 1.0)
-    with pytest.raises(ValueError, match="must be above 0"):
-        conformal_factor(np.zeros(5), np.ones(5), 0.9)

@@ -289,14 +289,13 @@ class Finetuning:
 
     def _start_head(self, network: Network, source: Network, seed: int) -> None:
         """Let the head of DFT be the combination of EIP heads that fits its labels."""
-        known = self.configurations.take(self.learnt)
-        described = describe_configurations(known, self.parameters, self.elements)
         shares = torch.from_numpy(
             combine_heads(
                 source,
-                DrawnDirections(described),
-                known,
-                self.labels.take(self.learnt),
+                DrawnDirections(self.described),
+                self.configurations,
+                self.labels,
+                self.learnt,
                 np.random.default_rng([seed, 3]),
             )
         ).to(network.heads.weight.dtype)

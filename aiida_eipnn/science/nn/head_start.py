@@ -42,6 +42,7 @@ def combine_heads(
     described: DrawnDirections,
     configurations: Configurations,
     labels: Labels,
+    learnt: IntArray,
     rng: np.random.Generator,
 ) -> FloatArray:
     """Return how much of each head to take. Shape ``(n_heads,)``.
@@ -60,10 +61,12 @@ def combine_heads(
         The same configurations.
     labels
         Their DFT labels.
+    learnt
+        Rows of those that may be fitted.
     rng
         Draws directions and folds.
     """
-    chosen = np.sort(rng.permutation(len(labels))[:MAX_LABELS])
+    chosen = np.sort(rng.permutation(learnt)[:MAX_LABELS])
     rows = _compare(network, described, configurations, labels, chosen, rng)
     parts = rng.permutation(len(chosen)) % min(N_FOLDS, len(chosen))
     errors = [_held_out(rows, parts, strength) for strength in STRENGTHS]
