@@ -51,8 +51,9 @@ from aiida_eipnn.science.verdict import SCORE, Verdict
 SCRATCH_STEPS = (300, 1000, 3000, 7000)
 SCRATCH = {"weight_decay": 0.3}
 VALIDATION = 0.2
-# Pseudo-labels are many, and want at least so many steps.
-PSEUDO_STEPS = 3000
+# What learns from EIPs takes as many steps as validation chose for its twin, and at least these:
+# pseudo-labels are many, and want more.
+TAUGHT_STEPS, PSEUDO_STEPS = 1000, 3000
 # As published: the largest error of an EIP that is right, in eV/atom; fine-tuning without anything
 # that holds what was learnt before; weights of the pseudo-labels to choose from.
 PAPER_TOLERANCE = 0.1
@@ -96,7 +97,7 @@ def _material(folder: Path) -> Material:
 def material(problem: Problem) -> Material:
     """Return the pool with what was generated, made once for all trainings of a set."""
     folder = problem.folder / "material"
-    if not (folder / "done").exists():
+    if not folder.exists():
         rng = np.random.default_rng(0)
         small = np.flatnonzero(problem.pool.n_atoms <= LARGEST_SEED)
         rows = small if len(small) else np.argsort(problem.pool.n_atoms)[:SEEDS_OF_POOL]
@@ -106,9 +107,12 @@ def material(problem: Problem) -> Material:
         labels = label_with_eips(made, list(map(str, problem.eips.sources)))
         pool = join_configurations([problem.pool, made])
         eips = join_labels([problem.eips, labels])
-        save_arrays(folder / "configurations", pool.arrays())
-        save_arrays(folder / "eips", eips.take(eips.rows_of(pool.ids)).arrays())
-        (folder / "done").touch()
+        # Another process may do the same: the last one to finish wins, whole.
+        partial = folder.with_name(f".material-{os.getpid()}")
+        save_arrays(partial / "configurations", pool.arrays())
+        save_arrays(partial / "eips", eips.take(eips.rows_of(pool.ids)).arrays())
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
     return _material(folder)
 
 
@@ -363,8 +367,8 @@ def taught(
         pseudo=pseudo,
         members=(network,),
     )
-    training = {} if pseudo is None else {"steps": PSEUDO_STEPS}
-    trained = judged(problem, seed, inputs, lambda _: training)
+    least = TAUGHT_STEPS if pseudo is None else PSEUDO_STEPS
+    trained = judged(problem, seed, inputs, lambda length: {"steps": max(length, least)})
     used = trained.notes is not None and trained.notes["eips_help"]
     return trained._replace(
         steps=trained.steps + (steps if used else 0), cpu_s=(trained.cpu_s or 0.0) + cost
