@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ from aiida_eipnn.science.eip.label_model import LabelModelParameters, make_pseud
 from aiida_eipnn.science.eip.pseudo_labels import PseudoLabels, pseudo_labels_of_selection
 from aiida_eipnn.science.eip.selection import SelectionParameters
 from aiida_eipnn.science.labels import Labels, join_labels
-from aiida_eipnn.science.nn.committee import CONFIG, Committee
+from aiida_eipnn.science.nn.committee import Committee
 from aiida_eipnn.science.nn.finetuning import Finetuning, Teachers
 from aiida_eipnn.science.nn.losses import standardise_residuals, tukey_biweight
 from aiida_eipnn.science.nn.network import Network, NetworkParameters
@@ -51,9 +52,8 @@ from aiida_eipnn.science.verdict import SCORE, Verdict
 SCRATCH_STEPS = (300, 1000, 3000, 7000)
 SCRATCH = {"weight_decay": 0.3}
 VALIDATION = 0.2
-# What learns from EIPs takes as many steps as validation chose for its twin, and at least these:
-# pseudo-labels are many, and want more.
-TAUGHT_STEPS, PSEUDO_STEPS = 1000, 3000
+# Pseudo-labels are many, and want at least so many steps.
+PSEUDO_STEPS = 3000
 # As published: the largest error of an EIP that is right, in eV/atom; fine-tuning without anything
 # that holds what was learnt before; weights of the pseudo-labels to choose from.
 PAPER_TOLERANCE = 0.1
@@ -107,13 +107,26 @@ def material(problem: Problem) -> Material:
         labels = label_with_eips(made, list(map(str, problem.eips.sources)))
         pool = join_configurations([problem.pool, made])
         eips = join_labels([problem.eips, labels])
-        # Another process may do the same: the last one to finish wins, whole.
-        partial = folder.with_name(f".material-{os.getpid()}")
-        save_arrays(partial / "configurations", pool.arrays())
-        save_arrays(partial / "eips", eips.take(eips.rows_of(pool.ids)).arrays())
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with whole_folder(folder) as partial:
+            save_arrays(partial / "configurations", pool.arrays())
+            save_arrays(partial / "eips", eips.take(eips.rows_of(pool.ids)).arrays())
     return _material(folder)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a place to write what ``folder`` shall hold, as a whole or not at all.
+
+    Other processes may do the same: the first one to finish wins, for others read it by then.
+    """
+    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+    yield partial
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(partial)
 
 
 def network_of(problem: Problem) -> NetworkParameters:
@@ -367,7 +380,8 @@ def taught(
         pseudo=pseudo,
         members=(network,),
     )
-    least = TAUGHT_STEPS if pseudo is None else PSEUDO_STEPS
+    # As long as the twin, and at least as long as by default.
+    least = Finetuning.defaults["steps"] if pseudo is None else PSEUDO_STEPS
     trained = judged(problem, seed, inputs, lambda length: {"steps": max(length, least)})
     used = trained.notes is not None and trained.notes["eips_help"]
     return trained._replace(
@@ -444,17 +458,15 @@ def pretrained(problem: Problem, eip_labels: Labels, kind: str) -> tuple[Network
     It saw no DFT label, so every draw of labels may start from it.
     """
     path = problem.folder / f"{problem.trunk}-{kind}"
-    if not (path / CONFIG).exists():
+    if not path.exists():
         start = time.process_time()
         inputs = StageInputs(configurations=material(problem).pool, eip_labels=eip_labels)
         training = {"forces_weight": 0.0} if kind == "paper" else {}
         network, n_steps = run_stage(problem, "pretrain", inputs, 0, training)
         facts = {"steps": n_steps, "cpu_s": time.process_time() - start}
-        # Another process may do the same: the last one to finish wins, whole.
-        partial = path.with_name(f".{path.name}-{os.getpid()}")
-        Committee(members=(network,), stage="pretrain", seeds=(0,), facts=facts).save(partial)
-        shutil.rmtree(path, ignore_errors=True)
-        partial.rename(path)
+        committee = Committee(members=(network,), stage="pretrain", seeds=(0,), facts=facts)
+        with whole_folder(path) as partial:
+            committee.save(partial)
     committee = Committee.load(path)
     return committee.members[0], committee.facts["steps"], committee.facts["cpu_s"]
 

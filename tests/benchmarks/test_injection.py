@@ -128,3 +128,20 @@ def test_points_saved_are_those_of_the_errors_that_were_kept(run):
     mean = np.mean([row["force_mae_mev"] for row in scratch])
     assert saved["target_force_mae_mev"] == pytest.approx(mean, rel=1e-3)
     assert saved["n_seeds"] == 2
+
+
+def test_of_two_processes_that_make_the_same_folder_the_first_one_is_kept(injection, tmp_path):
+    from injection_networks import whole_folder
+
+    with whole_folder(tmp_path / "made") as late:
+        late.mkdir()
+        (late / "name").write_text("late")
+        other = tmp_path / "made"
+        other.mkdir()
+        (other / "name").write_text("first")
+        # Whoever finished first is read from then on: it must not go away, not even for a moment.
+        opened = (other / "name").stat().st_ino
+
+    assert (tmp_path / "made" / "name").read_text() == "first"
+    assert (tmp_path / "made" / "name").stat().st_ino == opened
+    assert not late.exists()
