@@ -56,7 +56,12 @@ class TrainCalculation(JobCalculation):
                 "labels together say of the other configurations; without it, it does not."
             ),
         )
-        ports.add_dict(spec, "parameters", "n_workers: members that train side by side.")
+        ports.add_dict(
+            spec,
+            "parameters",
+            "n_workers: members that train side by side; device: cpu, cuda, or auto, the GPU "
+            "where there is one.",
+        )
         ports.add_checkpoint(spec)
         spec.output("committee", valid_type=CommitteeData, help="The trained committee.")
         spec.output(

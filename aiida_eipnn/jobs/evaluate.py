@@ -10,6 +10,7 @@ from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.inputs import read_configurations
 from aiida_eipnn.science.arrays import save_arrays
 from aiida_eipnn.science.nn.committee import Committee
+from aiida_eipnn.science.nn.device import choose_device
 
 
 def run(job: spec.EvaluateJob, folder: Path) -> spec.State:
@@ -21,12 +22,13 @@ def run(job: spec.EvaluateJob, folder: Path) -> spec.State:
     ------
     ValueError
         If there are no configurations, or if one contains an element that the committee does not
-        know, or two atoms in the same place.
+        know, or two atoms in the same place; or if there is no such device.
     """
     started = time.monotonic()
     torch.set_num_threads(1)
     configurations = read_configurations(folder)
-    committee = Committee.load(folder / spec.COMMITTEE)
+    device = choose_device(job.device)
+    committee = Committee.load(folder / spec.COMMITTEE).to(device)
     predictions = committee.predict(configurations, job.batch_size)
     output = folder / spec.OUTPUT
     save_arrays(output / spec.PREDICTIONS, predictions.arrays())
@@ -36,6 +38,7 @@ def run(job: spec.EvaluateJob, folder: Path) -> spec.State:
         "n_atoms": len(configurations.numbers),
         "n_members": len(committee),
         "stage": committee.stage,
+        "device": device.type,
         "uncertainty": {
             "mean": float(uncertainty.mean()),
             "max": float(uncertainty.max()),

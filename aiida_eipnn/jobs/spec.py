@@ -131,6 +131,8 @@ class TrainJob:
         ``None`` leaves that out.
     n_workers
         Processes that work side by side, one member each.
+    device
+        ``cpu``, ``cuda``, or ``auto``: the GPU where there is one.
     max_seconds
         Stop by then with a checkpoint; a restart goes on from there.
     """
@@ -144,6 +146,7 @@ class TrainJob:
     selection: dict[str, Any] = field(default_factory=dict)
     pseudo_labels: dict[str, Any] | None = None
     n_workers: int = 1
+    device: str = "auto"
     max_seconds: float | None = None
 
     def __post_init__(self) -> None:
@@ -159,6 +162,8 @@ class EvaluateJob:
     ----------
     batch_size
         Configurations that are predicted at once.
+    device
+        ``cpu``, ``cuda``, or ``auto``: the GPU where there is one.
     max_seconds
         Stop by then.
     """
@@ -166,6 +171,7 @@ class EvaluateJob:
     kind: ClassVar[str] = "evaluate"
 
     batch_size: int = 64
+    device: str = "auto"
     max_seconds: float | None = None
 
 

@@ -35,6 +35,7 @@ from aiida_eipnn.science.nn.checkpoint import (
     save_checkpoint,
 )
 from aiida_eipnn.science.nn.committee import Committee
+from aiida_eipnn.science.nn.device import choose_device
 from aiida_eipnn.science.nn.network import Network, NetworkParameters
 from aiida_eipnn.science.nn.stage import (
     Stage,
@@ -86,6 +87,7 @@ def run(job: TrainJob, folder: Path) -> State:
         "n_trained_on": len(stage),
         "n_labels": stage.n_labels,
         "n_steps": sum(record["n_steps"] for record in records),
+        "device": settings.device.type,
         "members": records,
     }
     metrics |= judgement(stage, records)
@@ -161,12 +163,13 @@ def read_settings(job: TrainJob) -> StageSettings:
     Raises
     ------
     ValueError
-        If a setting is unknown or cannot be used.
+        If a setting is unknown or cannot be used, or if there is no such device.
     """
     return StageSettings(
         network=NetworkParameters.from_dict(job.network),
         training=TrainingParameters.from_dict(job.training, STAGES[str(job.stage)].defaults),
         selection=SelectionParameters.from_dict(job.selection),
+        device=choose_device(job.device),
     )
 
 

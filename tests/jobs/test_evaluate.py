@@ -65,6 +65,16 @@ def test_the_predictions_are_those_of_the_committee(tmp_path, committee):
     assert metrics["uncertainty"]["max"] == pytest.approx(expected.uncertainty.max())
 
 
+def test_a_gpu_that_is_not_there_fails_with_a_reason(tmp_path, committee, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    write(tmp_path, committee, pool_of())
+    spec.write_job(tmp_path / spec.JOB, EvaluateJob(device="cuda"))
+
+    assert run_job(tmp_path) is State.FAILED
+
+    assert "torch sees no GPU" in json.loads((tmp_path / spec.STATUS).read_text())["reason"]
+
+
 def test_an_unknown_element_fails_with_a_reason(tmp_path, committee):
     write(tmp_path, committee, pool_of("Ge"))
 

@@ -354,6 +354,30 @@ def test_an_unknown_setting_is_refused(pretraining):
     assert "training: no setting ['epoch'], only" in reason_of(folder)
 
 
+def test_a_job_says_where_it_computed_and_refuses_a_gpu_that_is_not_there(pretraining, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    folder = pretraining()
+    assert run_job(folder) is State.DONE
+    assert metrics_of(folder)["device"] == "cpu"
+
+    folder = pretraining("asks")
+    job = replace(spec.read_job(folder / spec.JOB), device="cuda")
+    spec.write_job(folder / spec.JOB, job)
+    assert run_job(folder) is State.FAILED
+    assert "torch sees no GPU here" in reason_of(folder)
+
+
+def test_a_checkpoint_serves_on_another_device(pretraining):
+    folder = pretraining()
+    job = spec.read_job(folder / spec.JOB)
+    here, there = (
+        train.fingerprint(replace(job, device=device), folder) for device in ("cpu", "cuda")
+    )
+    assert here == there
+    exact = replace(job, training=job.training | {"mixed_precision": "tf32"})
+    assert train.fingerprint(exact, folder) != here
+
+
 def steps_of(path):
     with safe_open(path, "np") as content:
         return json.loads(content.metadata()["facts"])["n_steps"]

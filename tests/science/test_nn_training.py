@@ -17,20 +17,28 @@ from aiida_eipnn.science.eip.selection import (
     class_labels,
     select,
 )
-from aiida_eipnn.science.labels import Labels
 
 torch = pytest.importorskip("torch")
 
+from small_trainings import (  # noqa: E402
+    HARD,
+    SMALL,
+    SOFT,
+    committee_of,
+    labels_of,
+    pool_of,
+    settings_for,
+    train,
+)
+
 from aiida_eipnn.science.nn.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
-from aiida_eipnn.science.nn.committee import Committee  # noqa: E402
 from aiida_eipnn.science.nn.eip_targets import eip_targets  # noqa: E402
 from aiida_eipnn.science.nn.heads import sum_atoms  # noqa: E402
 from aiida_eipnn.science.nn.network import (  # noqa: E402
-    NetworkParameters,
     describe_configurations,
 )
-from aiida_eipnn.science.nn.stage import StageInputs, StageSettings  # noqa: E402
-from aiida_eipnn.science.nn.stages import STAGES, prepare  # noqa: E402
+from aiida_eipnn.science.nn.stage import StageInputs  # noqa: E402
+from aiida_eipnn.science.nn.stages import prepare  # noqa: E402
 from aiida_eipnn.science.nn.training import (  # noqa: E402
     Diverged,
     Loss,
@@ -43,35 +51,6 @@ from aiida_eipnn.science.nn.training import (  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("torch")
 
-SMALL = {"n_radial": 5, "l_max": 2, "width": 16}
-SOFT, HARD = LennardJones(epsilon=0.4, sigma=2.1), LennardJones(epsilon=0.6, sigma=2.15)
-
-
-def pool_of(n, seed=0, strain=0.06, amplitude=0.15):
-    rng = np.random.default_rng(seed)
-    frames = []
-    for _ in range(n):
-        atoms = bulk("Si", cubic=True)
-        atoms.set_cell(atoms.cell * (1 + rng.uniform(-strain, strain)), scale_atoms=True)
-        atoms.positions += rng.normal(0, rng.uniform(0.02, amplitude), atoms.positions.shape)
-        frames.append(atoms)
-    return Configurations.from_atoms(frames, "rattled")
-
-
-def labels_of(configurations, potentials, shift=0.0):
-    """Label with potentials, by source; ``shift`` in eV/atom."""
-    frames = [configurations.atoms(row) for row in range(len(configurations))]
-    results = [[potential.label(atoms) for atoms in frames] for potential in potentials.values()]
-    missing = Labels.missing(configurations, list(potentials))
-    return replace(
-        missing,
-        energy=np.array([[label.energy for label in row] for row in results]).T
-        + shift * configurations.n_atoms[:, None],
-        forces=np.array([np.concatenate([label.forces for label in row]) for row in results]),
-        stress=np.array([[label.stress for label in row] for row in results]).transpose(1, 0, 2),
-        status=np.zeros_like(missing.status),
-    )
-
 
 def without(labels, row, column):
     """Return labels of which one is missing."""
@@ -79,26 +58,6 @@ def without(labels, row, column):
     energy[row, column], status[row, column] = np.nan, 1
     forces[column, labels.offsets[row] : labels.offsets[row + 1]] = np.nan
     return replace(labels, energy=energy, forces=forces, status=status)
-
-
-def settings_for(name, network=SMALL, tolerance=0.05, **training):
-    return StageSettings(
-        network=NetworkParameters(**network),
-        training=TrainingParameters.from_dict(training, STAGES[name].defaults),
-        selection=SelectionParameters(tolerance=tolerance),
-    )
-
-
-def train(name, inputs, settings, seed=0):
-    stage = prepare(name, inputs, settings)
-    state = start_training(stage.network(seed, 0), settings.training, seed)
-    assert fit(state, stage, settings.training)
-    stage.finish(state.network)
-    return stage, state
-
-
-def committee_of(*networks, stage="finetune", eips=()):
-    return Committee(members=networks, stage=stage, seeds=tuple(range(len(networks))), eips=eips)
 
 
 def errors(network, configurations, labels):

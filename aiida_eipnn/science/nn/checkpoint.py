@@ -87,7 +87,10 @@ def load_checkpoint(path: Path, state: TrainingState, fingerprint: str) -> None:
     state.seconds, state.history = facts["seconds"], facts["history"]
     state.finished = facts["finished"]
     if not state.finished:
-        state.average, state.best = _part(path, _AVERAGE), _part(path, _BEST)
+        state.average, state.best = (
+            {name: tensor.to(state.network.device) for name, tensor in _part(path, prefix).items()}
+            for prefix in (_AVERAGE, _BEST)
+        )
         _load_optimiser(state.optimiser, _part(path, _OPTIMISER))
 
 

@@ -41,7 +41,7 @@ class Classification:
         self.settings, self.inputs = settings, inputs
         self.held_out = np.zeros(0, dtype=np.int64)
         self.parameters = network_parameters(inputs, settings)
-        self.statistics = Statistics(inputs, self.parameters)
+        self.statistics = Statistics(inputs, self.parameters, settings.device)
         self.elements = self.statistics.elements
         alignment = fit_alignment(inputs.configurations, labels, eip_labels)
         self.aligned = alignment.apply(inputs.configurations, eip_labels)
@@ -55,7 +55,10 @@ class Classification:
         self.n_labels = len(both)
         configurations = inputs.configurations
         self.described = describe_configurations(
-            configurations.take(configurations.rows_of(both.ids)), self.parameters, self.elements
+            configurations.take(configurations.rows_of(both.ids)),
+            self.parameters,
+            self.elements,
+            device=settings.device,
         )
 
     def __len__(self) -> int:
@@ -91,7 +94,7 @@ class Classification:
         """Return the cross-entropy."""
         batch = self.described.batch(rows)
         logits = network.logits(network.trunk(batch), batch.graph)
-        wanted = torch.from_numpy(self.classes[rows])
+        wanted = torch.as_tensor(self.classes[rows], device=logits.device)
         hits = int((logits.argmax(dim=1) == wanted).sum())
         return Loss(nn.functional.cross_entropy(logits, wanted), {"accuracy": (hits, len(rows))})
 

@@ -1,9 +1,10 @@
 """A committee of networks: what they predict together, and how it is kept in files."""
 
+import copy
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -18,6 +19,7 @@ from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.selection import Selection, select
 from aiida_eipnn.science.labels import Labels, join_labels
+from aiida_eipnn.science.nn.device import array_of
 from aiida_eipnn.science.nn.network import (
     MACE,
     Network,
@@ -85,6 +87,12 @@ class Committee:
     def parameters(self) -> NetworkParameters:
         """Architecture of the networks."""
         return self.members[0].settings
+
+    def to(self, device: torch.device) -> Self:
+        """Return the committee on a device; itself where it is there."""
+        if self.members[0].device == device:
+            return self
+        return replace(self, members=tuple(copy.deepcopy(item).to(device) for item in self.members))
 
     def save(self, folder: Path) -> None:
         """Write ``config.json`` and ``weights.safetensors`` into ``folder``."""
@@ -183,7 +191,10 @@ class Committee:
 
     def _describe(self, configurations: Configurations) -> BatchSet:
         # Each batch is seen once: nothing to keep.
-        return describe_configurations(configurations, self.parameters, self.elements, keep=False)
+        device = self.members[0].device
+        return describe_configurations(
+            configurations, self.parameters, self.elements, keep=False, device=device
+        )
 
     def _predict(self, batch: Batch) -> _Batch:
         results = [predict_batch(member, batch) for member in self.members]
@@ -191,7 +202,7 @@ class Committee:
             first = self.members[0]
             pooled = first.pooled(first.trunk(batch), batch.graph)
         energy, forces, stress = (np.stack(values) for values in zip(*results, strict=True))
-        features = pooled[:, : first.trunk.n_features].numpy().astype(np.float64)
+        features = array_of(pooled[:, : first.trunk.n_features]).astype(np.float64)
         return _Batch(energy, forces, stress, features)
 
     def _probabilities(self, batch: Batch) -> FloatArray:
@@ -200,8 +211,7 @@ class Committee:
                 member.logits(member.trunk(batch), batch.graph).softmax(dim=1)
                 for member in self.members
             ]
-        mean: FloatArray = torch.stack(each).mean(dim=0).numpy().astype(np.float64)
-        return mean
+        return array_of(torch.stack(each).mean(dim=0)).astype(np.float64)
 
     def _config(self) -> dict[str, Any]:
         heads = self.members[0].heads

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from aiida_eipnn.science.arrays import IntArray
 from aiida_eipnn.science.configurations import ragged_rows
+from aiida_eipnn.science.nn.device import ON_CPU
 from aiida_eipnn.science.nn.graph import Graph, Neighbours, batch_graph
 
 # Elements up to which each one has weights of its own; more are mixed into as many channels.
@@ -134,12 +135,21 @@ class DescribedSet:
     keep
         Whether to compute everything now, for a set that is read again and again, and not too
         large for that.
+    device
+        Where everything that is kept, and every batch, is.
     """
 
     def __init__(
-        self, neighbours: Neighbours, basis: Basis, dtype: torch.dtype, *, keep: bool = True
+        self,
+        neighbours: Neighbours,
+        basis: Basis,
+        dtype: torch.dtype,
+        *,
+        keep: bool = True,
+        device: torch.device = ON_CPU,
     ) -> None:
         self.neighbours = neighbours
+        self.device = device
         self.basis = basis
         self.dtype = dtype
         small = 0 < self._bytes() <= MAX_KEPT_BYTES
@@ -150,10 +160,10 @@ class DescribedSet:
 
     def batch(self, rows: IntArray) -> Described:
         """Return the given configurations as one batch."""
-        graph = batch_graph(self.neighbours, rows)
+        graph = batch_graph(self.neighbours, rows, self.device)
         if self._kept is None:
             return describe(graph, self.basis, self.dtype)
-        atoms = torch.from_numpy(ragged_rows(self.neighbours.offsets, rows))
+        atoms = torch.as_tensor(ragged_rows(self.neighbours.offsets, rows), device=self.device)
         pairs = self._kept.pairs[graph.pairs.flatten()]
         return Described(
             graph=graph,
@@ -168,7 +178,8 @@ class DescribedSet:
         if self._kept is not None:
             return self._kept.descriptors
         parts = [self.batch(rows).descriptors for rows in self._chunks()]
-        return torch.cat([torch.zeros(0, self.basis.n_descriptors, dtype=self.dtype), *parts])
+        none = torch.zeros(0, self.basis.n_descriptors, dtype=self.dtype, device=self.device)
+        return torch.cat([none, *parts])
 
     def _chunks(self) -> list[IntArray]:
         starts = range(0, len(self), _CHUNK)
@@ -182,12 +193,14 @@ class DescribedSet:
 
     def _keep(self) -> Kept:
         n_pairs = len(self.neighbours.partners)
-        pairs = torch.zeros(n_pairs + 1, sum(self.basis.widths), dtype=self.dtype)
+        shape = (n_pairs + 1, sum(self.basis.widths))
+        pairs = torch.zeros(shape, dtype=self.dtype, device=self.device)
         density, descriptors = [], []
         for rows in self._chunks():
-            part = describe(batch_graph(self.neighbours, rows), self.basis, self.dtype)
-            filled = part.graph.pairs < n_pairs
-            pairs[part.graph.pairs[filled]] = part.pairs[filled]
+            graph = batch_graph(self.neighbours, rows, self.device)
+            part = describe(graph, self.basis, self.dtype)
+            filled = graph.pairs < n_pairs
+            pairs[graph.pairs[filled]] = part.pairs[filled]
             density.append(part.density)
             descriptors.append(part.descriptors)
         return Kept(pairs, torch.cat(density), torch.cat(descriptors))
@@ -202,7 +215,8 @@ def describe(graph: Graph, basis: Basis, dtype: torch.dtype) -> Described:
     unit = vectors / torch.where(filled, distance, 1.0)[..., None]
     safe = torch.where(filled, distance, basis.cutoff)
     radial, slope = radial_functions(safe, basis.cutoff, basis.n_radial)
-    weights = element_weights(basis.n_elements)[graph.species[graph.partners]] * filled[..., None]
+    by_element = element_weights(basis.n_elements).to(vectors.device)
+    weights = by_element[graph.species[graph.partners]] * filled[..., None]
     harmonics, slopes = spherical_harmonics(unit, safe, basis.l_max)
     parts = (
         (radial[..., :, None] * weights[..., None, :]).flatten(-2),
@@ -258,7 +272,7 @@ def radial_functions(r: Tensor, cutoff: float, n_radial: int) -> tuple[Tensor, T
     ----------
     .. [1] Gasteiger, Groß, Günnemann, Directional message passing, arXiv:2003.03123.
     """
-    k = math.pi / cutoff * torch.arange(1, n_radial + 1, dtype=r.dtype)
+    k = math.pi / cutoff * torch.arange(1, n_radial + 1, dtype=r.dtype, device=r.device)
     x = r[..., None]
     bessel = math.sqrt(2 / cutoff) * torch.sin(k * x) / x
     bessel_slope = (math.sqrt(2 / cutoff) * k * torch.cos(k * x) - bessel) / x
@@ -377,7 +391,7 @@ def _vector_gradient(gradient: Tensor, described: Described) -> Tensor:
 
 def _power_spectrum(a: Tensor, b: Tensor, basis: Basis) -> Tensor:
     r"""Return :math:`\sum_m a_{clm} b_{c'lm} + b_{clm} a_{c'lm}` for :math:`c \le c'`."""
-    upper = _upper(basis.n_channels)
+    upper = _upper(basis.n_channels, a.device)
     parts = []
     for degree in range(basis.l_max + 1):
         part = slice(degree**2, (degree + 1) ** 2)
@@ -391,8 +405,9 @@ def _density_gradient(gradient: Tensor, density: Tensor, basis: Basis) -> Tensor
     n = basis.n_channels
     linear, pairs = gradient[:, :n], gradient[:, n:].reshape(len(gradient), basis.l_max + 1, -1)
     # p_cc is quadratic in A_c, so it counts twice.
-    twice = 1 + torch.eye(n, dtype=gradient.dtype)
-    matrices = pairs[:, :, _place_of_pair(n)].reshape(len(gradient), basis.l_max + 1, n, n) * twice
+    twice = 1 + torch.eye(n, dtype=gradient.dtype, device=gradient.device)
+    place = _place_of_pair(n, gradient.device)
+    matrices = pairs[:, :, place].reshape(len(gradient), basis.l_max + 1, n, n) * twice
     parts = [
         matrices[:, degree] @ density[..., degree**2 : (degree + 1) ** 2]
         for degree in range(basis.l_max + 1)
@@ -402,19 +417,19 @@ def _density_gradient(gradient: Tensor, density: Tensor, basis: Basis) -> Tensor
 
 
 @functools.cache
-def _upper(n: int) -> Tensor:
+def _upper(n: int, device: torch.device) -> Tensor:
     """Return where the upper triangle is in a flat ``n`` by ``n`` matrix."""
-    c, d = torch.triu_indices(n, n)
+    c, d = torch.triu_indices(n, n, device=device)
     place: Tensor = c * n + d
     return place
 
 
 @functools.cache
-def _place_of_pair(n: int) -> Tensor:
+def _place_of_pair(n: int, device: torch.device) -> Tensor:
     """Return where each entry of a flat symmetric matrix is in its upper triangle."""
-    c, d = torch.triu_indices(n, n)
-    place = torch.zeros(n, n, dtype=torch.int64)
-    place[c, d] = place[d, c] = torch.arange(len(c))
+    c, d = torch.triu_indices(n, n, device=device)
+    place = torch.zeros(n, n, dtype=torch.int64, device=device)
+    place[c, d] = place[d, c] = torch.arange(len(c), device=device)
     return place.flatten()
 
 

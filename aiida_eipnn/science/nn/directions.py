@@ -21,6 +21,7 @@ from aiida_eipnn.science.nn.descriptor import (
     describe,
     descriptor_tangent,
 )
+from aiida_eipnn.science.nn.device import ON_CPU
 from aiida_eipnn.science.nn.graph import Graph, batch_graph, find_neighbours
 from aiida_eipnn.science.nn.heads import Owners, sum_atoms
 from aiida_eipnn.science.nn.network import (
@@ -81,6 +82,8 @@ class KeptDirections:
         Atomic numbers that the network knows.
     seed
         Draws the directions.
+    device
+        Where the network is, and what is kept.
     """
 
     def __init__(
@@ -89,19 +92,22 @@ class KeptDirections:
         parameters: NetworkParameters,
         elements: tuple[int, ...],
         seed: int,
+        device: torch.device = ON_CPU,
     ) -> None:
         neighbours = find_neighbours(configurations, elements, parameters.cutoff)
         basis = parameters.basis(len(elements))
         n_atoms = len(neighbours.species)
         rng = np.random.default_rng(seed)
         self.offsets = configurations.offsets
-        self.species = torch.from_numpy(neighbours.species)
+        self.device = device
+        self.species = torch.as_tensor(neighbours.species, device=device)
         self.directions = rng.normal(size=(N_DIRECTIONS, n_atoms, 3)).astype(np.float32)
-        self.descriptors = torch.empty(n_atoms, basis.n_descriptors, dtype=parameters.dtype)
-        self.changes = torch.empty(N_DIRECTIONS, *self.descriptors.shape, dtype=parameters.dtype)
+        shape = (n_atoms, basis.n_descriptors)
+        self.descriptors = torch.empty(shape, dtype=parameters.dtype, device=device)
+        self.changes = self.descriptors.new_empty(N_DIRECTIONS, *shape)
         for start in range(0, len(configurations), _CHUNK):
             rows = np.arange(start, min(start + _CHUNK, len(configurations)))
-            self._describe(batch_graph(neighbours, rows), rows, basis)
+            self._describe(batch_graph(neighbours, rows, device), rows, basis)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -119,7 +125,7 @@ class KeptDirections:
         assert isinstance(network.trunk, PowerSpectrumTrunk)
         atoms = ragged_rows(self.offsets, rows)
         drawn = int(rng.integers(N_DIRECTIONS))
-        part = torch.from_numpy(atoms)
+        part = torch.as_tensor(atoms, device=self.device)
         features, slopes = network.trunk.slopes_by_descriptors(
             self.descriptors[part], self.changes[drawn, part], self.species[part]
         )
@@ -131,8 +137,9 @@ class KeptDirections:
         described = describe(graph, basis, self.descriptors.dtype)
         self.descriptors[atoms] = described.descriptors
         for number in range(N_DIRECTIONS):
-            moves = torch.from_numpy(self.directions[number, atoms].astype(np.float64))
-            self.changes[number, atoms] = descriptor_tangent(tangent_of(graph, moves), described)
+            directions = self.directions[number, atoms].astype(np.float64)
+            tangent = tangent_of(graph, directions)
+            self.changes[number, atoms] = descriptor_tangent(tangent, described)
 
 
 class DrawnDirections:
@@ -154,9 +161,10 @@ class DrawnDirections:
         """Return what the heads say about these configurations; differentiable by the weights."""
         batch = self.described.batch(rows)
         directions = rng.normal(size=(len(batch.graph.species), 3))
-        tangent = tangent_of(batch.graph, torch.from_numpy(directions))
+        tangent = tangent_of(batch.graph, directions)
         features, slopes = network.trunk.slopes(batch, tangent)
-        return _read(network, features, slopes, batch.graph.n_atoms.numpy(), directions)
+        n_atoms = self.described.neighbours.n_atoms[rows]
+        return _read(network, features, slopes, n_atoms, directions)
 
 
 def directed_set(
@@ -164,27 +172,29 @@ def directed_set(
     parameters: NetworkParameters,
     elements: tuple[int, ...],
     seed: int,
+    device: torch.device = ON_CPU,
 ) -> DirectedSet:
     """Return the configurations ready to be moved, kept in memory where that is possible."""
     if parameters.has_fixed_descriptors and KeptDirections.fits(
         configurations, parameters, len(elements)
     ):
-        return KeptDirections(configurations, parameters, elements, seed)
+        return KeptDirections(configurations, parameters, elements, seed, device)
     return DrawnDirections(
-        describe_configurations(configurations, parameters, elements, keep=False)
+        describe_configurations(configurations, parameters, elements, keep=False, device=device)
     )
 
 
-def tangent_of(graph: Graph, moves: Tensor) -> Tensor:
+def tangent_of(graph: Graph, directions: FloatArray) -> Tensor:
     """Return how the vectors change when the atoms move. Shape ``(N, K, 3)``.
 
     Parameters
     ----------
     graph
         The batch.
-    moves
-        Shape ``(N, 3)``.
+    directions
+        How the atoms move. Shape ``(N, 3)``.
     """
+    moves = torch.as_tensor(directions, device=graph.vectors.device)
     filled = graph.vectors.any(dim=-1, keepdim=True)
     return (moves[graph.partners] - moves[:, None]) * filled
 
@@ -222,8 +232,9 @@ def _read(
     directions: FloatArray,
 ) -> Moved:
     """Read the heads of summed features: they are linear, so that is the sum of what they read."""
-    heads, counts = network.heads, torch.from_numpy(n_atoms)
-    owner = torch.repeat_interleave(torch.arange(len(n_atoms)), counts)
+    heads, device = network.heads, features.device
+    counts = torch.as_tensor(n_atoms, device=device)
+    owner = torch.as_tensor(np.repeat(np.arange(len(n_atoms)), n_atoms), device=device)
     graph = Owners(owner, counts)
     size = counts.to(features.dtype)[:, None]
     mean = sum_atoms(features, graph) / size

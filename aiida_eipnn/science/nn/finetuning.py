@@ -25,6 +25,7 @@ from aiida_eipnn.science.eip.pseudo_labels import (
     pseudo_weights,
 )
 from aiida_eipnn.science.labels import Labels
+from aiida_eipnn.science.nn.device import ON_CPU, array_of
 from aiida_eipnn.science.nn.directions import DrawnDirections, directed_set, forces_along
 from aiida_eipnn.science.nn.eip_targets import eip_targets
 from aiida_eipnn.science.nn.head_start import SMALL_ENERGY, SMALL_FORCE, combine_heads
@@ -93,6 +94,8 @@ class PseudoTask:
         Of the networks.
     elements
         Atomic numbers that the networks know.
+    device
+        Where the networks are.
     """
 
     def __init__(
@@ -101,13 +104,14 @@ class PseudoTask:
         labels: PseudoLabels,
         parameters: NetworkParameters,
         elements: tuple[int, ...],
+        device: torch.device = ON_CPU,
     ) -> None:
         part = configurations.take(configurations.rows_of(labels.ids))
         self.labels = labels
         self.counts = count_elements(part, np.array(elements))
-        self.directed = directed_set(part, parameters, elements, seed=1)
+        self.directed = directed_set(part, parameters, elements, seed=1, device=device)
         self.believed, self.pulled = (
-            torch.from_numpy(pseudo_weights(error, half))
+            torch.as_tensor(pseudo_weights(error, half), device=device)
             for error, half in (
                 (labels.energy_error, HALF_BELIEVED_ENERGY),
                 (labels.forces_error, HALF_BELIEVED_FORCES),
@@ -128,11 +132,15 @@ class PseudoTask:
         rows = rng.choice(len(labels), n, replace=False)
         moved = self.directed.move(network, rows, rng)
         n_atoms = np.diff(labels.offsets)[rows]
-        shift = self.counts[rows] @ network.heads.reference[row].numpy()
+        shift = self.counts[rows] @ array_of(network.heads.reference[row])
         atoms = ragged_rows(labels.offsets, rows)
         along = forces_along(labels.forces[None, atoms], moved.directions, n_atoms)[:, 0]
-        energy = moved.energies[:, row] - torch.from_numpy((labels.energy[rows] - shift) / n_atoms)
-        return PseudoErrors(rows, energy, moved.along[:, row] - torch.from_numpy(along))
+        wanted = (labels.energy[rows] - shift) / n_atoms
+        energy, forces = (
+            said[:, row] - torch.as_tensor(values, device=said.device)
+            for said, values in ((moved.energies, wanted), (moved.along, along))
+        )
+        return PseudoErrors(rows, energy, forces)
 
 
 class Teachers(NamedTuple):
@@ -161,17 +169,17 @@ class Finetuning:
         labels = need_labels(inputs.labels, "fine-tuning", "DFT labels")
         self.settings, self.inputs, self.labels = settings, inputs, labels
         self.parameters = network_parameters(inputs, settings)
-        self.statistics = Statistics(inputs, self.parameters)
+        self.statistics = Statistics(inputs, self.parameters, settings.device)
         self.elements = self.statistics.elements
         configurations = inputs.configurations
         self.configurations = configurations.take(configurations.rows_of(labels.ids))
         self.described = describe_configurations(
-            self.configurations, self.parameters, self.elements
+            self.configurations, self.parameters, self.elements, device=settings.device
         )
         # Those of another training on the same inputs serve as well, and take long to prepare.
         self.teachers = teachers or Teachers(
             replay_task(inputs, settings, self.parameters, self.elements),
-            pseudo_task(inputs, labels, self.parameters, self.elements),
+            pseudo_task(inputs, labels, self.parameters, self.elements, settings.device),
         )
         # Those that are held out were paid for too.
         self.n_labels = len(labels)
@@ -219,12 +227,12 @@ class Finetuning:
         weights, labels = self.settings.training, self.labels
         row = network.heads.row(DFT_HEAD)
         energy = network.energies(network.trunk(batch), batch.graph)[:, row]
-        wanted = torch.from_numpy(labels.energy[rows, 0])
+        wanted = torch.as_tensor(labels.energy[rows, 0], device=energy.device)
         wanted = wanted - network.heads.references(batch.graph)[:, row]
         per_atom = (energy - wanted) / batch.graph.n_atoms
         slopes = derivatives(energy, batch, trainable=True)
         atoms = ragged_rows(self.configurations.offsets, rows)
-        error = slopes.forces - torch.from_numpy(labels.forces[0, atoms])
+        error = slopes.forces - torch.as_tensor(labels.forces[0, atoms], device=energy.device)
         value = weights.energy_weight * huber(per_atom, HUBER_ENERGY)
         value = value + weights.forces_weight * huber(error, HUBER_FORCES)
         if weights.stress_weight:
@@ -260,7 +268,8 @@ class Finetuning:
 
     def knowledge(self, network: Network, step: Step) -> Tensor:
         """Return the loss of what EIPs say."""
-        weights, value = self.settings.training, torch.zeros(())
+        weights = self.settings.training
+        value = torch.zeros((), device=network.device)
         replay, pseudo = self.teachers
         if replay is not None:
             rows = step.rng.choice(len(replay), min(REPLAY_BATCH, len(replay)), replace=False)
@@ -289,16 +298,15 @@ class Finetuning:
 
     def _start_head(self, network: Network, source: Network, seed: int) -> None:
         """Let the head of DFT be the combination of EIP heads that fits its labels."""
-        shares = torch.from_numpy(
-            combine_heads(
-                source,
-                DrawnDirections(self.described),
-                self.configurations,
-                self.labels,
-                self.learnt,
-                np.random.default_rng([seed, 3]),
-            )
-        ).to(network.heads.weight.dtype)
+        fitted = combine_heads(
+            source,
+            DrawnDirections(self.described),
+            self.configurations,
+            self.labels,
+            self.learnt,
+            np.random.default_rng([seed, 3]),
+        )
+        shares = torch.as_tensor(fitted).to(network.heads.weight)
         row = network.heads.row(DFT_HEAD)
         network.heads.weight[row] = shares @ source.heads.weight
         network.heads.bias[row] = shares @ source.heads.bias
@@ -313,7 +321,7 @@ class Finetuning:
                     for batch in batches_of(self.described)
                 ]
             )
-        residual = self.labels.energy[:, 0] - predicted.numpy()
+        residual = self.labels.energy[:, 0] - array_of(predicted)
         known = self.configurations.take(self.learnt)
         reference = fit_reference_energies(known, residual[self.learnt])
         if unknown := sorted(set(self.elements) - set(reference)):
@@ -323,7 +331,7 @@ class Finetuning:
             )
         mean = float(np.mean(list(reference.values())))
         values = [reference.get(element, mean) for element in self.elements]
-        network.heads.reference[row] = torch.tensor(values, dtype=torch.float64)
+        network.heads.reference[row] = torch.as_tensor(np.array(values))
 
 
 def hold_out(labels: Labels, fraction: float, member: int = 0) -> tuple[IntArray, IntArray]:
@@ -373,13 +381,17 @@ def replay_task(
     # An even part of the set, the same for all members.
     n = len(labels)
     rows = np.unique(np.linspace(0, n - 1, min(n, MAX_REPLAY)).astype(np.int64))
-    reference = heads.reference[[heads.row(name) for name in sources]].numpy()
+    reference = array_of(heads.reference)[[heads.row(name) for name in sources]]
     targets = eip_targets(inputs.configurations, labels.take(rows), elements, reference)
-    return EipTask(targets, parameters, elements)
+    return EipTask(targets, parameters, elements, settings.device)
 
 
 def pseudo_task(
-    inputs: StageInputs, labels: Labels, parameters: NetworkParameters, elements: tuple[int, ...]
+    inputs: StageInputs,
+    labels: Labels,
+    parameters: NetworkParameters,
+    elements: tuple[int, ...],
+    device: torch.device,
 ) -> PseudoTask | None:
     """Return the pseudo-labels where there is no DFT label; ``None`` where there are none.
 
@@ -395,4 +407,6 @@ def pseudo_task(
     if pseudo is None:
         return None
     known = pseudo.take(pseudo.ids[np.isfinite(pseudo.energy_error)])
-    return PseudoTask(inputs.configurations, known, parameters, elements) if len(known) else None
+    if not len(known):
+        return None
+    return PseudoTask(inputs.configurations, known, parameters, elements, device)

@@ -12,6 +12,7 @@ from vesin import NeighborList
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations, ragged_rows
 from aiida_eipnn.science.eip.potential import symbols_of
+from aiida_eipnn.science.nn.device import ON_CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -95,15 +96,16 @@ class GraphBatch(NamedTuple):
 class GraphSet:
     """Configurations for a trunk that computes everything from the graph, any batch at a time."""
 
-    def __init__(self, neighbours: Neighbours) -> None:
+    def __init__(self, neighbours: Neighbours, device: torch.device = ON_CPU) -> None:
         self.neighbours = neighbours
+        self.device = device
 
     def __len__(self) -> int:
         return len(self.neighbours)
 
     def batch(self, rows: IntArray) -> GraphBatch:
         """Return the given configurations as one batch."""
-        return GraphBatch(batch_graph(self.neighbours, rows))
+        return GraphBatch(batch_graph(self.neighbours, rows, self.device))
 
 
 def find_neighbours(
@@ -149,8 +151,8 @@ def species_of(configurations: Configurations, elements: Sequence[int]) -> IntAr
     return np.searchsorted(known, configurations.numbers).astype(np.int64)
 
 
-def batch_graph(neighbours: Neighbours, rows: IntArray) -> Graph:
-    """Return the given configurations as one batch."""
+def batch_graph(neighbours: Neighbours, rows: IntArray, device: torch.device = ON_CPU) -> Graph:
+    """Return the given configurations as one batch, on a device."""
     atoms = ragged_rows(neighbours.offsets, rows)
     n_atoms = neighbours.n_atoms[rows]
     owner = np.repeat(np.arange(len(rows)), n_atoms)
@@ -160,15 +162,17 @@ def batch_graph(neighbours: Neighbours, rows: IntArray) -> Graph:
     # One row more than there are pairs: what an empty place refers to.
     partners = np.append(neighbours.partners, 0)[pairs] + starts[owner][:, None]
     vectors = np.concatenate([neighbours.vectors, np.zeros((1, 3))])[pairs]
-    return Graph(
-        species=torch.from_numpy(neighbours.species[atoms]),
-        owner=torch.from_numpy(owner),
-        n_atoms=torch.from_numpy(n_atoms),
-        pairs=torch.from_numpy(pairs),
-        partners=torch.from_numpy(np.where(empty, 0, partners)),
-        vectors=torch.from_numpy(vectors),
-        volumes=torch.from_numpy(neighbours.volumes[rows]),
+    # In the order of the fields.
+    arrays = (
+        neighbours.species[atoms],
+        owner,
+        n_atoms,
+        pairs,
+        np.where(empty, 0, partners),
+        vectors,
+        neighbours.volumes[rows],
     )
+    return Graph(*(torch.as_tensor(array, device=device) for array in arrays))
 
 
 def _places(pair_offsets: IntArray, atoms: IntArray, *, n_pairs: int) -> IntArray:

@@ -8,6 +8,7 @@ import torch
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import Labels
+from aiida_eipnn.science.nn.device import array_of
 from aiida_eipnn.science.nn.directions import DrawnDirections, forces_along
 from aiida_eipnn.science.nn.network import Network
 from aiida_eipnn.science.reference import element_fractions
@@ -87,10 +88,10 @@ def _compare(
     with torch.no_grad():
         for _ in range(N_PROBES):
             moved = described.move(network, chosen, rng)
-            said.append(moved.along.to(torch.float64).numpy())
+            said.append(array_of(moved.along.to(torch.float64)))
             true.append(forces_along(known.forces, moved.directions, part.n_atoms)[:, 0])
     return _Rows(
-        energies=moved.energies.to(torch.float64).numpy(),
+        energies=array_of(moved.energies.to(torch.float64)),
         energy=known.energy[:, 0] / part.n_atoms,
         forces=np.stack(said, axis=1),
         force=np.stack(true, axis=1),

@@ -111,5 +111,5 @@ def pool_features(features: Tensor, graph: Graph) -> Tensor:
 
 def sum_atoms(values: Tensor, graph: Graph | Owners) -> Tensor:
     """Sum rows of atoms into rows of configurations."""
-    total = torch.zeros(len(graph.n_atoms), *values.shape[1:], dtype=values.dtype)
+    total = values.new_zeros(len(graph.n_atoms), *values.shape[1:])
     return total.index_add(0, graph.owner, values)

@@ -18,7 +18,7 @@ _MIN_MAD = 1e-12
 def huber(residual: Tensor, delta: float) -> Tensor:
     """Return the mean Huber loss; 0 of nothing."""
     if not residual.numel():
-        return torch.zeros((), dtype=torch.float64)
+        return residual.new_zeros(())
     return nn.functional.huber_loss(residual, torch.zeros_like(residual), delta=delta)
 
 
@@ -29,7 +29,7 @@ def absolute(residual: Tensor) -> tuple[float, int]:
 
 def virial_error(virial: Tensor, stress: FloatArray, batch: Batch) -> Tensor:
     """Return the errors of the virial per atom, in eV/atom, where there is a stress."""
-    wanted = torch.from_numpy(stress) * batch.graph.volumes[:, None]
+    wanted = torch.as_tensor(stress, device=virial.device) * batch.graph.volumes[:, None]
     error = (virial - wanted.nan_to_num()) / batch.graph.n_atoms[:, None]
     return error[torch.isfinite(wanted)]
 

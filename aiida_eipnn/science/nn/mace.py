@@ -145,10 +145,10 @@ class MaceTrunk(Trunk[GraphBatch]):
             {
                 "node_attrs": nn.functional.one_hot(graph.species, self.n_elements).to(self.dtype),
                 # All atoms in one place, and vectors as shifts: whatever the cell is.
-                "positions": torch.zeros(n_atoms, 3, dtype=self.dtype),
+                "positions": vectors.new_zeros(n_atoms, 3),
                 "shifts": vectors,
                 "edge_index": torch.stack([graph.partners[atom, place], atom]),
-                "cell": torch.zeros(3 * len(graph.n_atoms), 3, dtype=self.dtype),
+                "cell": vectors.new_zeros(3 * len(graph.n_atoms), 3),
                 "batch": graph.owner,
                 "ptr": nn.functional.pad(graph.n_atoms.cumsum(0), (1, 0)),
             },

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.nn.descriptor import Basis, DescribedSet
+from aiida_eipnn.science.nn.device import ON_CPU
 from aiida_eipnn.science.nn.graph import Graph, GraphSet, find_neighbours
 from aiida_eipnn.science.nn.heads import ClassifierHead, EnergyHeads, pool_features, sum_atoms
 from aiida_eipnn.science.nn.power_spectrum import PowerSpectrumTrunk
@@ -176,6 +177,11 @@ class Network(nn.Module):
         self.register_buffer("pooled_mean", torch.zeros(2 * width, dtype=dtype))
         self.register_buffer("pooled_spread", torch.ones(2 * width, dtype=dtype))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.pooled_mean.device
+
     def initialise(self, seed: int) -> None:
         """Draw new weights for the trunk and the heads."""
         generator = torch.Generator().manual_seed(seed)
@@ -213,6 +219,7 @@ def describe_configurations(
     elements: Sequence[int],
     *,
     keep: bool = True,
+    device: torch.device = ON_CPU,
 ) -> BatchSet:
     """Return configurations as the trunk reads them.
 
@@ -226,6 +233,8 @@ def describe_configurations(
         Atomic numbers that it knows, ascending.
     keep
         Whether to compute beforehand what can be, for a set that is read again and again.
+    device
+        Where the network is.
 
     Raises
     ------
@@ -234,8 +243,9 @@ def describe_configurations(
     """
     neighbours = find_neighbours(configurations, elements, parameters.cutoff)
     if parameters.trunk != POWER_SPECTRUM:
-        return GraphSet(neighbours)
-    return DescribedSet(neighbours, parameters.basis(len(elements)), parameters.dtype, keep=keep)
+        return GraphSet(neighbours, device)
+    basis = parameters.basis(len(elements))
+    return DescribedSet(neighbours, basis, parameters.dtype, keep=keep, device=device)
 
 
 def with_gradient(batch: B) -> B:
@@ -261,7 +271,7 @@ def derivatives(energy: Tensor, batch: Batch, *, trainable: bool) -> Derivatives
         energy.sum(), graph.vectors, create_graph=trainable, retain_graph=True
     )
     # A vector points from its atom to the neighbour, so its slope pulls the atom along.
-    reaction = torch.zeros(len(graph.species), 3, dtype=slope.dtype)
+    reaction = slope.new_zeros(len(graph.species), 3)
     reaction = reaction.index_add(0, graph.partners.flatten(), slope.reshape(-1, 3))
     strain = sum_atoms(torch.einsum("nka,nkb->nab", slope, graph.vectors.detach()), graph)
     symmetric = (strain + strain.transpose(1, 2)) / 2

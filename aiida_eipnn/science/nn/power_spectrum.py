@@ -34,6 +34,8 @@ class PowerSpectrumTrunk(Trunk[Described]):
         Precision of the weights.
     """
 
+    has_reduced_layers = True
+
     def __init__(self, basis: Basis, *, width: int, depth: int, dtype: torch.dtype) -> None:
         super().__init__(width)
         n_inputs = basis.n_descriptors
@@ -49,11 +51,12 @@ class PowerSpectrumTrunk(Trunk[Described]):
         """Return the features of atoms. Shape ``(N, width)``."""
         x = (descriptors_of(batch) - self.mean) / self.spread
         shift = self.embedding[batch.graph.species]
-        for layer in self.layers:
-            x = nn.functional.silu(layer(x) + shift)
-            # The element enters once, with the geometry.
-            shift = torch.zeros((), dtype=x.dtype)
-        return x
+        with self.reduced():
+            for layer in self.layers:
+                x = nn.functional.silu(layer(x) + shift)
+                # The element enters once, with the geometry.
+                shift = x.new_zeros(())
+        return x.to(self.mean.dtype)
 
     def slopes(self, batch: Described, tangent: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features and their change; written out, for it is faster than autograd."""
@@ -66,14 +69,15 @@ class PowerSpectrumTrunk(Trunk[Described]):
         """Return the features and their change when the descriptors change by ``change``."""
         x, change = (descriptors - self.mean) / self.spread, change / self.spread
         shift = self.embedding[species]
-        for layer in self.layers:
-            assert isinstance(layer, nn.Linear)
-            a = layer(x) + shift
-            gate = torch.sigmoid(a)
-            x = a * gate
-            change = nn.functional.linear(change, layer.weight) * (gate + x * (1 - gate))
-            shift = torch.zeros((), dtype=x.dtype)
-        return x, change
+        with self.reduced():
+            for layer in self.layers:
+                assert isinstance(layer, nn.Linear)
+                a = layer(x) + shift
+                gate = torch.sigmoid(a)
+                x = a * gate
+                change = nn.functional.linear(change, layer.weight) * (gate + x * (1 - gate))
+                shift = x.new_zeros(())
+        return x.to(self.mean.dtype), change.to(self.mean.dtype)
 
     def standardise(self, described: BatchSet) -> None:
         """Let descriptors like these have mean 0 and spreads that differ less than they do."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aiida_eipnn.science.arrays import IntArray
 from aiida_eipnn.science.configurations import ragged_rows
+from aiida_eipnn.science.nn.device import ON_CPU
 from aiida_eipnn.science.nn.directions import directed_set, forces_along
 from aiida_eipnn.science.nn.eip_targets import EipTargets, eip_targets
 from aiida_eipnn.science.nn.heads import CONSENSUS
@@ -51,22 +52,31 @@ class EipTask:
         Of the networks.
     elements
         Atomic numbers that the networks know.
+    device
+        Where the networks are.
     """
 
     def __init__(
-        self, targets: EipTargets, parameters: NetworkParameters, elements: tuple[int, ...]
+        self,
+        targets: EipTargets,
+        parameters: NetworkParameters,
+        elements: tuple[int, ...],
+        device: torch.device = ON_CPU,
     ) -> None:
         self.offsets = targets.configurations.offsets
         self.names = (*targets.sources, CONSENSUS)
         n_atoms = targets.configurations.n_atoms[:, None]
-        dtype = parameters.dtype
-        self.per_atom = torch.from_numpy(np.nan_to_num(targets.energy / n_atoms)).to(dtype)
+        place: dict[str, Any] = {"dtype": parameters.dtype, "device": device}
+        per_atom = np.nan_to_num(targets.energy / n_atoms)
+        self.per_atom = torch.as_tensor(per_atom, **place)
         self.forces = np.nan_to_num(targets.forces).astype(np.float32)
-        self.known = torch.from_numpy(targets.known)
-        self.energy_unit = torch.from_numpy(UNIT_OF_ENERGY * targets.energy_spread).to(dtype)
-        self.forces_unit = torch.from_numpy(UNIT_OF_FORCES * targets.forces_spread).to(dtype)
+        self.known = torch.as_tensor(targets.known, device=device)
+        self.energy_unit = torch.as_tensor(UNIT_OF_ENERGY * targets.energy_spread, **place)
+        self.forces_unit = torch.as_tensor(UNIT_OF_FORCES * targets.forces_spread, **place)
         # The directions belong to the set, not to a member: they are drawn once for all.
-        self.directed = directed_set(targets.configurations, parameters, elements, seed=0)
+        self.directed = directed_set(
+            targets.configurations, parameters, elements, seed=0, device=device
+        )
 
     def __len__(self) -> int:
         return len(self.per_atom)
@@ -80,13 +90,13 @@ class EipTask:
     ) -> EipErrors:
         """Return the errors of the heads on these configurations."""
         moved = self.directed.move(network, rows, rng)
-        heads = [network.heads.row(name) for name in self.names]
         atoms = ragged_rows(self.offsets, rows)
         wanted = forces_along(self.forces[:, atoms], moved.directions, np.diff(self.offsets)[rows])
-        part = torch.from_numpy(rows)
+        columns = np.array([network.heads.row(name) for name in self.names])
+        part, heads = (torch.as_tensor(item, device=self.known.device) for item in (rows, columns))
         known = self.known[part]
         energy = moved.energies[:, heads] - self.per_atom[part]
-        along = moved.along[:, heads] - torch.from_numpy(wanted).to(energy.dtype)
+        along = moved.along[:, heads] - torch.as_tensor(wanted).to(energy)
         mask = known.to(energy.dtype)
         loss = weighted_huber(energy / self.energy_unit, mask, HUBER_ENERGY)
         if weights.forces_weight:
@@ -112,11 +122,11 @@ class Pretraining:
         self.settings, self.inputs = settings, inputs
         self.held_out = np.zeros(0, dtype=np.int64)
         self.parameters = network_parameters(inputs, settings)
-        self.statistics = Statistics(inputs, self.parameters)
+        self.statistics = Statistics(inputs, self.parameters, settings.device)
         self.elements = self.statistics.elements
         self.targets = eip_targets(inputs.configurations, labels, self.elements)
         self.n_labels = int(self.targets.known[:, :-1].sum())
-        self.task = EipTask(self.targets, self.parameters, self.elements)
+        self.task = EipTask(self.targets, self.parameters, self.elements, settings.device)
 
     def __len__(self) -> int:
         return len(self.task)
@@ -143,7 +153,7 @@ class Pretraining:
             network.trunk.load_state_dict(source.trunk.state_dict())
             for name in set(self.heads) & set(source.heads.names):
                 copy_head(network, name, source, name)
-        network.heads.reference.copy_(torch.from_numpy(self.targets.reference))
+        network.heads.reference.copy_(torch.as_tensor(self.targets.reference))
         network.heads.scale.fill_(self.targets.scale)
         return network
 

@@ -111,6 +111,8 @@ class SchNetTrunk(Trunk[GraphBatch]):
         What else may differ.
     """
 
+    has_reduced_layers = True
+
     def __init__(
         self,
         n_elements: int,
@@ -167,10 +169,11 @@ class SchNetTrunk(Trunk[GraphBatch]):
         bonds = self._bonds(graph, tangent)
         # Selected, not indexed: the gradient of that is the same however many threads sum it.
         x = Moving(self.embedding.index_select(0, graph.species))
-        for interaction in self.interactions:
-            update = interaction(x, bonds, 1 / self.n_neighbours)
-            x = _plus(x, update) if self.variant.residual else update
-        return x
+        with self.reduced():
+            for interaction in self.interactions:
+                update = interaction(x, bonds, 1 / self.n_neighbours)
+                x = _plus(x, update) if self.variant.residual else update
+        return _map(lambda rows: rows.to(self.centres.dtype), x)
 
     def _bonds(self, graph: Graph, tangent: Tensor | None) -> Bonds:
         place = torch.nonzero(_one_of_two(graph).flatten())[:, 0]
@@ -276,8 +279,10 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 def _collect(said: Moving, filters: Moving, to: Tensor, of: Tensor) -> Moving:
     """Sum over the neighbours ``of`` each atom ``to``. Shape ``(N, width)``."""
     messages = _times(_map(lambda rows: rows.index_select(0, of), said), filters)
-    zeros = torch.zeros_like(said.value)
-    return _map(lambda rows: zeros.index_add(0, to, rows), messages)
+    # Sums of many are not rounded further than their parts.
+    dtype = torch.promote_types(said.value.dtype, torch.float32)
+    zeros = torch.zeros_like(said.value, dtype=dtype)
+    return _map(lambda rows: zeros.index_add(0, to, rows.to(dtype)), messages)
 
 
 def _one_of_two(graph: Graph) -> Tensor:
@@ -286,5 +291,5 @@ def _one_of_two(graph: Graph) -> Tensor:
     # An atom and its own image: the two vectors are opposite, so one of them is positive.
     positive = (x > 0) | ((x == 0) & ((y > 0) | ((y == 0) & (z > 0))))
     filled = (x != 0) | (y != 0) | (z != 0)
-    atom = torch.arange(len(graph.partners))[:, None]
+    atom = torch.arange(len(graph.partners), device=graph.partners.device)[:, None]
     return filled & ((graph.partners > atom) | ((graph.partners == atom) & positive))

@@ -16,6 +16,7 @@ from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.pseudo_labels import PseudoLabels
 from aiida_eipnn.science.eip.selection import Selection, SelectionParameters
 from aiida_eipnn.science.labels import Labels
+from aiida_eipnn.science.nn.device import ON_CPU, array_of
 from aiida_eipnn.science.nn.heads import CONSENSUS, DFT_HEAD
 from aiida_eipnn.science.nn.network import (
     Network,
@@ -82,16 +83,20 @@ class StageSettings:
         Schedule and weights.
     selection
         When an EIP is to be believed.
+    device
+        Where networks and data are.
     """
 
     network: NetworkParameters
     training: TrainingParameters
     selection: SelectionParameters
+    device: torch.device = ON_CPU
 
 
 class Stage(Protocol):
     """A prepared stage: the task of the loop, and the network before and after."""
 
+    settings: StageSettings
     n_labels: int
     parameters: NetworkParameters
     elements: tuple[int, ...]
@@ -137,18 +142,21 @@ class Stage(Protocol):
 class Statistics:
     """The configurations that standardisations are fitted on: the set, or an even part of it."""
 
-    def __init__(self, inputs: StageInputs, parameters: NetworkParameters) -> None:
+    def __init__(
+        self, inputs: StageInputs, parameters: NetworkParameters, device: torch.device
+    ) -> None:
         n = len(inputs.configurations)
         rows = np.unique(np.linspace(0, n - 1, min(n, _MAX_FOR_STATISTICS)).astype(np.int64))
         self.elements = elements_of(inputs)
         self.described = describe_configurations(
-            inputs.configurations.take(rows), parameters, self.elements
+            inputs.configurations.take(rows), parameters, self.elements, device=device
         )
 
 
 def blank_network(stage: Stage) -> Network:
     """Return a network of the stage to load weights into."""
-    return Network(stage.parameters, stage.elements, stage.heads, stage.class_names)
+    network = Network(stage.parameters, stage.elements, stage.heads, stage.class_names)
+    return network.to(stage.settings.device)
 
 
 def new_network(stage: Stage, seed: int) -> Network:
@@ -202,7 +210,7 @@ def predict_batch(network: Network, batch: Batch) -> BatchPrediction:
     slopes = derivatives(energy, batch, trainable=False)
     total = energy.detach() + network.heads.references(batch.graph)[:, row]
     stress = slopes.virial / batch.graph.volumes[:, None]
-    return BatchPrediction(total.numpy(), slopes.forces.numpy(), stress.numpy())
+    return BatchPrediction(array_of(total), array_of(slopes.forces), array_of(stress))
 
 
 def copy_head(network: Network, name: str, source: Network, source_name: str) -> None:
@@ -217,7 +225,7 @@ def shake(network: Network, noise: float, seed: int) -> None:
     """Change the heads by relative noise."""
     generator = torch.Generator().manual_seed(seed)
     weight = network.heads.weight
-    drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight.dtype)
+    drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight)
     with torch.no_grad():
         weight.add_(noise * weight.square().mean().sqrt() * drawn)
 

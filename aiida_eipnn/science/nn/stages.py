@@ -1,5 +1,8 @@
 """The stages by name; see :mod:`aiida_eipnn.science.nn.stage` for what they have in common."""
 
+import copy
+from dataclasses import replace
+
 from aiida_eipnn.science.nn.classification import Classification
 from aiida_eipnn.science.nn.finetuning import Finetuning
 from aiida_eipnn.science.nn.pretraining import Pretraining
@@ -23,5 +26,10 @@ def prepare(name: str, inputs: StageInputs, settings: StageSettings) -> Stage:
     for what, labels in (("DFT", inputs.labels), ("EIP", inputs.eip_labels)):
         if labels is not None:
             check_known(inputs.configurations, labels, what)
-    stage: Stage = STAGES[name](inputs, settings)
+    # Copies: the networks to start from may be used on, where they are.
+    members = tuple(
+        member if member.device == settings.device else copy.deepcopy(member).to(settings.device)
+        for member in inputs.members
+    )
+    stage: Stage = STAGES[name](replace(inputs, members=members), settings)
     return stage

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from aiida_eipnn.science.arrays import IntArray
+from aiida_eipnn.science.nn.device import FULL, MIXED_PRECISIONS, mixed_precision
 from aiida_eipnn.science.nn.network import Network
 from aiida_eipnn.science.settings import build
 from aiida_eipnn.science.verdict import SCORE
@@ -81,6 +82,9 @@ class TrainingParameters:
         what is used in the end. They are labels all the same, and must be counted as such.
     patience
         Stop when so many records in a row did not do better on them; 0 never stops early.
+    mixed_precision
+        ``none``; or ``tf32`` or ``bfloat16``, in which layers compute less exactly and, on GPUs,
+        faster (:func:`aiida_eipnn.science.nn.device.mixed_precision`).
     """
 
     steps: int
@@ -101,6 +105,7 @@ class TrainingParameters:
     bootstrap: bool = False
     validation_fraction: float = 0.0
     patience: int = 0
+    mixed_precision: str = FULL
 
     def __post_init__(self) -> None:
         for name in ("steps", "min_epochs", "batch_size"):
@@ -123,6 +128,10 @@ class TrainingParameters:
             raise ValueError(f"ema_decay must be below 1, not {self.ema_decay}")
         if self.head_start not in HEAD_STARTS:
             raise ValueError(f"head_start must be one of {HEAD_STARTS}, not {self.head_start!r}")
+        if self.mixed_precision not in MIXED_PRECISIONS:
+            raise ValueError(
+                f"mixed_precision must be one of {MIXED_PRECISIONS}, not {self.mixed_precision!r}"
+            )
         if not isinstance(self.bootstrap, bool):
             raise TypeError(f"bootstrap must be true or false, not {self.bootstrap!r}")
 
@@ -341,7 +350,8 @@ def _take_step(
 ) -> None:
     start = time.monotonic()
     rng = np.random.default_rng([state.seed, state.epoch, state.step, 1])
-    loss = task.loss(state.network, rows, Step(progress, rng))
+    with mixed_precision(state.network, parameters.mixed_precision):
+        loss = task.loss(state.network, rows, Step(progress, rng))
     value = float(loss.value.detach())
     if not math.isfinite(value):
         raise Diverged(f"the loss became {value} in epoch {state.epoch + 1}")

@@ -1,6 +1,7 @@
 """What every trunk offers: features of atoms, and how they change when neighbours move."""
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
@@ -51,9 +52,20 @@ class Trunk(nn.Module, ABC, Generic[B]):
         Number of features of an atom.
     """
 
+    # Whether its layers heed ``reduced_dtype``.
+    has_reduced_layers = False
+
     def __init__(self, n_features: int) -> None:
         super().__init__()
         self.n_features = n_features
+        # Set while a training asks for it; see device.mixed_precision.
+        self.reduced_dtype: torch.dtype | None = None
+
+    def reduced(self) -> AbstractContextManager[Any]:
+        """Return a context in which layers compute less exactly, where that is asked for."""
+        if self.reduced_dtype is None:
+            return nullcontext()
+        return torch.autocast(next(self.parameters()).device.type, dtype=self.reduced_dtype)
 
     @abstractmethod
     def forward(self, batch: B) -> Tensor:
@@ -105,6 +117,7 @@ def mean_neighbours(neighbours: Neighbours) -> float:
 def draw(weight: Tensor, spread: float, generator: torch.Generator) -> None:
     """Fill ``weight`` with normal random numbers of the given spread."""
     # Drawn in double precision, so that both precisions start from the same weights.
+    # And on the CPU, where the generator is, so that all devices do.
     drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
     with torch.no_grad():
         weight.copy_(spread * drawn)
