@@ -46,7 +46,7 @@ from aiida_eipnn.science.nn.training import (
 )
 from aiida_eipnn.science.pool import make_pool
 from aiida_eipnn.science.reference import Alignment, fit_alignment
-from aiida_eipnn.science.verdict import SCORE, Verdict
+from aiida_eipnn.science.verdict import SCORE, Verdict, force_agreement
 
 # The scratch twin may be as long as pre-training and fine-tuning together.
 SCRATCH_STEPS = (300, 1000, 3000, 7000)
@@ -406,11 +406,17 @@ def judged(
     """
     twin = twin_of(problem, seed)
     start = time.process_time()
+    said = inputs.eip_labels or material(problem).eips
     training = training_of(twin.steps)
     settings = settings_for(problem, "finetune", training | {"validation_fraction": VALIDATION})
     stage = Finetuning(inputs, settings)
     with_eips = trained_state(stage, settings, seed).history[-1][SCORE]
-    verdict = Verdict(score=with_eips, scratch_score=twin.score, n_held_out=len(stage.held_out))
+    verdict = Verdict(
+        score=with_eips,
+        scratch_score=twin.score,
+        n_held_out=len(stage.held_out),
+        agreement=force_agreement(problem.dft, said),
+    )
     settings = settings_for(problem, "finetune", training)
     if verdict.eips_help:
         stage = Finetuning(inputs, settings, stage.teachers)
@@ -418,7 +424,12 @@ def judged(
         settings = settings_for(problem, "finetune", SCRATCH | {"steps": twin.steps})
         stage = Finetuning(without_eips(problem), settings)
     state = trained_state(stage, settings, seed)
-    notes = {"score": with_eips, "scratch_score": twin.score, "eips_help": verdict.eips_help}
+    notes = {
+        "score": with_eips,
+        "scratch_score": twin.score,
+        "agreement": verdict.agreement,
+        "eips_help": verdict.eips_help,
+    }
     seconds = time.process_time() - start + twin.cpu_s
     return Trained(
         predict=predictor(state.network), steps=state.n_steps, cpu_s=seconds, notes=notes

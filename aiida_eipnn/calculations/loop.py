@@ -29,7 +29,7 @@ from aiida_eipnn.science.uncertainty import (
     calibration_scale,
     judge_uncertainties,
 )
-from aiida_eipnn.science.verdict import N_HELD_OUT, SCORE, Verdict
+from aiida_eipnn.science.verdict import AGREEMENT, N_HELD_OUT, SCORE, Verdict
 
 TEST, INITIAL, REFUSED, KNOWN = "test", "initial", "refused", "known"
 
@@ -213,6 +213,7 @@ def judge(metrics: Dict, scratch_metrics: Dict) -> Dict:
         score=metrics[SCORE],
         scratch_score=scratch_metrics[SCORE],
         n_held_out=metrics[N_HELD_OUT],
+        agreement=metrics.get(AGREEMENT),
     )
     return Dict({**asdict(verdict), "eips_help": verdict.eips_help, "text": verdict.text})
 

@@ -46,7 +46,7 @@ from aiida_eipnn.science.nn.stage import (
 )
 from aiida_eipnn.science.nn.stages import STAGES, prepare
 from aiida_eipnn.science.nn.training import Diverged, TrainingParameters, fit, start_training
-from aiida_eipnn.science.verdict import N_HELD_OUT, SCORE
+from aiida_eipnn.science.verdict import AGREEMENT, N_HELD_OUT, SCORE, force_agreement
 
 LOGGER = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def run(job: TrainJob, folder: Path) -> State:
         "device": settings.device.type,
         "members": records,
     }
-    metrics |= judgement(stage, records)
+    metrics |= judgement(stage, inputs, records)
     if (report := folder / spec.CHECKPOINT / spec.LABEL_MODEL).exists():
         # What is not a number has no place in JSON: nothing was there to measure.
         metrics["label_model"] = json.loads(report.read_text(), parse_constant=lambda _: None)
@@ -106,14 +106,22 @@ def run(job: TrainJob, folder: Path) -> State:
     return State.DONE
 
 
-def judgement(stage: Stage, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the mean score on held-out labels, and their number; nothing where there are none."""
+def judgement(
+    stage: Stage, inputs: StageInputs, records: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what a verdict rests on; nothing where no label is held out.
+
+    The mean score on held-out labels, their number, and the agreement of the EIPs.
+    """
     members = range(len(records))
     asked = {int(row) for member in members for row in stage.for_member(member).held_out}
     if not asked:
         return {}
     best = [min(epoch[SCORE] for epoch in record["epochs"]) for record in records]
-    return {SCORE: sum(best) / len(best), N_HELD_OUT: len(asked)}
+    judged = {SCORE: sum(best) / len(best), N_HELD_OUT: len(asked)}
+    if inputs.labels is None or inputs.eip_labels is None:
+        return judged
+    return judged | {AGREEMENT: force_agreement(inputs.labels, inputs.eip_labels)}
 
 
 def make_pseudo_labels_of(job: TrainJob, folder: Path) -> None:

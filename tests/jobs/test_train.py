@@ -191,6 +191,27 @@ def test_the_three_stages_build_on_each_other(tmp_path, pool, pretraining):
     assert not (finetune / spec.CHECKPOINT).exists()
 
 
+def test_a_fine_tuning_says_what_a_verdict_rests_on(tmp_path, pool, pretraining):
+    pretrain = pretraining()
+    assert run_job(pretrain) is State.DONE
+    folder = write(
+        tmp_path / "finetune",
+        job_for(Stage.FINETUNE, validation_fraction=0.3),
+        configurations={"pool": pool},
+        labels={"all": labels_of(pool.take(range(6)), DFT)},
+        eip_labels=labels_of(pool, EIPS),
+        committee=pretrain,
+    )
+    assert run_job(folder) is State.DONE
+    metrics = metrics_of(folder)
+    # Two members, each held out two others.
+    assert metrics["n_held_out"] == 4
+    best = [min(row["validation_score"] for row in item["epochs"]) for item in metrics["members"]]
+    assert metrics["validation_score"] == pytest.approx(sum(best) / 2)
+    # The potentials differ in depth and in size, so their forces point the same way mostly.
+    assert 0.9 < metrics["eip_agreement"] <= 1
+
+
 def test_what_is_held_out_is_not_learnt(tmp_path, pool):
     folder = write(
         tmp_path,

@@ -79,6 +79,8 @@ def test_held_out_labels_say_in_each_iteration_whether_eips_help(loop):
         assert verdict["text"].startswith("EIPs ")
         # Two members hold out one label each.
         assert verdict["n_held_out"] == 2
+        # Forces of silicon potentials, and of DFT.
+        assert 0.5 < verdict["agreement"] <= 1
     used = made.committee if verdict["eips_help"] else made.scratch
     assert loop.outputs.committee.uuid == used.uuid
 
@@ -273,6 +275,20 @@ def test_each_protocol_fills_every_input(pw_code, job_code, pseudo_family, proto
     assert made.finetune["stage"] == "finetune"
     assert made.dft.pw_base.pw.parameters["SYSTEM"]["occupations"] == "smearing"
     assert len(made.train.job.seeds.get_list()) >= 4
+
+
+def test_training_may_go_to_a_gpu_of_another_computer(builder, aiida_code_installed, job_code):
+    other = aiida_code_installed(filepath_executable=str(job_code.filepath_executable), label="gpu")
+    made = builder(train={"device": "cuda"}, finetune={"mixed_precision": "tf32"})
+    for job in (made.train.job, made.evaluate):
+        job.code = other
+        job.metadata.options.queue_name = "gpu"
+        job.metadata.options.custom_scheduler_commands = "#SBATCH --gpus=1"
+    assert made.train.job.parameters["device"] == "cuda"
+    assert made.finetune["mixed_precision"] == "tf32"
+    assert made.train.job.metadata.options.max_wallclock_seconds
+    assert "queue_name" not in made.label.job.metadata.options
+    assert made.label.job.code.pk == job_code.pk
 
 
 def test_a_loop_on_stored_labels_needs_no_pw(kim, torch, job_code, small_loop, tmp_path):
