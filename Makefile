@@ -26,7 +26,7 @@ export AIIDA_PATH := $(CURDIR)/.aiida
 export PATH := $(BIN):$(PATH)
 
 .PHONY: help install system demo setup test lint bench-label bench-label-bulk bench-training \
-  bench-injection bench-injection-full clean
+  bench-injection bench-injection-full bench-committee clean
 
 help:
 	@echo 'make install   system packages where that is possible, then .venv with everything'
@@ -35,6 +35,7 @@ help:
 	@echo 'make lint      install, then the checks without the tests'
 	@echo 'make bench-label, make bench-label-bulk   how fast EIPs label; see benchmarks/'
 	@echo 'make bench-training   how well a network learns from scratch in four minutes'
+	@echo 'make bench-committee  what a committee costs, against one member'
 	@echo 'make bench-injection, make bench-injection-full   what EIPs are worth to a network'
 	@echo 'make clean     remove what was made here, the demo and its data too'
 
@@ -91,6 +92,10 @@ bench-training: install
 bench-injection bench-injection-full: export OMP_NUM_THREADS := 1
 bench-injection: install
 	python benchmarks/injection.py --quick --output build/bench-injection/quick.json
+
+bench-committee: export OMP_NUM_THREADS := 1
+bench-committee: install
+	python benchmarks/committee.py
 
 bench-injection-full: install
 	python benchmarks/injection.py

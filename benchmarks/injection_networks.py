@@ -447,9 +447,11 @@ def run_stage(
     return state.network, state.n_steps
 
 
-def trained_state(stage: Stage, settings: StageSettings, seed: int) -> TrainingState:
+def trained_state(
+    stage: Stage, settings: StageSettings, seed: int, member: int = 0
+) -> TrainingState:
     """Return the state after the last step of a training."""
-    state = start_training(stage.network(seed, 0), settings.training, seed)
+    state = start_training(stage.network(seed, member), settings.training, seed)
     fit(state, stage, settings.training)
     return state
 

@@ -40,7 +40,7 @@ class TrainCalculation(JobCalculation):
             "seeds",
             valid_type=List,
             serializer=to_aiida_type,
-            validator=_validate_seeds,
+            validator=validate_seeds,
             help="One seed for each member.",
         )
         ports.add_dict(spec, "network", "Architecture: fields of NetworkParameters.")
@@ -93,7 +93,8 @@ class TrainCalculation(JobCalculation):
         return copies_of_inputs(self.inputs)
 
 
-def _validate_seeds(value: List | None, _: Any) -> str | None:
+def validate_seeds(value: List | None, _: Any) -> str | None:
+    """Refuse what is no list of distinct whole numbers."""
     seeds = value.get_list() if value is not None else []
     if not seeds or any(not isinstance(seed, int) for seed in seeds):
         return f"give one whole number as seed for each member, got {seeds}"

@@ -6,13 +6,14 @@ from typing import Any
 
 from aiida.common import AttributeDict
 from aiida.engine import ExitCode, ProcessBuilder, ProcessSpec, ToContext, WorkChain, if_, while_
-from aiida.orm import Bool, Data, Dict, ProcessNode, to_aiida_type
+from aiida.orm import Bool, Data, Dict, List, ProcessNode, to_aiida_type
 from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 
 from aiida_eipnn.calculations import loop, ports
 from aiida_eipnn.calculations.evaluate import EvaluateCalculation
 from aiida_eipnn.calculations.explore import ExploreCalculation
 from aiida_eipnn.calculations.loop import INITIAL, KNOWN, REFUSED, TEST
+from aiida_eipnn.calculations.train import validate_seeds
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
@@ -157,6 +158,17 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             ports.settings_validator(StopCriteria.from_dict),
         )
         ports.add_seed(spec)
+        spec.input(
+            "pretrain_seeds",
+            valid_type=List,
+            required=False,
+            serializer=to_aiida_type,
+            validator=_validate_pretrain_seeds,
+            help=(
+                "Seeds of the networks to pre-train, from which the members start in turn; without "
+                "it each member is pre-trained from its own seed."
+            ),
+        )
         for name, text in (
             ("train_scratch", "Train a twin from scratch too, to see what the EIPs bring."),
             ("use_pseudo_labels", "Fine-tune on what EIP and DFT labels say of the pool too."),
@@ -369,6 +381,8 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         """Teach the networks what the EIPs say about the pool."""
         self.report("pre-training on EIP labels")
         inputs = self._train_inputs("pretrain")
+        if "pretrain_seeds" in self.inputs:
+            inputs.job.seeds = self.inputs.pretrain_seeds
         inputs.job.eip_labels = {"pool": self.ctx.eip_labels}
         return ToContext(pretraining=self._submit_train(inputs, "pretrain"))
 
@@ -639,6 +653,11 @@ def _validate_inputs(inputs: Any, _: Any) -> str | None:
     if "pool" in inputs:
         return validate_pw(inputs["dft"]["pw_base"], inputs["pool"])
     return validate_occupations(inputs["dft"]["pw_base"])
+
+
+def _validate_pretrain_seeds(value: List | None, context: Any) -> str | None:
+    # It may be left out.
+    return None if value is None else validate_seeds(value, context)
 
 
 def _validate_split(value: Dict | None, _: Any) -> str | None:

@@ -107,6 +107,8 @@ def fill_builder(
     for name in (*TRAININGS, "split", "label_model", "gate", "acquisition", "stop"):
         builder[name] = Dict(inputs[name])
     builder.seed = Int(inputs["seed"])
+    n_pretrained = min(inputs["n_pretrained"], inputs["n_members"])
+    builder.pretrain_seeds = List(member_seeds(inputs["seed"], n_pretrained))
     builder.train_scratch = inputs["train_scratch"]
     builder.use_pseudo_labels = inputs["use_pseudo_labels"]
     return builder

@@ -18,6 +18,7 @@ EIPS = [
 # Two-atom silicon, a coarse mesh and small networks: a minute, and every stage of the real loop.
 OVERRIDES = {
     "n_members": 2,
+    "n_pretrained": 1,
     # One process each: starting one costs more than these trainings.
     "label": {"n_workers": 1},
     "train": {"n_workers": 1},

@@ -71,6 +71,16 @@ def test_each_iteration_measures_the_committee_its_twin_and_the_best_eip(loop):
             assert record[who]["energy_mae"] > 0
 
 
+def test_members_start_from_the_networks_that_were_pretrained(loop):
+    pretrained, committee = loop.outputs.pretrained, loop.outputs.committee
+    assert pretrained.base.attributes.get("n_members") == 1
+    assert committee.base.attributes.get("n_members") == 2
+    seeds = committee.base.attributes.get("seeds")
+    assert pretrained.base.attributes.get("seeds") == seeds[:1]
+    # Members that start from one network end apart.
+    assert loop.outputs.predictions.value.forces_std.min() > 0
+
+
 def test_held_out_labels_say_in_each_iteration_whether_eips_help(loop):
     for name, made in loop.outputs.iterations.items():
         verdict = made.verdict.get_dict()
