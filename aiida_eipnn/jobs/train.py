@@ -13,7 +13,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from aiida_eipnn.science.nn.checkpoint import (
     save_checkpoint,
 )
 from aiida_eipnn.science.nn.committee import Committee
-from aiida_eipnn.science.nn.device import choose_device
+from aiida_eipnn.science.nn.device import CUDA, ON_CPU, choose_device
 from aiida_eipnn.science.nn.network import Network, NetworkParameters
 from aiida_eipnn.science.nn.stage import (
     Stage,
@@ -71,8 +71,16 @@ def run(job: TrainJob, folder: Path) -> State:
     torch.set_num_threads(1)
     make_pseudo_labels_of(job, folder)
     inputs, settings = read_inputs(job, folder), read_settings(job)
+    device = settings.device
+    n_processes = count_processes(job, device)
+    if n_processes > 1:
+        # The workers have theirs.
+        settings = replace(settings, device=ON_CPU)
     stage = prepare(str(job.stage), inputs, settings)
-    train_members(job, folder, stage, settings, deadline)
+    if n_processes > 1:
+        train_side_by_side(job, folder, n_processes, deadline)
+    else:
+        train_members(job, folder, stage, settings, deadline)
     finished = finished_members(job, folder, stage)
     if finished is None:
         LOGGER.info("the time is up; the checkpoint is complete")
@@ -87,7 +95,7 @@ def run(job: TrainJob, folder: Path) -> State:
         "n_trained_on": len(stage),
         "n_labels": stage.n_labels,
         "n_steps": sum(record["n_steps"] for record in records),
-        "device": settings.device.type,
+        "device": device.type,
         "members": records,
     }
     metrics |= judgement(stage, inputs, records)
@@ -165,8 +173,10 @@ def read_inputs(job: TrainJob, folder: Path) -> StageInputs:
     )
 
 
-def read_settings(job: TrainJob) -> StageSettings:
+def read_settings(job: TrainJob, number: int = 0) -> StageSettings:
     """Check the settings of the job, over the defaults of its stage.
+
+    ``number`` is that of the process: each takes another GPU, where there are several.
 
     Raises
     ------
@@ -177,24 +187,29 @@ def read_settings(job: TrainJob) -> StageSettings:
         network=NetworkParameters.from_dict(job.network),
         training=TrainingParameters.from_dict(job.training, STAGES[str(job.stage)].defaults),
         selection=SelectionParameters.from_dict(job.selection),
-        device=choose_device(job.device),
+        device=choose_device(job.device, number),
     )
+
+
+def count_processes(job: TrainJob, device: torch.device) -> int:
+    """Return how many processes train side by side: on GPUs one for each, at most."""
+    # A classifier is trained in less time than a process takes to start.
+    if job.stage is spec.Stage.CLASSIFY:
+        return 1
+    n_processes = min(job.n_workers, len(job.seeds))
+    return min(n_processes, torch.cuda.device_count()) if device.type == CUDA else n_processes
 
 
 def train_members(
     job: TrainJob, folder: Path, stage: Stage, settings: StageSettings, deadline: float | None
 ) -> None:
-    """Train all members as far as the time goes; their checkpoints say how far that was.
+    """Train one member after the other as far as the time goes; their checkpoints say how far.
 
     Raises
     ------
     ValueError
-        If a member diverges twice, or if its process dies.
+        If a member diverges twice.
     """
-    # A classifier is trained in less time than a process takes to start.
-    if min(job.n_workers, len(job.seeds)) > 1 and job.stage is not spec.Stage.CLASSIFY:
-        train_side_by_side(job, folder, deadline)
-        return
     for member in range(len(job.seeds)):
         train_member(job, folder, stage, settings, member, lambda: _is_late(deadline))
 
@@ -257,8 +272,10 @@ def report_progress(folder: Path, member: int, record: dict[str, float]) -> None
         file.write(line)
 
 
-def train_side_by_side(job: TrainJob, folder: Path, deadline: float | None) -> None:
-    """Train every ``n_workers``-th member in one process.
+def train_side_by_side(
+    job: TrainJob, folder: Path, n_processes: int, deadline: float | None
+) -> None:
+    """Train every ``n_processes``-th member in one process.
 
     Raises
     ------
@@ -268,7 +285,7 @@ def train_side_by_side(job: TrainJob, folder: Path, deadline: float | None) -> N
     context = multiprocessing.get_context("spawn")
     (folder / spec.CHECKPOINT).mkdir(exist_ok=True)
     members = range(len(job.seeds))
-    shares = [members[first :: job.n_workers] for first in range(min(job.n_workers, len(members)))]
+    shares = [members[first::n_processes] for first in range(n_processes)]
     processes = [
         context.Process(target=work, args=(job, folder, share, deadline), daemon=True)
         for share in shares
@@ -300,12 +317,17 @@ def work(job: TrainJob, folder: Path, members: Sequence[int], deadline: float | 
         return _is_late(deadline) or os.getppid() != parent
 
     try:
-        inputs, settings = read_inputs(job, folder), read_settings(job)
+        # The first member of a share is the number of its process.
+        inputs, settings = read_inputs(job, folder), read_settings(job, members[0])
         stage = prepare(str(job.stage), inputs, settings)
         for member in members:
             train_member(job, folder, stage, settings, member, out_of_time)
     except ValueError as error:
         _reason_path(folder, members).write_text(str(error))
+        raise SystemExit(1) from error
+    except RuntimeError as error:
+        # What torch says of a GPU that is busy or whose memory is full.
+        _reason_path(folder, members).write_text(f"{type(error).__name__}: {error}")
         raise SystemExit(1) from error
 
 

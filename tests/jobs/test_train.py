@@ -24,12 +24,12 @@ from aiida_eipnn.science.eip.analytic import LennardJones
 from aiida_eipnn.science.eip.selection import NONE, Selection
 from aiida_eipnn.science.labels import Labels
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
-from safetensors import safe_open
+from safetensors import safe_open  # noqa: E402
 
-from aiida_eipnn.jobs import train
-from aiida_eipnn.science.nn.committee import Committee
+from aiida_eipnn.jobs import train  # noqa: E402
+from aiida_eipnn.science.nn.committee import Committee  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("torch")
 
@@ -386,6 +386,30 @@ def test_a_job_says_where_it_computed_and_refuses_a_gpu_that_is_not_there(pretra
     spec.write_job(folder / spec.JOB, job)
     assert run_job(folder) is State.FAILED
     assert "torch sees no GPU here" in reason_of(folder)
+
+
+def test_members_share_no_gpu(pretraining, monkeypatch):
+    folder = pretraining(seeds=(1, 2, 3, 4), n_workers=3)
+    job = spec.read_job(folder / spec.JOB)
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert [train.count_processes(job, device) for device in (gpu, cpu)] == [1, 3]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert train.count_processes(job, gpu) == 3
+    assert train.count_processes(replace(job, stage=Stage.CLASSIFY), gpu) == 1
+
+
+def test_a_worker_says_what_torch_says(pretraining, monkeypatch):
+    def busy(*_):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+
+    folder = pretraining()
+    (folder / spec.CHECKPOINT).mkdir()
+    monkeypatch.setattr(train, "prepare", busy)
+    with pytest.raises(SystemExit):
+        train.work(spec.read_job(folder / spec.JOB), folder, range(1), None)
+    (reason,) = (folder / spec.CHECKPOINT).glob("reason_*")
+    assert reason.read_text().startswith("RuntimeError: CUDA error: all CUDA-capable")
 
 
 def test_a_checkpoint_serves_on_another_device(pretraining):

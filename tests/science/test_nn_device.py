@@ -33,26 +33,26 @@ TRUNKS = ("power_spectrum", "schnet", "mace")
 
 
 def network_of(trunk):
-    small = {"trunk": trunk, "n_radial": 5, "width": 8, "depth": 2, "precision": "float32"}
-    return small | {"l_max": 0 if trunk == "schnet" else 2, "cutoff": 3.5}
+    small = {"trunk": trunk, "n_radial": 5, "width": 6, "depth": 2, "precision": "float32"}
+    return small | {"l_max": 0 if trunk == "schnet" else 1, "cutoff": 3.0}
 
 
 @pytest.fixture(scope="module")
 def teaching():
     """Return what every stage needs: a pool, two EIPs, a few labels and pseudo-labels."""
-    pool = pool_of(12)
+    pool = pool_of(8)
     eips = labels_of(pool, {"soft": SOFT, "hard": HARD})
     dft = labels_of(pool.take(np.arange(4)), {"dft": SOFT}, shift=-1.0)
     dft = replace(dft, stress=np.full_like(dft.stress, 0.01))
-    rest = np.arange(4, 12)
+    rest = np.arange(4, 8)
     said = labels_of(pool.take(rest), {"dft": SOFT}, shift=-1.0)
     pseudo = PseudoLabels(
         ids=said.ids,
         offsets=said.offsets,
         energy=said.energy[:, 0],
-        energy_error=np.full(8, 1e-3),
+        energy_error=np.full(4, 1e-3),
         forces=said.forces[0],
-        forces_error=np.full(8, 1e-2),
+        forces_error=np.full(4, 1e-2),
     )
     return StageInputs(configurations=pool, labels=dft, eip_labels=eips, pseudo=pseudo)
 
@@ -169,8 +169,9 @@ def test_devices_are_checked(monkeypatch):
     with pytest.raises(ValueError, match="torch sees no GPU"):
         choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto") == choose_device("cuda") == torch.device("cuda", 0)
+    assert [choose_device("auto", number).index for number in (1, 2, 3)] == [1, 0, 1]
     assert choose_device("cpu") == ON_CPU
 
 

@@ -19,7 +19,7 @@ from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.selection import Selection, select
 from aiida_eipnn.science.labels import Labels, join_labels
-from aiida_eipnn.science.nn.device import array_of
+from aiida_eipnn.science.nn.device import array_of, located
 from aiida_eipnn.science.nn.network import (
     MACE,
     Network,
@@ -90,7 +90,7 @@ class Committee:
 
     def to(self, device: torch.device) -> Self:
         """Return the committee on a device; itself where it is there."""
-        if self.members[0].device == device:
+        if self.members[0].device == located(device):
             return self
         return replace(self, members=tuple(copy.deepcopy(item).to(device) for item in self.members))
 

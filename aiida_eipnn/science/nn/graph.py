@@ -158,17 +158,20 @@ def batch_graph(neighbours: Neighbours, rows: IntArray, device: torch.device = O
     owner = np.repeat(np.arange(len(rows)), n_atoms)
     starts = np.concatenate([[0], np.cumsum(n_atoms)[:-1]]).astype(np.int64)
     pairs = _places(neighbours.pair_offsets, atoms, n_pairs=len(neighbours.partners))
-    empty = pairs == len(neighbours.partners)
-    # One row more than there are pairs: what an empty place refers to.
-    partners = np.append(neighbours.partners, 0)[pairs] + starts[owner][:, None]
-    vectors = np.concatenate([neighbours.vectors, np.zeros((1, 3))])[pairs]
+    filled = pairs < len(neighbours.partners)
+    partners = np.zeros(pairs.shape, dtype=np.int64)
+    vectors = np.zeros((*pairs.shape, 3))
+    there = pairs[filled]
+    partners[filled] = neighbours.partners[there]
+    vectors[filled] = neighbours.vectors[there]
+    partners = np.where(filled, partners + starts[owner][:, None], 0)
     # In the order of the fields.
     arrays = (
         neighbours.species[atoms],
         owner,
         n_atoms,
         pairs,
-        np.where(empty, 0, partners),
+        partners,
         vectors,
         neighbours.volumes[rows],
     )

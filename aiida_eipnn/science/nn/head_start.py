@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
@@ -23,6 +24,7 @@ N_FOLDS = 5
 ENERGY_WEIGHT = 3.0
 # Errors below these, in eV/atom and eV/Å, are as good as none.
 SMALL_ENERGY, SMALL_FORCE = 2e-3, 5e-3
+_BATCH = 32
 
 
 class _Rows(NamedTuple):
@@ -85,18 +87,25 @@ def _compare(
     """Ask the heads about the labelled configurations."""
     part, known = configurations.take(chosen), labels.take(chosen)
     said, true = [], []
+    # A few at a time: all of them at once take gigabytes with MACE.
+    batches = [chosen[start : start + _BATCH] for start in range(0, len(chosen), _BATCH)]
     with torch.no_grad():
         for _ in range(N_PROBES):
-            moved = described.move(network, chosen, rng)
-            said.append(array_of(moved.along.to(torch.float64)))
-            true.append(forces_along(known.forces, moved.directions, part.n_atoms)[:, 0])
+            moved = [described.move(network, rows, rng) for rows in batches]
+            directions = np.concatenate([item.directions for item in moved])
+            said.append(_joined([item.along for item in moved]))
+            true.append(forces_along(known.forces, directions, part.n_atoms)[:, 0])
     return _Rows(
-        energies=array_of(moved.energies.to(torch.float64)),
+        energies=_joined([item.energies for item in moved]),
         energy=known.energy[:, 0] / part.n_atoms,
         forces=np.stack(said, axis=1),
         force=np.stack(true, axis=1),
         fractions=element_fractions(part, np.array(network.elements)),
     )
+
+
+def _joined(parts: list[Tensor]) -> FloatArray:
+    return array_of(torch.cat(parts).to(torch.float64))
 
 
 def _held_out(rows: _Rows, parts: IntArray, strength: float) -> float:

@@ -26,6 +26,8 @@ DEFAULTS: Mapping[str, Mapping[str, int]] = {
     SCHNET: {"n_radial": 20, "l_max": 0, "width": 64, "depth": 3},
     MACE: {"n_radial": 8, "l_max": 3, "width": 32, "depth": 2},
 }
+# Trunks whose layers may compute in bfloat16.
+REDUCIBLE = (POWER_SPECTRUM, SCHNET)
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
 # Spreads below this part of the root mean square of all spreads are noise.
@@ -95,6 +97,11 @@ class NetworkParameters:
     def has_fixed_descriptors(self) -> bool:
         """Whether all that is trained comes after descriptors of the geometry."""
         return self.trunk == POWER_SPECTRUM
+
+    @property
+    def has_reducible_layers(self) -> bool:
+        """Whether layers may compute in bfloat16."""
+        return self.trunk in REDUCIBLE
 
     @property
     def dtype(self) -> torch.dtype:

@@ -34,8 +34,6 @@ class PowerSpectrumTrunk(Trunk[Described]):
         Precision of the weights.
     """
 
-    has_reduced_layers = True
-
     def __init__(self, basis: Basis, *, width: int, depth: int, dtype: torch.dtype) -> None:
         super().__init__(width)
         n_inputs = basis.n_descriptors

@@ -111,8 +111,6 @@ class SchNetTrunk(Trunk[GraphBatch]):
         What else may differ.
     """
 
-    has_reduced_layers = True
-
     def __init__(
         self,
         n_elements: int,
@@ -167,7 +165,7 @@ class SchNetTrunk(Trunk[GraphBatch]):
 
     def _features(self, graph: Graph, tangent: Tensor | None) -> Moving:
         bonds = self._bonds(graph, tangent)
-        # Selected, not indexed: the gradient of that is the same however many threads sum it.
+        # Selected, not indexed: on a CPU its gradient is the same however many threads sum it.
         x = Moving(self.embedding.index_select(0, graph.species))
         with self.reduced():
             for interaction in self.interactions:
@@ -278,11 +276,12 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _collect(said: Moving, filters: Moving, to: Tensor, of: Tensor) -> Moving:
     """Sum over the neighbours ``of`` each atom ``to``. Shape ``(N, width)``."""
-    messages = _times(_map(lambda rows: rows.index_select(0, of), said), filters)
-    # Sums of many are not rounded further than their parts.
+    # Sums of many, here and in the gradient, are not rounded further than their parts.
     dtype = torch.promote_types(said.value.dtype, torch.float32)
-    zeros = torch.zeros_like(said.value, dtype=dtype)
-    return _map(lambda rows: zeros.index_add(0, to, rows.to(dtype)), messages)
+    said = _map(lambda rows: rows.to(dtype), said)
+    messages = _times(_map(lambda rows: rows.index_select(0, of), said), filters)
+    zeros = torch.zeros_like(said.value)
+    return _map(lambda rows: zeros.index_add(0, to, rows), messages)
 
 
 def _one_of_two(graph: Graph) -> Tensor:

@@ -4,9 +4,16 @@ import copy
 from dataclasses import replace
 
 from aiida_eipnn.science.nn.classification import Classification
+from aiida_eipnn.science.nn.device import check_mixed_precision, located
 from aiida_eipnn.science.nn.finetuning import Finetuning
 from aiida_eipnn.science.nn.pretraining import Pretraining
-from aiida_eipnn.science.nn.stage import Stage, StageInputs, StageSettings, check_known
+from aiida_eipnn.science.nn.stage import (
+    Stage,
+    StageInputs,
+    StageSettings,
+    check_known,
+    network_parameters,
+)
 
 STAGES: dict[str, type[Pretraining | Classification | Finetuning]] = {
     "pretrain": Pretraining,
@@ -21,14 +28,18 @@ def prepare(name: str, inputs: StageInputs, settings: StageSettings) -> Stage:
     Raises
     ------
     ValueError
-        If labels that the stage needs are missing, or if labels are of unknown configurations.
+        If labels that the stage needs are missing, if labels are of unknown configurations, or if
+        the networks cannot compute in the precision that is asked for.
     """
     for what, labels in (("DFT", inputs.labels), ("EIP", inputs.eip_labels)):
         if labels is not None:
             check_known(inputs.configurations, labels, what)
+    parameters = network_parameters(inputs, settings)
+    check_mixed_precision(parameters, settings.training.mixed_precision)
+    device = located(settings.device)
     # Copies: the networks to start from may be used on, where they are.
     members = tuple(
-        member if member.device == settings.device else copy.deepcopy(member).to(settings.device)
+        member if member.device == device else copy.deepcopy(member).to(device)
         for member in inputs.members
     )
     stage: Stage = STAGES[name](replace(inputs, members=members), settings)

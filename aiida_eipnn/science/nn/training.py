@@ -1,7 +1,8 @@
 """The one training loop: a task supplies data and loss, the loop does the rest.
 
 Every random choice is drawn from the seed, the epoch and the step, so a training that was
-interrupted needs no state of a random generator to go on, and ends with the same weights.
+interrupted needs no state of a random generator to go on, and on a CPU ends with the same weights;
+GPUs add numbers in an order of their own.
 """
 
 import math
@@ -83,8 +84,8 @@ class TrainingParameters:
     patience
         Stop when so many records in a row did not do better on them; 0 never stops early.
     mixed_precision
-        ``none``; or ``tf32`` or ``bfloat16``, in which layers compute less exactly and, on GPUs,
-        faster (:func:`aiida_eipnn.science.nn.device.mixed_precision`).
+        ``none``; or ``tf32`` or ``bfloat16``, with which steps are less exact and, on GPUs, faster
+        (:func:`aiida_eipnn.science.nn.device.mixed_precision`).
     """
 
     steps: int
@@ -350,14 +351,14 @@ def _take_step(
 ) -> None:
     start = time.monotonic()
     rng = np.random.default_rng([state.seed, state.epoch, state.step, 1])
+    state.optimiser.zero_grad()
     with mixed_precision(state.network, parameters.mixed_precision):
         loss = task.loss(state.network, rows, Step(progress, rng))
-    value = float(loss.value.detach())
-    if not math.isfinite(value):
-        raise Diverged(f"the loss became {value} in epoch {state.epoch + 1}")
-    state.optimiser.zero_grad()
-    # Without naming them, torch would differentiate by the positions too.
-    loss.value.backward(inputs=list(_trained(state.network).values()))  # type: ignore[no-untyped-call]
+        value = float(loss.value.detach())
+        if not math.isfinite(value):
+            raise Diverged(f"the loss became {value} in epoch {state.epoch + 1}")
+        # Without naming them, torch would differentiate by the positions too.
+        loss.value.backward(inputs=list(_trained(state.network).values()))  # type: ignore[no-untyped-call]
     _descend(state, parameters, progress)
     for name, (total, count) in {**loss.sums, "loss": (value * len(rows), len(rows))}.items():
         before = state.sums.get(name, (0.0, 0))

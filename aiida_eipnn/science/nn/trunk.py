@@ -52,9 +52,6 @@ class Trunk(nn.Module, ABC, Generic[B]):
         Number of features of an atom.
     """
 
-    # Whether its layers heed ``reduced_dtype``.
-    has_reduced_layers = False
-
     def __init__(self, n_features: int) -> None:
         super().__init__()
         self.n_features = n_features
