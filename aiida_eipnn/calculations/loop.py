@@ -21,12 +21,13 @@ from aiida_eipnn.science.convergence import IterationRecord, StopCriteria, stop_
 from aiida_eipnn.science.dft_cost import estimate_cost
 from aiida_eipnn.science.gate import PROBLEMS, GateReport, keep_valid, refuse_labels
 from aiida_eipnn.science.labels import Labels, join_labels
-from aiida_eipnn.science.metrics import errors, errors_by_type, prediction_errors
+from aiida_eipnn.science.metrics import errors, errors_by_type, prediction_errors, upper_bounds
 from aiida_eipnn.science.predictions import Predictions
 from aiida_eipnn.science.reference import best_single, fit_alignment
 from aiida_eipnn.science.uncertainty import (
     calibrate,
     calibration_scale,
+    judge_conformal,
     judge_uncertainties,
 )
 from aiida_eipnn.science.verdict import AGREEMENT, N_HELD_OUT, SCORE, Verdict
@@ -250,6 +251,7 @@ def assess(
     candidates = predicted.uncertainty[rows]
     test = test_labels.value().labelled()
     accuracy = prediction_errors(test, predicted)
+    bounds, calibration = upper_bounds(test, predicted), _calibration(test, predicted)
     previous = more["previous"]["iterations"] if "previous" in more else []
     record = IterationRecord(
         iteration=len(previous) + 1,
@@ -257,24 +259,32 @@ def assess(
         n_candidates=len(candidates),
         energy_mae=accuracy.energy_mae,
         forces_mae=accuracy.forces_mae,
+        energy_mae_high=bounds.energy_mae,
+        forces_mae_high=bounds.forces_mae,
         max_uncertainty=float(candidates.max()) if len(candidates) else None,
         mean_uncertainty=float(candidates.mean()) if len(candidates) else None,
+        uncertainty_scale=None if calibration is None else float(calibration["scale"]),
     )
     details: dict[str, Any] = {
         "n_training_labels": int(training.ok.sum()),
         "committee": accuracy.as_dict(),
         "by_config_type": _errors_by_type(pool.value(), test, predicted),
         "best_eip": _best_eip(pool.value(), training.labelled(), test, eip_labels.value()),
-        "calibration": _calibration(test, predicted),
+        "calibration": calibration,
         "panel": _panel(test, predicted),
+        "conformal": _conformal(test, predicted),
     }
     for name in ("scratch", "finetuned"):
         if name in more:
             details[name] = prediction_errors(test, more[name].value()).as_dict()
     if "verdict" in more:
         details["verdict"] = more["verdict"].get_dict()
-    found = stop_reason([record], StopCriteria.from_dict(stop.get_dict()))
-    fields = {name: getattr(record, name) for name in IterationRecord.__slots__}
+    names = IterationRecord.__slots__
+    earlier = [
+        IterationRecord(**{name: item[name] for name in names if name in item}) for item in previous
+    ]
+    found = stop_reason([*earlier, record], StopCriteria.from_dict(stop.get_dict()))
+    fields = {name: getattr(record, name) for name in names}
     return Dict(
         finite(
             {
@@ -352,6 +362,23 @@ def _panel(test: Labels, predicted: Predictions) -> dict[str, Any] | None:
     # The spread is that of the vector; each of its three components has a part of it.
     sigma, wrong = np.repeat(spread[used] / np.sqrt(3), 3), error[used].ravel()
     return asdict(judge_uncertainties(calibration_scale(sigma, wrong) * sigma, wrong))
+
+
+def _conformal(test: Labels, predicted: Predictions) -> dict[str, Any]:
+    """Return intervals for the force on an atom, and for the worst one of a configuration."""
+    spread, error = _forces_on_test(test, predicted)
+    size = np.linalg.norm(error, axis=1)
+    owner = np.repeat(np.arange(len(test)), test.n_atoms)
+    starts = test.offsets[:-1]
+    worst = np.maximum.reduceat(spread, starts), np.maximum.reduceat(size, starts)
+    pairs = {"atoms": (spread, size, owner), "configurations": (*worst, np.arange(len(test)))}
+    found = {}
+    for name, (sigma, wrong, groups) in pairs.items():
+        # Atoms that rest by symmetry have neither spread nor error.
+        used = sigma > 0
+        judged = judge_conformal(sigma[used], wrong[used], groups[used]) if used.any() else None
+        found[name] = None if judged is None else asdict(judged)
+    return found
 
 
 def _forces_on_test(test: Labels, predicted: Predictions) -> tuple[FloatArray, FloatArray]:

@@ -27,7 +27,7 @@ from aiida_eipnn.reports.points import (
 )
 from aiida_eipnn.science.convergence import StopCriteria
 from aiida_eipnn.science.metrics import Errors
-from aiida_eipnn.science.uncertainty import Calibration, Panel
+from aiida_eipnn.science.uncertainty import Calibration, Conformal, Panel
 
 LOOP = "ActiveLearningWorkChain"
 TEST = "test"
@@ -124,6 +124,7 @@ class Iteration:
     mean_uncertainty: float | None = None
     calibration: Calibration | None = None
     panel: Panel | None = None
+    conformal: Conformal | None = None
     choices: dict[str, int]
     asked: Asked | None = None
     seconds: float = 0.0
@@ -406,6 +407,7 @@ def _iteration(
         mean_uncertainty=record.get("mean_uncertainty"),
         calibration=_calibration(calibration),
         panel=_panel(record.get("panel")),
+        conformal=_conformal((record.get("conformal") or {}).get("atoms")),
         choices=dict(selection.base.attributes.get("counts")) if selection else {},
         asked=_asked(outputs.get("choice"), pool),
         seconds=seconds,
@@ -420,6 +422,10 @@ def _calibration(record: Mapping[str, Any] | None) -> Calibration | None:
 
 def _panel(record: Mapping[str, Any] | None) -> Panel | None:
     return Panel(**_numbers(record, Panel.__slots__)) if record else None
+
+
+def _conformal(record: Mapping[str, Any] | None) -> Conformal | None:
+    return Conformal(**_numbers(record, Conformal.__slots__)) if record else None
 
 
 def _numbers(record: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

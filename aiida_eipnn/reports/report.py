@@ -270,10 +270,14 @@ def trust_card(last: Iteration) -> Card | None:
 
 
 def _interval(last: Iteration) -> str:
-    """Return how often an interval of nine in ten holds, once its scale is right."""
-    if last.panel is None:
+    """Return how wide an interval of nine in ten is, and how often it holds elsewhere."""
+    if last.conformal is None:
         return ""
-    return f"; {100 * last.panel.coverage['0.9']:.0f} % of the errors are within a 90 % interval"
+    return (
+        f"; {100 * last.conformal.level:.0f} % of the errors are below {last.conformal.factor:.2g} "
+        f"times the uncertainty ({100 * last.conformal.coverage:.0f} % where other configurations "
+        "set that)"
+    )
 
 
 def league(

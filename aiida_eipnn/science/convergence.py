@@ -5,7 +5,12 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+
 from aiida_eipnn.science.settings import build
+
+# Iterations that a learning curve is fitted through, at least.
+MIN_FOR_CURVE = 3
 
 
 class StopReason(StrEnum):
@@ -13,6 +18,7 @@ class StopReason(StrEnum):
 
     CONVERGED = "converged"
     CERTAIN = "certain"
+    NO_GAIN = "no_gain"
     BUDGET = "budget"
     NO_CANDIDATES = "no_candidates"
     MAX_ITERATIONS = "max_iterations"
@@ -34,12 +40,19 @@ class StopCriteria:
     max_iterations
         Iterations at most.
     target_forces_mae
-        Error of the forces on the test set to reach, in eV/Å.
+        Error of the forces on the test set to reach, in eV/Å: with 95 % confidence it must be
+        below that, because a small test set is off by luck.
     target_energy_mae
-        Error of the energy on the test set to reach, in eV/atom. With both targets, both must
-        be reached.
+        Error of the energy on the test set to reach, in eV/atom, likewise. With both targets, both
+        must be reached.
     uncertainty_threshold
-        Stop when no candidate is more uncertain than this, in eV/Å.
+        Stop when no candidate is more uncertain than this, in eV/Å: when the error to expect of
+        its worst force, which is the uncertainty times the scale that test errors give, is not
+        above it.
+    min_gain
+        Stop when the next DFT points, as many as the last time, would lower the error of the
+        forces by less than this part of it, as the learning curve goes on; it is asked from the
+        third iteration on.
     dft_budget
         DFT labels at most, those asked for and failed included.
 
@@ -53,6 +66,7 @@ class StopCriteria:
     target_forces_mae: float | None = None
     target_energy_mae: float | None = None
     uncertainty_threshold: float | None = None
+    min_gain: float | None = None
     dft_budget: int | None = None
 
     def __post_init__(self) -> None:
@@ -83,8 +97,12 @@ class IterationRecord:
         Error on the test set, in eV/atom; ``None`` without a test set.
     forces_mae
         Error on the test set, in eV/Å; ``None`` without a test set.
+    energy_mae_high, forces_mae_high
+        What the errors are below with 95 % confidence; ``None`` where that is not known.
     max_uncertainty, mean_uncertainty
         Of the candidates, in eV/Å; ``None`` if there are none.
+    uncertainty_scale
+        Factor that turns an uncertainty into an error to expect; ``None`` where that is not known.
     """
 
     iteration: int
@@ -92,8 +110,11 @@ class IterationRecord:
     n_candidates: int
     energy_mae: float | None = None
     forces_mae: float | None = None
+    energy_mae_high: float | None = None
+    forces_mae_high: float | None = None
     max_uncertainty: float | None = None
     mean_uncertainty: float | None = None
+    uncertainty_scale: float | None = None
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
@@ -108,50 +129,89 @@ def stop_reason(history: Sequence[IterationRecord], criteria: StopCriteria) -> S
     """
     if not history:
         return None
-    last = history[-1]
-    for ask in (_converged, _certain, _no_candidates, _budget, _max_iterations):
-        if stop := ask(last, criteria):
+    for ask in (_converged, _certain, _no_gain, _no_candidates, _budget, _max_iterations):
+        if stop := ask(history, criteria):
             return stop
     return None
 
 
-def _converged(last: IterationRecord, criteria: StopCriteria) -> Stop | None:
+def predicted_gain(history: Sequence[IterationRecord]) -> float | None:
+    r"""Return the part of the force error that the next DFT points would take away.
+
+    A power law :math:`e = a\, n^{-b}` through the force errors of all iterations by the DFT labels
+    spent, least squares of the logarithms; the next points are as many as the last ones. ``None``
+    before the third iteration, and where an error is not known.
+    """
+    sizes = np.array([record.n_dft_labels for record in history], dtype=np.float64)
+    values = [record.forces_mae for record in history]
+    if len(history) < MIN_FOR_CURVE or any(value is None or not value > 0 for value in values):
+        return None
+    errors = np.array(values, dtype=np.float64)
+    step = sizes[-1] - sizes[-2]
+    if not np.isfinite(errors).all() or sizes[0] < 1 or step < 1:
+        return None
+    slope = float(np.polyfit(np.log(sizes), np.log(errors), 1)[0])
+    return float(1 - ((sizes[-1] + step) / sizes[-1]) ** slope)
+
+
+def _converged(history: Sequence[IterationRecord], criteria: StopCriteria) -> Stop | None:
+    last = history[-1]
     goals = [
-        ("forces", last.forces_mae, criteria.target_forces_mae, "eV/Å"),
-        ("energy", last.energy_mae, criteria.target_energy_mae, "eV/atom"),
+        ("forces", last.forces_mae, last.forces_mae_high, criteria.target_forces_mae, "eV/Å"),
+        ("energy", last.energy_mae, last.energy_mae_high, criteria.target_energy_mae, "eV/atom"),
     ]
     texts = []
-    for name, value, target, unit in goals:
+    for name, value, high, target, unit in goals:
         if target is None:
             continue
-        if value is None or not value <= target:
+        bound = value if high is None else high
+        if value is None or bound is None or not bound <= target:
             return None
-        texts.append(f"{name} MAE {value:.4g} <= {target:.4g} {unit}")
+        sure = "" if high is None else f" (with 95 % confidence below {high:.4g})"
+        texts.append(f"{name} MAE {value:.4g}{sure} <= {target:.4g} {unit}")
     if not texts:
         return None
     return Stop(StopReason.CONVERGED, f"the test error reached its target: {', '.join(texts)}")
 
 
-def _certain(last: IterationRecord, criteria: StopCriteria) -> Stop | None:
-    threshold = criteria.uncertainty_threshold
+def _certain(history: Sequence[IterationRecord], criteria: StopCriteria) -> Stop | None:
+    last, threshold = history[-1], criteria.uncertainty_threshold
     # No candidates means no uncertainty, and is a reason of its own.
-    if threshold is None or last.max_uncertainty is None or not last.max_uncertainty <= threshold:
+    if threshold is None or last.max_uncertainty is None:
+        return None
+    scale = 1.0 if last.uncertainty_scale is None else last.uncertainty_scale
+    expected = scale * last.max_uncertainty
+    if not expected <= threshold:
         return None
     return Stop(
         StopReason.CERTAIN,
-        f"no candidate is uncertain any more: at most {last.max_uncertainty:.4g} eV/Å, "
-        f"threshold {threshold:.4g}",
+        f"no candidate is uncertain any more: errors of at most {expected:.4g} eV/Å are to be "
+        f"expected, threshold {threshold:.4g}",
     )
 
 
-def _no_candidates(last: IterationRecord, criteria: StopCriteria) -> Stop | None:
+def _no_gain(history: Sequence[IterationRecord], criteria: StopCriteria) -> Stop | None:
+    gain = None if criteria.min_gain is None else predicted_gain(history)
+    if gain is None or criteria.min_gain is None or not gain < criteria.min_gain:
+        return None
+    step = history[-1].n_dft_labels - history[-2].n_dft_labels
+    return Stop(
+        StopReason.NO_GAIN,
+        f"{step} more DFT points would lower the error of the forces by {100 * gain:.1f} % only, "
+        f"by the learning curve of {len(history)} iterations; at least "
+        f"{100 * criteria.min_gain:.1f} % were asked for",
+    )
+
+
+def _no_candidates(history: Sequence[IterationRecord], criteria: StopCriteria) -> Stop | None:
     del criteria
-    if last.n_candidates > 0:
+    if history[-1].n_candidates > 0:
         return None
     return Stop(StopReason.NO_CANDIDATES, "no candidates are left in the pool")
 
 
-def _budget(last: IterationRecord, criteria: StopCriteria) -> Stop | None:
+def _budget(history: Sequence[IterationRecord], criteria: StopCriteria) -> Stop | None:
+    last = history[-1]
     if criteria.dft_budget is None or last.n_dft_labels < criteria.dft_budget:
         return None
     return Stop(
@@ -160,7 +220,8 @@ def _budget(last: IterationRecord, criteria: StopCriteria) -> Stop | None:
     )
 
 
-def _max_iterations(last: IterationRecord, criteria: StopCriteria) -> Stop | None:
+def _max_iterations(history: Sequence[IterationRecord], criteria: StopCriteria) -> Stop | None:
+    last = history[-1]
     if last.iteration < criteria.max_iterations:
         return None
     return Stop(

@@ -1,6 +1,7 @@
 """How far predictions, or labels of another source, are from reference labels."""
 
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,6 +9,9 @@ from aiida_eipnn.science.arrays import BoolArray, FloatArray, StrArray
 from aiida_eipnn.science.configurations import ragged_rows, rows_of
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.predictions import Predictions
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +113,41 @@ def prediction_errors(reference: Labels, predictions: Predictions) -> Errors:
     rows = rows_of(predictions.ids, reference.ids)
     atoms = ragged_rows(predictions.offsets, rows)
     return errors(reference, predictions.energy[rows], predictions.forces[atoms])
+
+
+class UpperBounds(NamedTuple):
+    """Mean absolute errors of energy per atom, in eV/atom, and of forces, in eV/Å, at most."""
+
+    energy_mae: float
+    forces_mae: float
+
+
+def upper_bounds(reference: Labels, predictions: Predictions) -> UpperBounds:
+    """Return what the mean errors of a committee are below with 95 % confidence.
+
+    By the bootstrap over configurations, because errors within one are alike; the draws are the
+    same every time.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to compare.
+    """
+    rows = rows_of(predictions.ids, reference.ids)
+    forces = predictions.forces[ragged_rows(predictions.offsets, rows)] - reference.forces[0]
+    energy = (predictions.energy[rows] - reference.energy[:, 0]) / reference.n_atoms
+    sums = np.add.reduceat(np.abs(forces).sum(axis=1), reference.offsets[:-1])
+    used = reference.ok[:, 0] & np.isfinite(energy) & np.isfinite(sums)
+    if not used.any():
+        raise ValueError(f"none of {len(reference)} labels can be compared with a prediction")
+    n = int(used.sum())
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    energies = drawn @ np.abs(energy[used]) / n
+    components = drawn @ (3 * reference.n_atoms[used])
+    return UpperBounds(
+        energy_mae=float(np.quantile(energies, CONFIDENCE)),
+        forces_mae=float(np.quantile(drawn @ sums[used] / components, CONFIDENCE)),
+    )
 
 
 def _finite_forces(forces: FloatArray, reference: Labels) -> BoolArray:

@@ -5,11 +5,13 @@ from statistics import NormalDist
 
 import numpy as np
 
-from aiida_eipnn.science.arrays import FloatArray
+from aiida_eipnn.science.arrays import FloatArray, IntArray
 
 # Probabilities whose intervals are looked at, and bins of the uncertainty.
 LEVELS = (0.68, 0.9, 0.95)
 N_BINS = 10
+# Parts of the groups that conformal intervals are judged on in turn.
+CONFORMAL_FOLDS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +144,103 @@ def calibration_scale(uncertainty: FloatArray, error: FloatArray) -> float:
             "equal members, has no disagreement to calibrate"
         )
     return float(np.sqrt(np.mean((error[used] / uncertainty[used]) ** 2)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conformal:
+    """Intervals that hold whatever the errors are distributed like, if new ones are of their kind.
+
+    Parameters
+    ----------
+    level
+        Probability that an error is within its interval.
+    factor
+        Half the width of an interval over the uncertainty.
+    coverage
+        Share of errors within intervals that other configurations gave.
+    n
+        Number of pairs.
+    """
+
+    level: float
+    factor: float
+    coverage: float
+    n: int
+
+
+def conformal_factor(uncertainty: FloatArray, error: FloatArray, level: float) -> float:
+    r"""Return the factor on the uncertainty that gives intervals of a probability.
+
+    The :math:`\lceil (n + 1) p \rceil`-th smallest of :math:`|e_i| / u_i`: the error of a new
+    pair, exchangeable with these, is within :math:`\pm q u` with a probability of at least
+    :math:`p` [1]_. Infinite where there are too few pairs for that.
+
+    Parameters
+    ----------
+    uncertainty, error
+        Of ``n`` pairs, none of which was learnt from. Shape ``(n,)``.
+    level
+        The probability :math:`p`.
+
+    Raises
+    ------
+    ValueError
+        If an uncertainty is not above zero, or a level not between 0 and 1.
+
+    References
+    ----------
+    .. [1] Lei et al., J. Am. Stat. Assoc. 113, 1094 (2018).
+    """
+    _check_pairs(uncertainty, error)
+    if not 0 < level < 1:
+        raise ValueError(f"a probability must be between 0 and 1, not {level}")
+    if not (uncertainty > 0).all():
+        raise ValueError(
+            f"{int((uncertainty <= 0).sum())} of {len(uncertainty)} uncertainties are not above 0"
+        )
+    rank = int(np.ceil((len(error) + 1) * level))
+    if rank > len(error):
+        return float("inf")
+    return float(np.sort(np.abs(error) / uncertainty)[rank - 1])
+
+
+def judge_conformal(
+    uncertainty: FloatArray, error: FloatArray, groups: IntArray, level: float = 0.9
+) -> Conformal | None:
+    """Return conformal intervals, and how often errors of other groups are within them.
+
+    Parameters
+    ----------
+    uncertainty, error
+        Of ``n`` pairs, none of which was learnt from. Shape ``(n,)``.
+    groups
+        What each pair belongs to, such as its configuration: pairs of one are alike, so each group
+        is judged by intervals of groups of other folds. Shape ``(n,)``.
+    level
+        The probability.
+
+    Returns
+    -------
+    Conformal or None
+        ``None`` where there are too few pairs for such intervals.
+    """
+    names, place = np.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        return None
+    folds = np.random.default_rng(0).permutation(len(names)) % min(CONFORMAL_FOLDS, len(names))
+    inside = np.zeros(len(error), dtype=bool)
+    for fold in np.unique(folds):
+        held = folds[place] == fold
+        factor = conformal_factor(uncertainty[~held], error[~held], level)
+        if not np.isfinite(factor):
+            return None
+        inside[held] = np.abs(error[held]) <= factor * uncertainty[held]
+    return Conformal(
+        level=level,
+        factor=conformal_factor(uncertainty, error, level),
+        coverage=float(inside.mean()),
+        n=len(error),
+    )
 
 
 def coverage(uncertainty: FloatArray, error: FloatArray, n_sigma: float = 1.0) -> float:

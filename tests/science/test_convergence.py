@@ -1,9 +1,11 @@
+import numpy as np
 import pytest
 
 from aiida_eipnn.science.convergence import (
     IterationRecord,
     StopCriteria,
     StopReason,
+    predicted_gain,
     stop_reason,
 )
 
@@ -35,6 +37,63 @@ def test_both_targets_must_be_reached():
     stop = stop_reason(after(forces_mae=0.05, energy_mae=0.01), criteria)
     assert stop.reason is StopReason.CONVERGED
     assert "forces MAE 0.05 <= 0.1 eV/Å" in stop.text
+
+
+def test_an_error_that_may_be_luck_is_no_convergence():
+    criteria = StopCriteria(target_forces_mae=0.1)
+
+    assert stop_reason(after(forces_mae=0.09, forces_mae_high=0.11), criteria) is None
+    stop = stop_reason(after(forces_mae=0.08, forces_mae_high=0.1), criteria)
+    assert stop.reason == "converged"
+    assert "forces MAE 0.08 (with 95 % confidence below 0.1) <= 0.1 eV/Å" in stop.text
+
+
+def test_an_uncertainty_is_taken_for_the_error_that_it_stands_for():
+    criteria = StopCriteria(uncertainty_threshold=0.2)
+
+    assert stop_reason(after(max_uncertainty=0.15, uncertainty_scale=2.0), criteria) is None
+    stop = stop_reason(after(max_uncertainty=0.3, uncertainty_scale=0.5), criteria)
+    assert stop.reason == "certain"
+    assert "at most 0.15 eV/Å" in stop.text
+
+
+def curve(exponent, noise=0.0, n=(20, 40, 60, 80)):
+    rng = np.random.default_rng(0)
+    return [
+        after(
+            iteration=number + 1,
+            n_dft_labels=size,
+            forces_mae=0.3 * size**-exponent * float(np.exp(noise * rng.normal())),
+        )[0]
+        for number, size in enumerate(n)
+    ]
+
+
+def test_the_learning_curve_says_what_more_points_would_bring():
+    # From 80 to 100 points.
+    assert predicted_gain(curve(0.5)) == pytest.approx(1 - 0.8**0.5)
+    assert predicted_gain(curve(-0.1)) < 0
+    assert predicted_gain(curve(0.5, noise=0.05)) == pytest.approx(1 - 0.8**0.5, abs=0.04)
+
+
+def test_points_that_bring_nothing_stop_the_loop():
+    criteria = StopCriteria(min_gain=0.05)
+
+    assert stop_reason(curve(0.5), criteria) is None
+    stop = stop_reason(curve(0.1), criteria)
+    assert stop.reason is StopReason.NO_GAIN
+    assert "20 more DFT points would lower the error of the forces by 2.2 % only" in stop.text
+    # Two points are no curve, and nobody asked.
+    assert stop_reason(curve(0.1)[:2], criteria) is None
+    assert stop_reason(curve(0.1), StopCriteria()) is None
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_without_all_errors_there_is_no_curve(value):
+    history = [*curve(0.1), *after(iteration=5, n_dft_labels=100, forces_mae=value)]
+    assert predicted_gain(history) is None
+    stuck = [*curve(0.1), *after(iteration=5, n_dft_labels=80, forces_mae=0.1)]
+    assert predicted_gain(stuck) is None
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])

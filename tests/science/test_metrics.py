@@ -2,9 +2,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from ase import Atoms
 
+from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import Labels
-from aiida_eipnn.science.metrics import errors, errors_by_type, prediction_errors
+from aiida_eipnn.science.metrics import errors, errors_by_type, prediction_errors, upper_bounds
 from aiida_eipnn.science.predictions import Predictions
 from aiida_eipnn.science.uncertainty import (
     calibrate,
@@ -80,6 +82,36 @@ def test_predictions_are_matched_by_id(reference):
 
     assert found.energy_mae == 0
     assert found.forces_mae == pytest.approx(0.2)
+
+
+def test_upper_bounds_are_above_the_true_mean_nineteen_times_in_twenty():
+    rng = np.random.default_rng(0)
+    n, true, above = 40, 0.3, []
+    for _ in range(300):
+        sizes = rng.exponential(true, n)
+        frames = [Atoms("H2", positions=[[0, 0, 0], [0, 0, 1]])] * n
+        labels = replace(
+            Labels.missing(Configurations.from_atoms(frames), ["dft"]),
+            ids=np.array([str(row) for row in range(n)]),
+            energy=np.zeros((n, 1)),
+            forces=np.zeros((1, 2 * n, 3)),
+            status=np.zeros((n, 1), dtype=np.int64),
+        )
+        off = np.repeat(sizes, 2)[:, None] * np.ones(3)
+        predicted = Predictions(
+            ids=labels.ids,
+            offsets=labels.offsets,
+            energy=2 * sizes,
+            forces=off,
+            stress=np.zeros((n, 6)),
+            energy_std=np.zeros(n),
+            forces_std=np.zeros(2 * n),
+            features=np.zeros((n, 1)),
+        )
+        bounds = upper_bounds(labels, predicted)
+        assert bounds.energy_mae == pytest.approx(bounds.forces_mae)
+        above.append(bounds.forces_mae > true)
+    assert 0.89 < np.mean(above) < 0.98
 
 
 def test_nothing_to_compare_is_an_error(reference):
