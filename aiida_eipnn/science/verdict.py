@@ -13,9 +13,9 @@ SCORE, N_HELD_OUT = "validation_score", "n_held_out"
 # What it reports of EIPs: how much forces of the best one are like those of DFT.
 AGREEMENT = "eip_agreement"
 # Standard deviation of what one held-out label says of two networks: of the difference of their
-# scores on n labels less that on a large test set, times the root of n. Measured on 36 pairs of the
-# injection benchmark with 2 to 80 held-out labels: 0.88. The twin must be better than by chance, because
-# labels are few where EIPs help most.
+# scores on n labels less that on a large test set, times the root of n. On 36 pairs of the
+# injection benchmark with 2 to 80 held-out labels it was 0.88. The twin must be better than by
+# chance, because labels are few where EIPs help most.
 SCORE_NOISE = 0.9
 # EIPs whose agreement is below this know nothing of the material, whatever a few held-out labels
 # say. The best of 8 to 28 EIPs reaches 0.77 to 1.00 on three sets of DFT labels, 5 to 400 of them,
