@@ -12,6 +12,7 @@ from aiida.orm import StructureData
 from ase.io import read
 
 from aiida_eipnn.cli import launch
+from aiida_eipnn.cli.dry_run import describe_loop
 from aiida_eipnn.reports.report import write_report
 from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
 from aiida_eipnn.workflows.builder import Codes, Start
@@ -31,6 +32,9 @@ options.add_argument("--eip", action="append", default=[], help="name of an EIP;
 options.add_argument("--report", type=Path, help="write the report here when it is done")
 options.add_argument(
     "--again", action="store_true", help="run it even if a loop with these inputs has finished"
+)
+options.add_argument(
+    "--dry-run", action="store_true", help="say what would be done, and what DFT would cost"
 )
 given = options.parse_args()
 
@@ -58,6 +62,9 @@ builder = launch.checked(
         overrides=launch.overrides_of(given.overrides),
     )
 )
+if given.dry_run:
+    print(launch.checked(describe_loop, builder))
+    raise SystemExit(0)
 loop = None if given.again else launch.finished_before(builder)
 if loop is not None:
     print(f"loop {loop.pk} finished with these inputs: nothing to do (--again runs it anew)")

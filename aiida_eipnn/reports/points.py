@@ -307,7 +307,7 @@ def _runs(base_pks: list[int]) -> dict[int, list[PwRun]]:
                 pk=pk,
                 uuid=uuid,
                 wall_seconds=seconds,
-                cpu_seconds=seconds * (_n_cores(resources) if withmpi else 1),
+                cpu_seconds=seconds * (n_cores(resources) if withmpi else 1),
                 energy=energy,
                 cached=cached,
             )
@@ -315,7 +315,7 @@ def _runs(base_pks: list[int]) -> dict[int, list[PwRun]]:
     return runs
 
 
-def _n_cores(resources: Mapping[str, Any] | None) -> int:
+def n_cores(resources: Mapping[str, Any] | None) -> int:
     """Return the MPI processes of a job; schedulers name them in more than one way."""
     given = resources or {}
     machines = given.get("num_machines") or 1

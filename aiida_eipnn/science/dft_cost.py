@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from aiida_eipnn.science.arrays import FloatArray
+from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
 
 
@@ -11,7 +11,16 @@ def estimate_cost(configurations: Configurations) -> FloatArray:
 
     Plane waves grow with the volume, bands with the atoms, and k-points with one over the volume.
     """
-    volumes = np.abs(np.linalg.det(configurations.cells))
-    size = np.maximum(volumes / volumes.mean(), 1e-3)
-    cost: FloatArray = configurations.n_atoms.astype(float) ** 2 * size
+    units = cost_units(configurations.n_atoms, configurations.cells)
+    cost: FloatArray = units / np.abs(np.linalg.det(configurations.cells)).mean()
     return cost
+
+
+def cost_units(n_atoms: IntArray, cells: FloatArray) -> FloatArray:
+    """Return what the time of a DFT run grows with: atoms squared times volume, in Å³.
+
+    Shapes ``(n,)`` and ``(n, 3, 3)``; what is not periodic counts as next to nothing.
+    """
+    volumes = np.abs(np.linalg.det(cells))
+    units: FloatArray = n_atoms.astype(float) ** 2 * np.maximum(volumes, 1e-3 * volumes.mean())
+    return units

@@ -1,5 +1,6 @@
 """Every launch script runs, in the order in which the README of workflows/ names them."""
 
+import re
 import runpy
 import sys
 from dataclasses import replace
@@ -9,14 +10,18 @@ import numpy as np
 import pytest
 import yaml
 from aiida.manage.caching import enable_caching
-from aiida.orm import Int, QueryBuilder, WorkChainNode
+from aiida.orm import Int, Node, QueryBuilder, WorkChainNode
 
-from aiida_eipnn.cli import launch
+from aiida_eipnn.cli import dry_run, launch
+from aiida_eipnn.cli.dry_run import describe_loop
 from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.reports.dft_cost import cost_rate
 from aiida_eipnn.science.eip.engine import label_with_eips
 from aiida_eipnn.science.io import write_labelled
+from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
+from aiida_eipnn.workflows.builder import Codes, Start
 
 SCRIPTS = Path(__file__).parents[2] / "workflows"
 SW = "SW_StillingerWeber_1985_Si__MO_405512056662_005"
@@ -128,6 +133,87 @@ def test_the_whole_loop_and_its_report(kim, torch, job_code, pw_code, files, run
         assert (files / "third.html").stat().st_size > 10_000
         builder.seed = Int(builder.seed.value + 1)
         assert launch.finished_before(builder) is None
+
+
+def test_a_dry_run_says_what_would_be_done_and_stores_nothing(
+    kim, job_code, pw_code, pseudo_family, files, run
+):
+    before = QueryBuilder().append(Node).count()
+    with pytest.raises(SystemExit) as stop:
+        run(
+            "active_learning.py",
+            *("--pool", files / "pool.xyz", "--eip", SW, "--eip", EDIP, "--dry-run"),
+            *("--overrides", files / "overrides.yaml"),
+            *("--job-code", job_code.full_label, "--pw-code", pw_code.full_label),
+        )
+    assert stop.value.code == 0
+    assert QueryBuilder().append(Node).count() == before
+
+
+@pytest.fixture
+def described(job_code, pw_code, files):
+    """Return what a dry run says of a loop with these overrides."""
+
+    def call(**changes):
+        overrides = yaml.safe_load((files / "overrides.yaml").read_text()) | changes
+        builder = ActiveLearningWorkChain.get_builder_from_protocol(
+            Codes(job=job_code, pw=pw_code),
+            Start(pool=launch.configurations_of(files / "pool.xyz"), eips=[SW, EDIP]),
+            protocol="demo",
+            overrides=overrides,
+        )
+        return describe_loop(builder)
+
+    return call
+
+
+def test_a_dry_run_counts_dft_points(described):
+    text = described()
+    assert "pool: 10 configurations of Si" in text
+    assert SW in text
+    # Two to test on, two to begin with, one in the second iteration.
+    assert "DFT points: 5 at most" in text
+    assert "train.job.network: {" in text
+    assert text.endswith("nothing was stored, nothing runs")
+    long = {"stop": {"max_iterations": 50, "dft_budget": 6}, "acquisition": {"n_select": 4}}
+    # The batch that spends the budget is paid for whole.
+    assert "DFT points: 8 at most" in described(**long)
+
+
+def test_a_dry_run_estimates_the_cost_by_the_runs_of_the_profile(
+    described, pw_code, files, run, monkeypatch
+):
+    monkeypatch.setattr(dry_run, "cost_rate", lambda _: None)
+    assert "unknown, for no run of pw.x on Si has finished" in described()
+    monkeypatch.undo()
+
+    common = ["--overrides", files / "overrides.yaml"]
+    pool = launch.configurations_of(files / "pool.xyz").store()
+    run(
+        "02_label_with_dft.py",
+        "--pool",
+        pool.pk,
+        "--n",
+        3,
+        "--pw-code",
+        pw_code.full_label,
+        *common,
+    )
+    rate = cost_rate(["Si"])
+    assert rate.n_runs >= 3
+    assert 0 < rate.low <= rate.median <= rate.high
+    assert cost_rate(["Ge"]) is None
+    assert cost_rate(["Ge", "Si"]) is None
+    text = described()
+    assert f"as {rate.n_runs} runs on Si in this profile took" in text
+    # Two-atom cells of about 40 Å³ each: five points take what five runs took.
+    hours = float(re.search(r"about (\S+) core hours", text).group(1))
+    assert hours == pytest.approx(5 * rate.median * 4 * 40 / 3600, rel=0.2)
+
+
+def test_a_dry_run_refuses_what_a_run_would(described):
+    with pytest.raises(ValueError, match="pool"):
+        described(split={"test": 20, "initial": 2})
 
 
 def test_a_loop_on_the_labels_of_a_file_needs_no_pw(
