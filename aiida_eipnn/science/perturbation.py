@@ -1,4 +1,4 @@
-"""Make new configurations out of a seed: rattle, strain, take an atom out, cut, isolate a pair.
+"""Make new configurations out of a seed: rattle, strain, take an atom out, cut, scatter its atoms.
 
 Each function takes a seed, a random generator and its settings, and returns new atoms. Nothing here
 refuses atoms that came too close: that is for the caller, :mod:`aiida_eipnn.science.pool`, who may
@@ -10,9 +10,14 @@ from dataclasses import dataclass
 import numpy as np
 from ase import Atoms
 from ase.build import make_supercell, surface
+from ase.cell import Cell
 from ase.data import covalent_radii
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
+
+# Of a cell with vectors of length 1: flatter ones are few atoms between far too many images.
+MIN_SQUARED_VOLUME = 0.1
+MAX_CELLS = 1000
 
 Range = tuple[float, float]
 Supercell = tuple[int, ...] | tuple[tuple[int, ...], ...]
@@ -155,6 +160,46 @@ class Interstitial:
             raise ValueError(f"n_tries is {self.n_tries}; try at least one place")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scatter:
+    """Scatter atoms of the seed over a cell of random shape [1]_.
+
+    Parameters
+    ----------
+    n_atoms
+        Number of atoms, drawn from this range: all of the seed before one comes again.
+    volume
+        Volume of an atom relative to the seed's, drawn from this range.
+    shortest
+        Shortest cell vector relative to the longest one, at least.
+    angle
+        Angles between cell vectors, drawn from this range, in degrees.
+    n_tries
+        Places to compare for each atom: it gets the one that is furthest from all others.
+
+    References
+    ----------
+    .. [1] Pickard & Needs, J. Phys.: Condens. Matter 23, 053201 (2011).
+    """
+
+    n_atoms: tuple[int, int] = (2, 8)
+    volume: Range = (0.9, 1.5)
+    shortest: float = 0.5
+    angle: Range = (60.0, 120.0)
+    n_tries: int = 10
+
+    def __post_init__(self) -> None:
+        check_range("n_atoms", self.n_atoms, lowest=1)
+        check_range("volume", self.volume, lowest=0.1)
+        check_range("angle", self.angle, lowest=30.0)
+        if not self.angle[1] <= 150:
+            raise ValueError(f"angle is {list(self.angle)}; it must not exceed 150 degrees")
+        if not 0 < self.shortest <= 1:
+            raise ValueError(f"shortest is {self.shortest}; it must be above 0, and at most 1")
+        if self.n_tries < 1:
+            raise ValueError(f"n_tries is {self.n_tries}; try at least one place")
+
+
 def rattled(atoms: Atoms, rng: np.random.Generator, settings: Rattle) -> Atoms:
     """Return a copy with every atom displaced."""
     new = _bare(atoms)
@@ -240,6 +285,49 @@ def interstitial(atoms: Atoms, rng: np.random.Generator, settings: Interstitial)
     new += Atoms(numbers=[number], positions=[places[widest]])
     _displace(new, rng, settings.amplitude)
     return new
+
+
+def scattered(atoms: Atoms, rng: np.random.Generator, settings: Scatter) -> Atoms:
+    """Return atoms at random places in a cell of random shape.
+
+    Raises
+    ------
+    ValueError
+        If the seed is not a crystal, whose atoms have a volume.
+    """
+    if not atoms.pbc.all():
+        raise ValueError("only a seed that is periodic in all directions says how dense atoms are")
+    n_atoms = int(rng.integers(settings.n_atoms[0], settings.n_atoms[1] + 1))
+    volume = n_atoms * rng.uniform(*settings.volume) * atoms.get_volume() / len(atoms)
+    cell = _random_cell(rng, settings)
+    cell *= (volume / abs(np.linalg.det(cell))) ** (1 / 3)
+    numbers = rng.permutation(np.resize(rng.permutation(atoms.numbers), n_atoms))
+    new = Atoms(numbers=numbers[:1], positions=[rng.uniform(size=3) @ cell], cell=cell, pbc=True)
+    for number in numbers[1:]:
+        places = rng.uniform(size=(settings.n_tries, 3)) @ cell
+        widest = int(np.argmax([_clearance(new, place) for place in places]))
+        new += Atoms(numbers=[number], positions=[places[widest]])
+    return new
+
+
+def _random_cell(rng: np.random.Generator, settings: Scatter) -> FloatArray:
+    """Return cell vectors of random lengths and angles; three angles may not fit together.
+
+    Raises
+    ------
+    ValueError
+        If none do.
+    """
+    for _ in range(MAX_CELLS):
+        lengths = rng.uniform(settings.shortest, 1.0, 3)
+        angles = rng.uniform(*settings.angle, 3)
+        cosines = np.cos(np.radians(angles))
+        if 1 - (cosines**2).sum() + 2 * cosines.prod() > MIN_SQUARED_VOLUME:
+            cell: FloatArray = Cell.fromcellpar([*lengths, *angles]).array
+            return cell
+    raise ValueError(
+        f"no cell has three angles of {list(settings.angle)} degrees; allow some near 90"
+    )
 
 
 def repeat(atoms: Atoms, supercell: Supercell) -> Atoms:

@@ -34,6 +34,7 @@ KINDS: dict[str, Kind] = {
     "vacancy": Kind(perturbation.vacancy, perturbation.Vacancy),
     "surface": Kind(perturbation.cut_surface, perturbation.Surface),
     "dimer": Kind(perturbation.dimer, perturbation.Dimer),
+    "random": Kind(perturbation.scattered, perturbation.Scatter),
     "interstitial": Kind(perturbation.interstitial, perturbation.Interstitial),
 }
 

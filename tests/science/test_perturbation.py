@@ -13,6 +13,7 @@ MAKERS = [
     (p.cut_surface, p.Surface()),
     (p.dimer, p.Dimer()),
     (p.interstitial, p.Interstitial()),
+    (p.scattered, p.Scatter()),
 ]
 
 
@@ -130,6 +131,36 @@ def test_an_interstitial_finds_a_hole(diamond, rng):
 
     assert len(new) == 9
     assert new.get_distances(-1, np.arange(8), mic=True).min() > 1.8
+
+
+def test_scattered_atoms_keep_composition_density_and_distance(rng):
+    seed = bulk("SiC", "zincblende", a=4.36, cubic=True)
+    settings = p.Scatter(n_atoms=(8, 8), volume=(1.2, 1.2))
+    made = [p.scattered(seed, rng, settings) for _ in range(20)]
+
+    for atoms in made:
+        assert sorted(atoms.get_chemical_symbols()) == ["C"] * 4 + ["Si"] * 4
+        assert atoms.get_volume() == pytest.approx(1.2 * 4.36**3)
+        assert ((atoms.cell.angles() >= 60) & (atoms.cell.angles() <= 120)).all()
+        lengths = atoms.cell.lengths()
+        assert lengths.min() >= 0.5 * lengths.max()
+    closest = [atoms.get_all_distances(mic=True)[~np.eye(8, dtype=bool)].min() for atoms in made]
+    alone = p.Scatter(n_atoms=(8, 8), volume=(1.2, 1.2), n_tries=1)
+    anywhere = [
+        atoms.get_all_distances(mic=True)[~np.eye(8, dtype=bool)].min()
+        for atoms in (p.scattered(seed, rng, alone) for _ in range(20))
+    ]
+    assert np.median(closest) > 1.5 * np.median(anywhere)
+
+
+def test_atoms_are_scattered_over_what_can_be_a_cell(rng):
+    with pytest.raises(ValueError, match="no cell has three angles"):
+        p.scattered(bulk("Si"), rng, p.Scatter(angle=(140.0, 150.0)))
+    with pytest.raises(ValueError, match="only a seed that is periodic"):
+        p.scattered(Atoms("Si2", [[0, 0, 0], [0, 0, 2]]), rng, p.Scatter())
+    for wrong in ({"angle": (60.0, 160.0)}, {"shortest": 0.0}, {"n_tries": 0}, {"n_atoms": (0, 2)}):
+        with pytest.raises(ValueError, match=r"must|try at least"):
+            p.Scatter(**wrong)
 
 
 def test_a_supercell_may_be_a_matrix():
