@@ -5,6 +5,7 @@ from aiida.orm import Dict, List, Str, to_aiida_type
 
 from aiida_eipnn.calculations import ports
 from aiida_eipnn.calculations.base import JobCalculation, LocalCopies, copies_of_inputs
+from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.jobs.spec import ExploreJob
 
@@ -32,6 +33,13 @@ class ExploreCalculation(JobCalculation):
             required=False,
             help="The EIP that drives molecular dynamics.",
         )
+        spec.input(
+            "committee",
+            valid_type=CommitteeData,
+            required=False,
+            help="The committee that drives molecular dynamics, in place of the EIP.",
+        )
+        ports.add_dict(spec, "parameters", "device: cpu, cuda, or auto, for the committee.")
         spec.output("pool", valid_type=ConfigurationsData, help="The pool.")
         spec.output("metrics", valid_type=Dict, help="Counts, notes and times.")
         spec.default_output_node = "metrics"
@@ -43,6 +51,7 @@ class ExploreCalculation(JobCalculation):
             seed=self.inputs.seed.value,
             eip=self.inputs.eip.value if "eip" in self.inputs else None,
             max_seconds=max_seconds,
+            **self.inputs.parameters.get_dict(),
         )
 
     def copies(self) -> LocalCopies:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from ase.calculators.calculator import Calculator
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.inputs import read_configurations
@@ -27,9 +28,8 @@ def run(job: ExploreJob, folder: Path) -> State:
     start = time.monotonic()
     in_time = _deadline(start, job.max_seconds)
     seeds = read_configurations(folder)
-    calculator = EipCalculator(open_potential(job.eip)) if job.eip and _needs_eip(job) else None
     pool, notes = make_pool(
-        seeds, job.recipes, np.random.default_rng(job.seed), calculator, in_time
+        seeds, job.recipes, np.random.default_rng(job.seed), driver(job, folder), in_time
     )
     n_asked = sum(int(recipe["count"]) for recipe in job.recipes)
     if len(pool) < n_asked and not in_time():
@@ -50,8 +50,25 @@ def run(job: ExploreJob, folder: Path) -> State:
     return State.DONE
 
 
-def _needs_eip(job: ExploreJob) -> bool:
-    return any(recipe.get("config_type") == MD for recipe in job.recipes)
+def driver(job: ExploreJob, folder: Path) -> Calculator | None:
+    """Return what drives molecular dynamics, where a recipe asks for it: the committee, or the EIP.
+
+    Raises
+    ------
+    ValueError
+        If the EIP cannot be opened, or if there is no such device.
+    """
+    if not any(recipe.get("config_type") == MD for recipe in job.recipes):
+        return None
+    if (folder / spec.COMMITTEE).is_dir():
+        # torch takes seconds to load, and an EIP needs none of it.
+        from aiida_eipnn.science.nn.calculator import CommitteeCalculator
+        from aiida_eipnn.science.nn.committee import Committee
+        from aiida_eipnn.science.nn.device import choose_device
+
+        committee = Committee.load(folder / spec.COMMITTEE)
+        return CommitteeCalculator(committee.to(choose_device(job.device)))
+    return EipCalculator(open_potential(job.eip)) if job.eip else None
 
 
 def _deadline(start: float, max_seconds: float | None) -> Callable[[], bool]:

@@ -65,7 +65,9 @@ class ExploreJob:
     seed
         Seed of every random choice.
     eip
-        Name of the EIP that drives molecular dynamics.
+        Name of the EIP that drives molecular dynamics, where no committee is given to do so.
+    device
+        Where the committee is: ``cpu``, ``cuda``, or ``auto``, a GPU where there is one.
     max_seconds
         Stop by then, with what there is.
     """
@@ -75,6 +77,7 @@ class ExploreJob:
     recipes: tuple[dict[str, Any], ...]
     seed: int
     eip: str | None = None
+    device: str = "auto"
     max_seconds: float | None = None
 
 

@@ -11,6 +11,9 @@ from ase.md.langevin import Langevin
 
 from aiida_eipnn.science.gate import MIN_CONTACT, geometry_fault
 
+# Where a committee says how far its members are from one another, in eV/Å, for each atom.
+FORCES_STD = "forces_std"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dynamics:
@@ -34,6 +37,10 @@ class Dynamics:
     min_contact
         The run ends when two atoms are closer than this fraction of the sum of their covalent
         radii.
+    max_uncertainty
+        The run ends when the calculator, a committee, disagrees more than this about the force on
+        an atom, in eV/Å: that configuration is the last snapshot, for it is what the committee
+        does not know. ``None`` never asks.
     """
 
     temperature: float
@@ -43,11 +50,14 @@ class Dynamics:
     friction: float = 0.01
     max_temperature_factor: float = 10.0
     min_contact: float = MIN_CONTACT
+    max_uncertainty: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("temperature", "n_snapshots", "spacing", "timestep", "friction"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above zero")
+        if self.max_uncertainty is not None and not self.max_uncertainty > 0:
+            raise ValueError(f"max_uncertainty is {self.max_uncertainty}; it must be above zero")
         if not self.max_temperature_factor > 1:
             raise ValueError(
                 f"max_temperature_factor is {self.max_temperature_factor}; it must be above 1"
@@ -103,37 +113,51 @@ def run_dynamics(
     )
     frames: list[Atoms] = []
     while len(frames) < settings.n_snapshots:
-        fault = _advance(moving, integrator, settings)
-        if fault:
-            done = len(frames) * settings.spacing
-            return Trajectory(frames, f"stopped after step {done}: {fault}")
-        frames.append(
-            Atoms(
-                numbers=moving.numbers,
-                positions=moving.positions,
-                cell=moving.cell.array,
-                pbc=moving.pbc,
+        fault, is_unsure = _advance(moving, integrator, settings)
+        done = len(frames) * settings.spacing
+        if not fault or is_unsure:
+            frames.append(
+                Atoms(
+                    numbers=moving.numbers,
+                    positions=moving.positions,
+                    cell=moving.cell.array,
+                    pbc=moving.pbc,
+                )
             )
-        )
+        if fault:
+            return Trajectory(frames, f"stopped after step {done}: {fault}")
         if not keep_going():
             return Trajectory(frames, "stopped: the time is up")
     return Trajectory(frames, "")
 
 
-def _advance(moving: Atoms, integrator: Langevin, settings: Dynamics) -> str:
-    """Go on to the next snapshot; return what went wrong, if anything did."""
+def _advance(moving: Atoms, integrator: Langevin, settings: Dynamics) -> tuple[str, bool]:
+    """Go on to the next snapshot; return what ends the run, if anything, and if that is doubt."""
     temperatures = []
     for _ in range(settings.spacing):
         try:
             integrator.step()
         except Exception as error:
             # A potential that is asked about exploding atoms raises whatever it likes.
-            return f"the potential failed ({type(error).__name__}: {error})"
+            return f"the potential failed ({type(error).__name__}: {error})", False
         temperatures.append(moving.get_temperature())
         if fault := geometry_fault(moving, settings.min_contact):
-            return fault
+            return fault, False
+        if doubt := _doubt(moving, settings.max_uncertainty):
+            return doubt, True
     hottest = settings.max_temperature_factor * settings.temperature
     recent = float(np.mean(temperatures[-10:]))
     if not recent <= hottest:
-        return f"the atoms reached {recent:.0f} K, the guard is {hottest:.0f} K"
-    return ""
+        return f"the atoms reached {recent:.0f} K, the guard is {hottest:.0f} K", False
+    return "", False
+
+
+def _doubt(moving: Atoms, most: float | None) -> str:
+    """Return why the calculator is not to be trusted, if it is not."""
+    if most is None:
+        return ""
+    # What the step has computed already.
+    spread = float(np.max(moving.calc.results[FORCES_STD]))
+    if spread <= most:
+        return ""
+    return f"the committee is unsure: the spread of a force is {spread:.3g} eV/Å, above {most:.3g}"

@@ -11,7 +11,7 @@ from ase.calculators.calculator import Calculator
 
 from aiida_eipnn.science import perturbation
 from aiida_eipnn.science.configurations import Configurations, configuration_id
-from aiida_eipnn.science.dynamics import Dynamics, run_dynamics
+from aiida_eipnn.science.dynamics import FORCES_STD, Dynamics, run_dynamics
 from aiida_eipnn.science.gate import MIN_CONTACT, geometry_fault
 from aiida_eipnn.science.settings import build
 
@@ -47,7 +47,7 @@ class MolecularDynamics:
     ----------
     temperatures
         Taken in turn by the runs, in K.
-    snapshots_per_run, spacing, timestep, friction, max_temperature_factor
+    snapshots_per_run, spacing, timestep, friction, max_temperature_factor, max_uncertainty
         See :class:`aiida_eipnn.science.dynamics.Dynamics`.
     amplitude
         Displacement of the atoms before each run; see
@@ -60,6 +60,7 @@ class MolecularDynamics:
     timestep: float = 1.0
     friction: float = 0.01
     max_temperature_factor: float = 10.0
+    max_uncertainty: float | None = None
     amplitude: tuple[float, float] = (0.01, 0.05)
 
     def __post_init__(self) -> None:
@@ -78,6 +79,7 @@ class MolecularDynamics:
             timestep=self.timestep,
             friction=self.friction,
             max_temperature_factor=self.max_temperature_factor,
+            max_uncertainty=self.max_uncertainty,
             min_contact=min_contact,
         )
 
@@ -193,8 +195,17 @@ def make_pool(
     if not recipes:
         raise ValueError("no recipes: say what to make, such as config_type rattled, count 10")
     parsed = [Recipe.from_dict(content) for content in recipes]
-    if calculator is None and any(recipe.config_type == MD for recipe in parsed):
-        raise ValueError("molecular dynamics needs an EIP to drive it: name one")
+    driven = [recipe for recipe in parsed if recipe.config_type == MD]
+    if calculator is None and driven:
+        raise ValueError(
+            "molecular dynamics needs an EIP or a committee to drive it: name one, or give one"
+        )
+    asked = any(recipe.settings.max_uncertainty is not None for recipe in driven)
+    if asked and FORCES_STD not in getattr(calculator, "implemented_properties", ()):
+        raise ValueError(
+            "max_uncertainty is what a committee has, and an EIP has none: give a committee to "
+            "drive molecular dynamics, or leave max_uncertainty out"
+        )
     seen: set[str] = set()
     frames: list[Atoms] = []
     types: list[str] = []

@@ -80,6 +80,39 @@ def test_dynamics_without_an_eip_is_refused(folder):
         run(ExploreJob(recipes=({"config_type": "md", "count": 1},), seed=1), folder)
 
 
+def test_an_eip_has_no_doubts(folder):
+    recipe = {"config_type": "md", "count": 3, "max_uncertainty": 0.1}
+    with pytest.raises(ValueError, match="max_uncertainty is what a committee has"):
+        run(ExploreJob(recipes=(recipe,), seed=1, eip=LJ), folder)
+
+
+def test_a_committee_drives_dynamics_until_it_is_unsure(folder, torch):
+    from aiida_eipnn.science.nn.committee import Committee
+    from aiida_eipnn.science.nn.network import Network, NetworkParameters
+
+    members = []
+    for seed in (1, 2):
+        network = Network(NetworkParameters(n_radial=4, l_max=1, width=8), (29,), ("dft",))
+        network.initialise(seed)
+        members.append(network)
+    Committee(members=tuple(members), stage="finetune", seeds=(1, 2)).save(folder / spec.COMMITTEE)
+    recipe = {"config_type": "md", "count": 4, "snapshots_per_run": 2, "spacing": 3, "n_atoms": 4}
+
+    run(ExploreJob(recipes=(recipe,), seed=1), folder)
+    pool, metrics = results(folder)
+    assert metrics["counts"] == {"md": 4}
+    assert metrics["notes"] == []
+    free = pool.positions
+
+    run(ExploreJob(recipes=(recipe | {"max_uncertainty": 1e-6},), seed=1), folder)
+    pool, metrics = results(folder)
+    # Each run ends in its first step.
+    assert metrics["counts"] == {"md": 4}
+    assert len(metrics["notes"]) == 4
+    assert "the committee is unsure" in metrics["notes"][0]
+    assert np.abs(pool.positions - free).max() > 1e-3
+
+
 def test_no_seeds_are_refused(tmp_path):
     with pytest.raises(ValueError, match="empty"):
         run(ExploreJob(recipes=(RATTLED,), seed=1), tmp_path)

@@ -106,6 +106,31 @@ def test_a_potential_that_fails_ends_the_run_without_raising(copper):
     assert fault == "stopped after step 20: the potential failed (RuntimeError: out of range)"
 
 
+class Unsure(EMT):
+    """Forgets more of what it knew at each step."""
+
+    implemented_properties: ClassVar[list[str]] = [*EMT.implemented_properties, "forces_std"]
+
+    def calculate(self, *arguments, **settings):
+        super().calculate(*arguments, **settings)
+        self.steps = getattr(self, "steps", 0) + 1
+        self.results["forces_std"] = np.array([0.0, 0.01 * self.steps, 0.0, 0.0])
+
+
+def test_a_run_ends_with_the_configuration_that_the_committee_does_not_know(copper):
+    settings = Dynamics(temperature=300, n_snapshots=5, spacing=10, max_uncertainty=0.255)
+    trajectory = run_dynamics(copper, Unsure(), np.random.default_rng(0), settings)
+    # The first call is for the start: the 25th step is the first one above.
+    assert len(trajectory.frames) == 3
+    assert "the spread of a force is 0.26 eV/Å, above 0.255" in trajectory.fault
+    free = Dynamics(temperature=300, n_snapshots=5, spacing=10)
+    known = run_dynamics(copper, Unsure(), np.random.default_rng(0), free)
+    assert not known.fault
+    assert len(known.frames) == 5
+    assert known.frames[1] == trajectory.frames[1]
+    assert known.frames[2] != trajectory.frames[2]
+
+
 def test_a_run_ends_when_the_time_is_up(copper):
     frames, fault = run_dynamics(
         copper,
