@@ -5,6 +5,7 @@ from aiida.engine import run_get_node
 
 from aiida_eipnn.calculations.explore import ExploreCalculation
 from aiida_eipnn.calculations.label import LabelCalculation
+from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.workflows.restart import LabelBaseWorkChain
@@ -152,3 +153,27 @@ def test_the_same_seed_makes_the_same_pool(kim, job_code, rattled_silicon):
     assert first["pool"].value().ids.tolist() == again["pool"].value().ids.tolist()
     assert first["pool"].value().ids.tolist() != other["pool"].value().ids.tolist()
     assert first["pool"].base.attributes.get("config_types") == {"md": 3, "rattled": 4}
+
+
+def test_a_committee_explores_until_it_is_unsure(torch, job_code, rattled_silicon, tmp_path):
+    from aiida_eipnn.science.nn.committee import Committee
+    from aiida_eipnn.science.nn.network import Network, NetworkParameters
+
+    members = []
+    for seed in (1, 2):
+        network = Network(NetworkParameters(n_radial=4, l_max=1, width=8), (14,), ("dft",))
+        network.initialise(seed)
+        members.append(network)
+    Committee(members=tuple(members), stage="finetune", seeds=(1, 2)).save(tmp_path)
+    outputs, node = run_get_node(
+        ExploreCalculation,
+        seed=1,
+        code=job_code,
+        configurations={"seeds": ConfigurationsData.from_value(rattled_silicon(1))},
+        recipes=[{"config_type": "md", "count": 2, "spacing": 2, "max_uncertainty": 1e-6}],
+        committee=CommitteeData.from_folder(tmp_path),
+        parameters={"device": "cpu"},
+    )
+    assert node.is_finished_ok, node.exit_message
+    assert len(outputs["pool"]) == 2
+    assert "the committee is unsure" in outputs["metrics"]["notes"][0]
