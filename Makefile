@@ -26,7 +26,8 @@ export AIIDA_PATH := $(CURDIR)/.aiida
 export PATH := $(BIN):$(PATH)
 
 .PHONY: help install system demo setup test lint bench-label bench-label-bulk bench-training \
-  bench-injection bench-injection-full bench-committee clean
+  bench-injection bench-injection-full bench-committee \
+  bench-active-learning bench-active-learning-full clean
 
 help:
 	@echo 'make install   system packages where that is possible, then .venv with everything'
@@ -36,6 +37,7 @@ help:
 	@echo 'make bench-label, make bench-label-bulk   how fast EIPs label; see benchmarks/'
 	@echo 'make bench-training   how well a network learns from scratch in four minutes'
 	@echo 'make bench-committee  what a committee costs, against one member'
+	@echo 'make bench-active-learning, make bench-active-learning-full   DFT points that are worth asking for'
 	@echo 'make bench-injection, make bench-injection-full   what EIPs are worth to a network'
 	@echo 'make clean     remove what was made here, the demo and its data too'
 
@@ -92,6 +94,13 @@ bench-training: install
 bench-injection bench-injection-full: export OMP_NUM_THREADS := 1
 bench-injection: install
 	python benchmarks/injection.py --quick --output build/bench-injection/quick.json
+
+bench-active-learning bench-active-learning-full: export OMP_NUM_THREADS := 1
+bench-active-learning: install
+	python benchmarks/active_learning.py --quick --output build/bench-injection/active-quick.json
+
+bench-active-learning-full: install
+	python benchmarks/active_learning.py
 
 bench-committee: export OMP_NUM_THREADS := 1
 bench-committee: install
