@@ -77,7 +77,7 @@ SIZES = {
     "pyxtal_Si": (25, 50, 100, 200),
     HARD: (25, 50, 100, 200),
 }
-QUICK = {"mvl_W": (5, 10, 20)}
+QUICK = {"mvl_W": (5, 10)}
 QUICK_ARMS = ("random", "window_lcmd", "full")
 SEEDS = 5
 # Candidates that the committee is asked about each time, drawn anew: enough to choose from.
