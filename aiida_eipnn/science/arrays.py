@@ -1,6 +1,7 @@
 """Array types, and folders of ``.npy`` files: how every job and every node keeps its numbers."""
 
 import mmap
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +28,11 @@ def save_arrays(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file as a whole or not at all, as :func:`save_arrays` does with arrays."""
-    partial = path.with_name(f".{path.name}")
+    """Write a text file as a whole or not at all, as :func:`save_arrays` does with arrays.
+
+    Of several processes that write the same file, the last one counts.
+    """
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
