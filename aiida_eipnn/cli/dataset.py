@@ -113,7 +113,7 @@ def cmd_list(
 )
 @profile_option
 def cmd_show(identifier: str, plot: Path | None, profile: str | None) -> None:
-    """Show what is in a dataset: statistics, refused labels, level of theory, duplicates."""
+    """Show statistics, refused labels, level of theory and duplicates."""
     dataset = find(identifier, profile)
     from aiida_eipnn.reports.dataset import read_facts
 
@@ -136,7 +136,7 @@ def cmd_show(identifier: str, plot: Path | None, profile: str | None) -> None:
 )
 @profile_option
 def cmd_export(identifiers: tuple[str, ...], output: Path, profile: str | None) -> None:
-    """Write the labels of datasets of one level of theory to one file, each geometry once."""
+    """Write the labels of datasets of one level of theory to one file."""
     datasets = [find(identifier, profile) for identifier in dict.fromkeys(identifiers)]
     from aiida_eipnn.reports.dataset import join_datasets
     from aiida_eipnn.science.io import write_labelled
@@ -153,7 +153,7 @@ def cmd_export(identifiers: tuple[str, ...], output: Path, profile: str | None) 
 @click.argument("prefix", metavar="ID")
 @profile_option
 def cmd_trace(identifier: str, prefix: str, profile: str | None) -> None:
-    """Say where one label comes from: the file, or the pw.x run and the iteration that asked.
+    """Say where one label comes from: a file, or a pw.x run and who asked.
 
     ID is how the id of the configuration begins; `dataset export` writes the ids.
     """
@@ -329,7 +329,7 @@ def show_lines(dataset: "Dataset", facts: "Facts") -> list[str]:
         f"  source       {dataset.source.text}",
         f"  created      {dataset.created:%Y-%m-%d %H:%M}",
         f"  elements     {'-'.join(dataset.elements)}",
-        f"  labels       {dataset.n_labels}, and {dataset.n_missing} rows without one",
+        f"  labels       {dataset.n_labels} of {dataset.n_labels + dataset.n_missing} rows",
         *fact_lines(dataset),
         "",
         *statistics(facts),
@@ -342,7 +342,7 @@ def fact_lines(dataset: "Dataset") -> list[str]:
     """Return level of theory, gate, copies and checksum."""
     from aiida_eipnn.science.labels import checksum
 
-    copies = f"{dataset.n_copies} frames that repeat an earlier one are left out"
+    copies = f"frames left out because they repeat an earlier one: {dataset.n_copies}"
     return [
         f"  level        {level_text(dataset)}",
         f"  gate         {gate_text(dataset)}",
@@ -383,7 +383,8 @@ def group_text(facts: "Facts") -> str:
 
     if not len(facts.energy):
         return f"{0:6d}"
-    atoms = f"{facts.n_atoms.min():.0f}-{facts.n_atoms.max():.0f}"
+    sizes = sorted({int(facts.n_atoms.min()), int(facts.n_atoms.max())})
+    atoms = "-".join(map(str, sizes))
     low, median, high = np.quantile(facts.energy, (0.0, 0.5, 1.0))
     rms, volume = np.sqrt(np.mean(facts.forces**2)), facts.volume[np.isfinite(facts.volume)]
     return (
@@ -435,6 +436,8 @@ def draw(facts: "Facts", path: Path) -> None:
     from aiida_eipnn.reports.figures import histogram, save_figure
 
     groups = facts.by_type()
+    if not groups:
+        raise ValueError("no figure was drawn: not one row of this dataset has a label")
 
     def paint(axes: "Sequence[Axes]") -> None:
         energy = {name: group.energy for name, group in groups.items()}
@@ -456,11 +459,11 @@ def export_lines(datasets: Iterable["Dataset"], labels: "Labels", n_left_out: in
     lines = [f"  level        {level_text(declared)}"]
     if n_left_out:
         lines.append(
-            f"  duplicates   {n_left_out} labels of a geometry that an earlier dataset has "
-            "are left out"
+            "  duplicates   labels left out because an earlier dataset has the geometry: "
+            f"{n_left_out}"
         )
     if n_missing := sum(item.n_missing for item in datasets):
-        lines.append(f"  missing      {n_missing} rows without a label are left out")
+        lines.append(f"  missing      rows left out because they have no label: {n_missing}")
     silent = [str(item.pk) for item in datasets if not item.level]
     if silent and declared.level:
         lines.append(

@@ -445,6 +445,7 @@ def histogram(axes: Axes, values: Mapping[str, FloatArray], label: str, counted:
     finite = {name: array[np.isfinite(array)] for name, array in values.items()}
     together = np.concatenate(list(finite.values()))
     axes.set(xlabel=label, ylabel=counted)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if not len(together):
         axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes)
         return axes

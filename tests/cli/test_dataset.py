@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import re
+import shlex
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from aiida.orm import Dict, Node, QueryBuilder, SinglefileData, load_node
 from click.testing import CliRunner
 
 from aiida_eipnn.calculations.dft import with_fingerprint
+from aiida_eipnn.cli import eip_rank
 from aiida_eipnn.cli.commands import main
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.reports.dataset import Kind, find_dataset, find_datasets
@@ -88,9 +91,9 @@ def write(labelled, tmp_path):
     return write
 
 
-def new_loop():
+def new_loop(**settings):
     """Return the maker of a loop that has a pool and nothing else yet."""
-    maker = Maker(n_iterations=1, state="waiting")
+    maker = Maker(n_iterations=1, state="waiting", **settings)
     maker.start()
     maker.explore()
     return maker
@@ -122,6 +125,46 @@ def n_nodes():
     return QueryBuilder().append(Node).count()
 
 
+def test_files_and_loops_are_listed_and_can_be_chosen_from(loop, write):
+    pk = bring(write(), "--label", "mine")
+
+    def listed(*options):
+        lines = run("list", *options).stdout.splitlines()
+        return [int(line.split()[0]) for line in lines if line[0].isdigit()]
+
+    of_loop = [loop.labels[name].pk for name in ("test", "initial", "i001")]
+    assert {*of_loop, pk} <= set(listed())
+    assert pk in listed("--source", "file")
+    assert not {*of_loop} & {*listed("--source", "file")}
+    assert listed("--source", "loop", "--element", "Si") == of_loop
+    assert listed("--iteration", "i001") == of_loop[-1:]
+    assert pk in listed("--level", find_dataset(load_node(pk)).fingerprint[:6])
+    assert not {*of_loop} & {*listed("--level", find_dataset(load_node(pk)).fingerprint[:6])}
+    assert "no such dataset" in run("list", "--element", "Xe").stdout
+    assert f"loop {loop.loop.pk} i001" in run("list").stdout
+
+
+def test_a_label_of_a_loop_is_traced_to_pw_and_the_iteration(loop):
+    labels = loop.labels["i001"]
+    value = labels.value()
+    shown = run("trace", labels.pk, value.ids[0]).stdout
+    run_of_pw = load_node(str(value.origins[0]))
+    assert f"PwCalculation {run_of_pw.pk} {run_of_pw.uuid}" in shown
+    assert "code           pw@localhost 6.7MaX" in shown
+    assert f"PwBaseWorkChain {run_of_pw.caller.pk}, DftLabelWorkChain" in shown
+    assert f"asked by       iteration 1 of loop {loop.loop.pk}, uncertainty" in shown
+
+
+def test_a_run_that_failed_is_traced_too(loop):
+    labels = loop.labels["initial"]
+    failure = labels.value().failures()[0]
+    shown = run("trace", labels.pk, failure.id).stdout
+    assert "energy         none" in shown
+    assert f"reason         {failure.reason}" in shown
+    assert "asked by       the first DFT points" in shown
+    assert re.search(r"PwCalculation \d+", shown)
+
+
 def test_an_import_goes_through_the_gate_and_says_what_it_found(call, write):
     shown = call("import", write(), *PBE, "--eips", SW, "--label", "silicon").stdout
 
@@ -145,15 +188,6 @@ def test_the_lineage_of_an_import_begins_at_the_file(call, write):
     assert reader.inputs.level.get_dict() == {"functional": "PBE", "ecutwfc": 40}
 
 
-def test_a_single_bad_label_is_a_row_with_its_reason(call, write):
-    shown = call("import", write(rows=range(13)), *PBE, "--eips", SW).stdout
-
-    assert "12 labels of Si" in shown
-    assert "rows without a label (1)" in shown
-    assert "two atoms overlap" in shown
-    assert find_datasets()[0].n_missing == 1
-
-
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
@@ -171,6 +205,39 @@ def test_wrong_signs_and_units_stop_the_import_before_anything_is_stored(
     assert "nothing was stored" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert n_nodes() == before
+
+
+def test_a_single_bad_label_is_a_row_with_its_reason(call, write):
+    shown = call("import", write(rows=range(13)), *PBE, "--eips", SW).stdout
+
+    assert "12 labels of Si" in shown
+    assert "rows without a label (1)" in shown
+    assert "two atoms overlap" in shown
+    assert find_datasets()[0].n_missing == 1
+
+
+def test_show_gives_statistics_by_type_the_level_and_the_refused(call, write, tmp_path):
+    call("import", write(rows=range(13)), *PBE, "--eips", SW)
+    (dataset,) = find_datasets()
+    shown = call("show", dataset.pk, "--plot", tmp_path / "si.png").stdout
+    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}
+
+    labels = dataset.labels().labelled()
+    energy = labels.energy[:, 0] / labels.n_atoms
+    assert rows["all"][1:3] == ["12", "2"]
+    assert rows["all"][3:6] == [f"{value:.3f}" for value in np.quantile(energy, (0, 0.5, 1))]
+    assert rows["all"][7] == f"{np.linalg.norm(labels.forces[0], axis=1).max():.3f}"
+    assert int(rows["bulk"][1]) + int(rows["strained"][1]) == 12
+    assert "rows without a label (1)" in shown
+    assert checksum(dataset.labels()) in shown
+    assert (tmp_path / "si.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_without_a_label_are_not_exported(call, write, tmp_path):
+    call("import", write(rows=range(13)), *PBE, "--eips", SW)
+    shown = call("export", find_datasets()[0].pk, "-o", tmp_path / "out.extxyz").stdout
+    assert "because they have no label: 1\n" in shown
+    assert len(read_labelled(tmp_path / "out.extxyz")[1]) == 12
 
 
 def test_a_file_imported_again_is_named_and_not_stored(call, write):
@@ -195,7 +262,7 @@ def test_frames_that_repeat_an_earlier_one_are_counted(call, write):
     path.write_text(path.read_text() + write("one.extxyz", [0]).read_text())
     shown = call("import", path, *PBE, "--no-gate").stdout
     assert "12 labels of Si" in shown
-    assert "1 frames that repeat an earlier one are left out" in shown
+    assert "because they repeat an earlier one: 1\n" in shown
 
 
 @pytest.mark.parametrize(
@@ -223,25 +290,6 @@ def test_equal_levels_have_one_fingerprint_however_they_are_written():
     assert one["fingerprint"] != with_fingerprint({"ecutwfc": 41})["fingerprint"]
 
 
-def test_files_and_loops_are_listed_and_can_be_chosen_from(loop, write):
-    pk = bring(write(), "--label", "mine")
-
-    def listed(*options):
-        lines = run("list", *options).stdout.splitlines()
-        return [int(line.split()[0]) for line in lines if line[0].isdigit()]
-
-    of_loop = [loop.labels[name].pk for name in ("test", "initial", "i001")]
-    assert {*of_loop, pk} <= set(listed())
-    assert pk in listed("--source", "file")
-    assert not {*of_loop} & {*listed("--source", "file")}
-    assert listed("--source", "loop", "--element", "Si") == of_loop
-    assert listed("--iteration", "i001") == of_loop[-1:]
-    assert pk in listed("--level", find_dataset(load_node(pk)).fingerprint[:6])
-    assert not {*of_loop} & {*listed("--level", find_dataset(load_node(pk)).fingerprint[:6])}
-    assert "no such dataset" in run("list", "--element", "Xe").stdout
-    assert f"loop {loop.loop.pk} i001" in run("list").stdout
-
-
 def test_what_the_gate_of_a_loop_left_is_its_dataset(call, aiida_localhost):
     assert aiida_localhost.label == "localhost"
     maker = new_loop()
@@ -261,21 +309,15 @@ def test_what_the_gate_of_a_loop_left_is_its_dataset(call, aiida_localhost):
     assert f"the dataset is {left.pk}" in run("show", raw.pk, expect=1).stderr
 
 
-def test_show_gives_statistics_by_type_the_level_and_the_refused(call, write, tmp_path):
-    call("import", write(rows=range(13)), *PBE, "--eips", SW)
-    (dataset,) = find_datasets()
-    shown = call("show", dataset.pk, "--plot", tmp_path / "si.png").stdout
-    rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}
-
-    labels = dataset.labels().labelled()
-    energy = labels.energy[:, 0] / labels.n_atoms
-    assert rows["all"][1:3] == ["12", "2-2"]
-    assert rows["all"][3:6] == [f"{value:.3f}" for value in np.quantile(energy, (0, 0.5, 1))]
-    assert rows["all"][7] == f"{np.linalg.norm(labels.forces[0], axis=1).max():.3f}"
-    assert int(rows["bulk"][1]) + int(rows["strained"][1]) == 12
-    assert "rows without a label (1)" in shown
-    assert checksum(dataset.labels()) in shown
-    assert (tmp_path / "si.png").read_bytes().startswith(b"\x89PNG")
+def test_a_dataset_without_any_label_is_shown_but_not_drawn(call, aiida_localhost, tmp_path):
+    assert aiida_localhost.label == "localhost"
+    maker = new_loop()
+    maker.choices["i001"] = maker.choice([10], np.array([0.5]), "diverse")
+    maker.dft("i001", failing=True)
+    pk = maker.labels["i001"].pk
+    assert "labels       0 of 1 rows" in call("show", pk).stdout
+    result = call("show", pk, "--plot", tmp_path / "x.png", expect=1)
+    assert "not one row of this dataset has a label" in result.stderr
 
 
 def test_geometries_in_two_datasets_are_shown_with_how_far_energies_differ(call, write):
@@ -302,7 +344,7 @@ def test_one_geometry_of_two_datasets_is_exported_once(call, write, tmp_path):
     pks = [bring(write("a.extxyz", range(8))), bring(write("b.extxyz", range(6, 12)))]
     shown = call("export", *pks, "-o", tmp_path / "out.extxyz").stdout
     assert "12 labels are in" in shown
-    assert "2 labels of a geometry that an earlier dataset has are left out" in shown
+    assert "because an earlier dataset has the geometry: 2\n" in shown
     assert len(read_labelled(tmp_path / "out.extxyz")[1]) == 12
 
 
@@ -321,13 +363,6 @@ def test_two_energies_of_one_geometry_are_not_exported(call, write, tmp_path):
     assert "0.1 eV/atom" in result.stderr
 
 
-def test_rows_without_a_label_are_not_exported(call, write, tmp_path):
-    call("import", write(rows=range(13)), *PBE, "--eips", SW)
-    shown = call("export", find_datasets()[0].pk, "-o", tmp_path / "out.extxyz").stdout
-    assert "1 rows without a label are left out" in shown
-    assert len(read_labelled(tmp_path / "out.extxyz")[1]) == 12
-
-
 def test_a_label_from_a_file_is_traced_to_the_file(call, write):
     path = write()
     dataset = find_dataset(load_node(bring(path)))
@@ -336,27 +371,6 @@ def test_a_label_from_a_file_is_traced_to_the_file(call, write):
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
     assert f"configuration  {name} (" in shown
     assert f"si.extxyz md5 {md5} (SinglefileData {dataset.source.file_pk}" in shown
-
-
-def test_a_label_of_a_loop_is_traced_to_pw_and_the_iteration(loop):
-    labels = loop.labels["i001"]
-    value = labels.value()
-    shown = run("trace", labels.pk, value.ids[0]).stdout
-    run_of_pw = load_node(str(value.origins[0]))
-    assert f"PwCalculation {run_of_pw.pk} {run_of_pw.uuid}" in shown
-    assert "code           pw@localhost 6.7MaX" in shown
-    assert f"PwBaseWorkChain {run_of_pw.caller.pk}, DftLabelWorkChain" in shown
-    assert f"asked by       iteration 1 of loop {loop.loop.pk}, uncertainty" in shown
-
-
-def test_a_run_that_failed_is_traced_too(loop):
-    labels = loop.labels["initial"]
-    failure = labels.value().failures()[0]
-    shown = run("trace", labels.pk, failure.id).stdout
-    assert "energy         none" in shown
-    assert f"reason         {failure.reason}" in shown
-    assert "asked by       the first DFT points" in shown
-    assert re.search(r"PwCalculation \d+", shown)
 
 
 def test_a_label_that_a_loop_took_from_a_dataset_is_traced_to_the_file(
@@ -413,3 +427,62 @@ def test_checksums_depend_on_what_labels_say_and_not_on_who_made_them(labelled):
     for name in ("energy", "forces"):
         assert checksum(replace(labels, **{name: getattr(labels, name) + 1e-3})) != checksum(labels)
     assert checksum(labels.take(range(12))) != checksum(labels)
+
+
+def blocks_of_page(language):
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+def test_every_command_of_the_page_runs(call, write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(eip_rank, "default_eips", lambda *_: [SW])
+    write()
+    commands = [line for block in blocks_of_page("bash") for line in block.splitlines()]
+    assert len(commands) == 7
+    for command in commands:
+        words = shlex.split(command)
+        if found := find_datasets():
+            known = {"PK": str(found[0].pk), "ID": found[0].labels().ids[0][:8]}
+            words = [known.get(word, word) for word in words]
+        assert words[:2] == ["aiida-eipnn", "dataset"]
+        run(*words[2:])
+    assert (tmp_path / "si.png").is_file()
+    assert (tmp_path / "labels.extxyz").is_file()
+
+
+def test_every_recipe_of_the_page_finds_what_it_says(call, aiida_localhost, write):
+    assert aiida_localhost.label == "localhost"
+    pk, _ = bring(write()), bring(write(), level=("--level", "functional=LDA"))
+    source = find_dataset(load_node(pk))
+    given = {
+        "known__configurations": load_node(source.configurations_pk),
+        "known__labels": load_node(pk),
+    }
+    maker = new_loop(extra=given)
+    maker.choices["i001"] = maker.choice([10, 11], np.array([0.5, 0.4]), "diverse")
+    maker.dft("i001", failing=True)
+
+    by_level, of_iteration, of_dataset = (
+        exec_recipe(text, pk) for text in blocks_of_page("python")
+    )
+    assert by_level == [["si.extxyz", pk, 12]]
+    assert of_iteration == [[maker.loop.pk, maker.labels["i001"].pk, 1, 1]]
+    assert of_dataset == [maker.loop.pk]
+
+
+def exec_recipe(text, pk):
+    names = {"PK": pk}
+    exec(text, names)
+    return names["found"]
+
+
+@pytest.mark.parametrize("command", ["import", "list", "show", "export", "trace"])
+def test_each_command_explains_itself_in_one_sentence_without_aiida(command):
+    code = (
+        "import sys\nsys.modules['aiida'] = None\n"
+        f"from aiida_eipnn.cli import main\nmain(['dataset', '{command}', '--help'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.splitlines()[2].strip().endswith(".")
