@@ -99,6 +99,15 @@ def new_loop(**settings):
     return maker
 
 
+def ask(maker, batch, rows, **settings):
+    """Let the loop ask DFT for some configurations of its pool."""
+    uncertainty = (
+        np.linspace(0.5, 0.4, len(rows)) if batch == "i001" else np.full(len(rows), np.nan)
+    )
+    maker.choices[batch] = maker.choice(rows, uncertainty, "diverse")
+    maker.dft(batch, **settings)
+
+
 @pytest.fixture
 def loop(aiida_profile, aiida_localhost):
     """A loop with its DFT labels; made again only where another test emptied the database."""
@@ -107,11 +116,9 @@ def loop(aiida_profile, aiida_localhost):
         load_node(CACHE["loop"].loop.uuid)
     except (KeyError, NotExistent, ClosedStorage):
         maker = CACHE["loop"] = new_loop()
-        maker.split()
-        maker.choices["i001"] = maker.choice([10, 11], np.array([0.5, 0.4]), "diverse")
-        maker.dft("test")
-        maker.dft("initial", failing=True)
-        maker.dft("i001")
+        ask(maker, "test", [0])
+        ask(maker, "initial", [1, 2], failing=True)
+        ask(maker, "i001", [10, 11])
     return CACHE["loop"]
 
 
@@ -293,8 +300,7 @@ def test_equal_levels_have_one_fingerprint_however_they_are_written():
 def test_what_the_gate_of_a_loop_left_is_its_dataset(call, aiida_localhost):
     assert aiida_localhost.label == "localhost"
     maker = new_loop()
-    maker.split()
-    maker.dft("test")
+    ask(maker, "test", [0])
     raw = maker.labels["test"]
     check = maker.graph.process(
         maker.function, "refuse_dft_labels", caller=maker.loop, inputs={"labels": raw}
@@ -312,8 +318,7 @@ def test_what_the_gate_of_a_loop_left_is_its_dataset(call, aiida_localhost):
 def test_a_dataset_without_any_label_is_shown_but_not_drawn(call, aiida_localhost, tmp_path):
     assert aiida_localhost.label == "localhost"
     maker = new_loop()
-    maker.choices["i001"] = maker.choice([10], np.array([0.5]), "diverse")
-    maker.dft("i001", failing=True)
+    ask(maker, "i001", [10], failing=True)
     pk = maker.labels["i001"].pk
     assert "labels       0 of 1 rows" in call("show", pk).stdout
     result = call("show", pk, "--plot", tmp_path / "x.png", expect=1)
@@ -459,8 +464,7 @@ def test_every_recipe_of_the_page_finds_what_it_says(call, aiida_localhost, writ
         "known__labels": load_node(pk),
     }
     maker = new_loop(extra=given)
-    maker.choices["i001"] = maker.choice([10, 11], np.array([0.5, 0.4]), "diverse")
-    maker.dft("i001", failing=True)
+    ask(maker, "i001", [10, 11], failing=True)
 
     by_level, of_iteration, of_dataset = (
         exec_recipe(text, pk) for text in blocks_of_page("python")
