@@ -1,6 +1,7 @@
 """Calcfunctions between configurations and pw.x: out to structures, home as labels."""
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,6 +46,8 @@ FAILED = "failed_"
 
 # What in SYSTEM says how large a configuration is, or how the work is done; all else is physics.
 NOT_THE_LEVEL = ("ibrav", "nat", "ntyp", "nbnd", "nosym", "noinv")
+
+FINGERPRINT = "fingerprint"
 
 # Cell vectors whose lengths (Å) differ by less are of one length.
 SAME_LENGTH = 1e-5
@@ -183,10 +186,23 @@ def level_of_theory(
         "kpoints_force_parity": parity.value,
     }
     level |= {key: value for key, value in system.items() if key not in NOT_THE_LEVEL}
-    text = repr(sorted((key, repr(value)) for key, value in level.items()))
-    return Dict(
-        {**level, "fingerprint": hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()}
-    )
+    return Dict(with_fingerprint(level))
+
+
+def with_fingerprint(level: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a level of theory with its fingerprint: levels that are equal have the same one."""
+    facts = {key: value for key, value in level.items() if key != FINGERPRINT}
+    text = json.dumps(_comparable(facts), sort_keys=True)
+    return {**facts, FINGERPRINT: hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()}
+
+
+def _comparable(value: Any) -> Any:
+    """Return ``value`` with real numbers only: cutoffs of 40 and of 40.0 Ry are equal."""
+    if isinstance(value, Mapping):
+        return {key: _comparable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_comparable(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 @calcfunction
@@ -315,7 +331,7 @@ def compare_levels(given: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         differing = {
             key: (levels[0].get(key), level.get(key))
             for key in sorted({*levels[0], *level})
-            if levels[0].get(key) != level.get(key) and key != "fingerprint"
+            if levels[0].get(key) != level.get(key) and key != FINGERPRINT
         }
         if differing:
             raise ValueError(

@@ -11,6 +11,10 @@ from aiida_eipnn import __version__
 COMMANDS = {
     "setup": ("aiida_eipnn.cli.setup:cmd_setup", "Make a profile with codes and pseudopotentials."),
     "eip": ("aiida_eipnn.cli.eip:cmd_eip", "List, check and rank empirical potentials."),
+    "dataset": (
+        "aiida_eipnn.cli.dataset:cmd_dataset",
+        "Import, list, show, export and trace datasets of DFT labels.",
+    ),
     "status": ("aiida_eipnn.cli.loop:cmd_status", "Say how far an active-learning loop came."),
     "lineage": (
         "aiida_eipnn.cli.loop:cmd_lineage",

@@ -20,6 +20,8 @@ FOLLOW_SECONDS = 3.0
 # The mark that `--submit` of the launch scripts leaves on a process.
 SUBMITTED = "eipnn_submitted"
 
+LOOPS = "`verdi process list -a -L ActiveLearningWorkChain` shows the loops"
+
 README = """\
 A committee of neural-network potentials for {elements}, trained by the loop {uuid}.
 
@@ -128,29 +130,41 @@ def cmd_export(identifier: str, output: Path | None, profile: str | None) -> Non
     click.echo(f"committee, dataset and README.txt are in {output}")
 
 
-def load(identifier: str, profile: str | None) -> "Node":
+def load(identifier: str, profile: str | None, hint: str = LOOPS) -> "Node":
     """Return the node with this PK or UUID, after loading the profile.
 
     Raises
     ------
     ValueError
-        If there is no such profile or no such node.
+        If there is no such profile or no such node; ``hint`` says where to look.
     """
-    from aiida.common.exceptions import ConfigurationError, MultipleObjectsError, NotExistent
-    from aiida.manage.configuration import load_profile
+    use_profile(profile)
+    from aiida.common.exceptions import MultipleObjectsError, NotExistent
     from aiida.orm import load_node
+
+    try:
+        return load_node(identifier)
+    except (NotExistent, MultipleObjectsError, ValueError) as error:
+        raise ValueError(
+            f"there is no node {identifier!r} in this profile ({error}); {hint}"
+        ) from error
+
+
+def use_profile(profile: str | None) -> None:
+    """Load a profile, or the default one.
+
+    Raises
+    ------
+    ValueError
+        If there is no such profile.
+    """
+    from aiida.common.exceptions import ConfigurationError
+    from aiida.manage.configuration import load_profile
 
     try:
         load_profile(profile)
     except ConfigurationError as error:
         raise ValueError(f"no profile to work with: {error}; {profiles_text()}") from error
-    try:
-        return load_node(identifier)
-    except (NotExistent, MultipleObjectsError, ValueError) as error:
-        raise ValueError(
-            f"there is no node {identifier!r} in this profile ({error}); "
-            "`verdi process list -a -L ActiveLearningWorkChain` shows the loops"
-        ) from error
 
 
 def profiles_text() -> str:

@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -421,3 +422,39 @@ def padded(values: FloatArray) -> tuple[float, float]:
 def spread(centre: float, n: int, rng: np.random.Generator) -> FloatArray:
     """Return ``n`` places around ``centre``."""
     return centre + rng.uniform(-0.27, 0.27, n)
+
+
+def save_figure(
+    path: Path, paint: Callable[[Sequence[Axes]], None], *, n_axes: int = 1, width: float = 9.2
+) -> None:
+    """Write a row of Axes, painted by ``paint``, to a file of the format that its name says.
+
+    Raises
+    ------
+    ValueError
+        If matplotlib does not know the format.
+    """
+    with mpl.rc_context({**STYLE, "svg.fonttype": "path", "figure.facecolor": "white"}):
+        figure = Figure(figsize=(width, 3.0), layout="constrained")
+        paint(list(figure.subplots(1, n_axes, squeeze=False)[0]))
+        figure.savefig(path, dpi=200)
+
+
+def histogram(axes: Axes, values: Mapping[str, FloatArray], label: str, counted: str) -> Axes:
+    """Draw how often values occur, one colour for each name, NaN left out."""
+    finite = {name: array[np.isfinite(array)] for name, array in values.items()}
+    together = np.concatenate(list(finite.values()))
+    axes.set(xlabel=label, ylabel=counted)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if not len(together):
+        axes.text(0.5, 0.5, "none", ha="center", va="center", transform=axes.transAxes)
+        return axes
+    edges = np.histogram_bin_edges(together, bins=min(40, max(10, len(together) // 5)))
+    axes.hist(
+        list(finite.values()),
+        bins=edges.tolist(),
+        stacked=True,
+        label=list(finite),
+        color=[CYCLE[number % len(CYCLE)] for number in range(len(finite))],
+    )
+    return axes

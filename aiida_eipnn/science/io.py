@@ -26,6 +26,9 @@ from aiida_eipnn.science.labels import DFT, Labels
 # What ASE takes for one key.
 KEY = r"[A-Za-z_][A-Za-z0-9_.-]*"
 
+# Where the energy, forces and stress of DFT are.
+DFT_KEYS = ("dft_energy", "dft_forces", "dft_stress")
+
 
 def read_configurations(path: str | Path) -> Configurations:
     """Read configurations from any file that ASE reads; labels in it are ignored.
@@ -73,9 +76,16 @@ def read_labelled(
         energies.
     """
     keys = (energy_key, forces_key, stress_key)
-    frames, found = _labelled_frames(Path(path), keys)
+    frames, found, _ = _labelled_frames(Path(path), keys)
     configurations = Configurations.from_atoms(list(frames.values()))
     return configurations, _labels(configurations, found, source)
+
+
+def read_counted(path: str | Path) -> tuple[Configurations, Labels, int]:
+    """Read as :func:`read_labelled`, and count the frames that repeat an earlier one."""
+    frames, found, n_frames = _labelled_frames(Path(path), DFT_KEYS)
+    configurations = Configurations.from_atoms(list(frames.values()))
+    return configurations, _labels(configurations, found, DFT), n_frames - len(frames)
 
 
 def read_tagged(
@@ -101,7 +111,7 @@ def read_tagged(
     ValueError
         As :func:`read_labelled`, and if no frame has a tag.
     """
-    frames, found = _labelled_frames(Path(path), ("dft_energy", "dft_forces", "dft_stress"))
+    frames, found, _ = _labelled_frames(Path(path), DFT_KEYS)
     configurations = Configurations.from_atoms(list(frames.values()))
     values = {tag: _tag_values(Path(path), frames, tag) for tag in tags}
     return configurations, _labels(configurations, found, DFT), values
@@ -118,10 +128,11 @@ def _tag_values(path: Path, frames: dict[str, Atoms], tag: str) -> StrArray:
 
 def _labelled_frames(
     path: Path, keys: tuple[str, str, str]
-) -> tuple[dict[str, Atoms], dict[str, tuple[float, FloatArray, FloatArray]]]:
-    """Return frames and labels by id; each geometry once."""
+) -> tuple[dict[str, Atoms], dict[str, tuple[float, FloatArray, FloatArray]], int]:
+    """Return frames and labels by id, each geometry once, and how many frames there are."""
     frames: dict[str, Atoms] = {}
     found: dict[str, tuple[float, FloatArray, FloatArray]] = {}
+    number = -1
     for number, atoms in enumerate(_frames(path)):
         try:
             label = (_energy(atoms, keys[0]), _forces(atoms, keys[1]), _stress(atoms, keys[2]))
@@ -135,7 +146,7 @@ def _labelled_frames(
             )
         frames.setdefault(name, atoms)
         found.setdefault(name, label)
-    return frames, found
+    return frames, found, number + 1
 
 
 def write_labelled(

@@ -1,10 +1,12 @@
 """Labels: energy, forces and stress of configurations, from one source or from many."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from aiida_eipnn.science.arrays import Arrays, BoolArray, FloatArray, IntArray, StrArray
 from aiida_eipnn.science.configurations import (
@@ -18,6 +20,9 @@ from aiida_eipnn.science.configurations import (
 
 DFT = "dft"
 NOT_RUN = "not run"
+
+# What a checksum covers.
+CHECKED_ARRAYS = ("ids", "offsets", "sources", "energy", "forces", "stress", "ok")
 
 
 class Failure(NamedTuple):
@@ -222,6 +227,30 @@ def join_labels(parts: Sequence[Labels]) -> Labels:
         origins=np.concatenate([part.origins for part in parts]),
         atomic_energy=_join_atomic_energies(parts),
     )
+
+
+def checksum(labels: Labels) -> str:
+    """Return the SHA-256 of what labels say: which configuration, which source, which numbers.
+
+    Equal labels have equal checksums on every machine, whoever made them; why labels are missing
+    and which process made them do not enter.
+    """
+    digest = hashlib.sha256()
+    for name in CHECKED_ARRAYS:
+        array = getattr(labels, name)
+        digest.update(f"{name} {array.shape} ".encode())
+        digest.update(_portable(array))
+    return digest.hexdigest()
+
+
+def _portable(array: NDArray[Any]) -> bytes:
+    """Return the bytes of an array, whatever the width of its text and the sign of its NaN."""
+    if array.dtype.kind == "U":
+        return "\0".join(array.tolist()).encode()
+    if array.dtype.kind == "f":
+        # + 0.0 turns -0.0 into 0.0.
+        return np.where(np.isnan(array), np.nan, array + 0.0).astype("<f8").tobytes()
+    return array.astype("<i8").tobytes()
 
 
 def _join_atomic_energies(parts: Sequence[Labels]) -> FloatArray | None:
