@@ -83,6 +83,7 @@ class TrainCalculation(JobCalculation):
             network=self.inputs.network.get_dict(),
             training=training,
             selection=self.inputs.classes.get_dict(),
+            judges=tuple(training.pop("judges", ())),
             pseudo_labels=None if pseudo is None else pseudo.get_dict(),
             max_seconds=max_seconds,
             **self.inputs.parameters.get_dict(),

@@ -1,11 +1,12 @@
 """How every job reads the sets that lie in its folder."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from aiida_eipnn.jobs import spec
-from aiida_eipnn.science.arrays import load_arrays
+from aiida_eipnn.science.arrays import StrArray, load_arrays
 from aiida_eipnn.science.configurations import Configurations, join_configurations
 from aiida_eipnn.science.labels import Labels, join_labels
 
@@ -45,6 +46,17 @@ def read_labels(folder: Path, name: str) -> Labels | None:
         return None
     together = join_labels(parts)
     return together.take(np.flatnonzero(~np.isin(together.ids, excluded_ids(folder))))
+
+
+def ids_of_sets(folder: Path, name: str, sets: Iterable[str]) -> StrArray:
+    """Return the ids of the labels in the sets of these names below ``folder/name``."""
+    wanted = set(sets)
+    parts = [
+        Labels.from_arrays(load_arrays(path)).ids
+        for path in _sets(folder, name)
+        if path.name in wanted
+    ]
+    return np.concatenate([np.array([], dtype="<U1"), *parts])
 
 
 def excluded_ids(folder: Path) -> list[str]:

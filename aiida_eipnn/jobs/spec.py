@@ -132,6 +132,10 @@ class TrainJob:
         Fields of :class:`aiida_eipnn.science.eip.label_model.LabelModelParameters`: stage
         ``finetune`` learns what EIP and DFT labels together say of the other configurations too.
         ``None`` leaves that out.
+    judges
+        Names of the sets of labels that may be held out; all where it is empty, or where there is
+        none of them. Labels that a committee asked for are where it was unsure: to be judged by
+        them is to its disadvantage.
     n_workers
         Processes that work side by side, one member each.
     device
@@ -148,6 +152,7 @@ class TrainJob:
     training: dict[str, Any] = field(default_factory=dict)
     selection: dict[str, Any] = field(default_factory=dict)
     pseudo_labels: dict[str, Any] | None = None
+    judges: tuple[str, ...] = ()
     n_workers: int = 1
     device: str = "auto"
     max_seconds: float | None = None
@@ -214,7 +219,7 @@ def read_job(path: Path) -> Job:
         raise ValueError(
             f"{path}: a job of kind {kind!r} has no fields {unknown}, only {sorted(known)}"
         )
-    for name in ("recipes", "eips", "seeds"):
+    for name in ("recipes", "eips", "seeds", "judges"):
         if name in content:
             content[name] = tuple(content[name])
     if "stage" in content:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from aiida_eipnn.jobs import spec
-from aiida_eipnn.jobs.inputs import read_configurations, read_labels
+from aiida_eipnn.jobs.inputs import ids_of_sets, read_configurations, read_labels
 from aiida_eipnn.jobs.spec import State, TrainJob
 from aiida_eipnn.science.arrays import load_arrays, save_arrays, write_whole
 from aiida_eipnn.science.eip.label_model import LabelModelParameters, make_pseudo_labels
@@ -170,6 +170,7 @@ def read_inputs(job: TrainJob, folder: Path) -> StageInputs:
         pseudo=PseudoLabels.from_arrays(load_arrays(pseudo)) if pseudo.is_dir() else None,
         members=committee.members if committee else (),
         eips=committee.eips if committee else (),
+        judges=tuple(ids_of_sets(folder, spec.LABELS, job.judges).tolist()),
     )
 
 
@@ -378,6 +379,7 @@ def fingerprint(job: TrainJob, folder: Path) -> str:
         job.training,
         job.selection,
         job.pseudo_labels,
+        job.judges,
     )
     digest.update(json.dumps(relevant, sort_keys=True).encode())
     names = (spec.CONFIGURATIONS, spec.LABELS, spec.EIP_LABELS, spec.EXCLUDE, spec.SELECTION)

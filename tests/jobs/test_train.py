@@ -212,6 +212,30 @@ def test_a_fine_tuning_says_what_a_verdict_rests_on(tmp_path, pool, pretraining)
     assert 0.9 < metrics["eip_agreement"] <= 1
 
 
+def test_labels_that_a_committee_asked_for_do_not_judge(tmp_path, pool):
+    first, asked = pool.take(range(4)), pool.take(range(4, 10))
+    job = replace(
+        job_for(Stage.FINETUNE, seeds=(1, 2, 3), validation_fraction=0.5), judges=("initial",)
+    )
+    labels = {"initial": labels_of(first, DFT), "i001": labels_of(asked, DFT)}
+    folder = write(tmp_path / "one", job, configurations={"pool": pool}, labels=labels)
+    inputs, settings = train.read_inputs(job, folder), train.read_settings(job)
+    stage = train.prepare("finetune", inputs, settings)
+    held = [stage.for_member(member).held_out for member in range(3)]
+    # Half of the four, in turn.
+    assert [len(rows) for rows in held] == [2, 2, 2]
+    judged = {str(inputs.labels.ids[row]) for rows in held for row in rows}
+    assert judged == set(first.ids.tolist())
+    assert len(stage.for_member(0).learnt) == 8
+
+    assert run_job(folder) is State.DONE
+    assert metrics_of(folder)["n_held_out"] == 4
+    nobody = replace(job, judges=("known",))
+    stage = train.prepare("finetune", train.read_inputs(nobody, folder), settings)
+    assert len(stage.held_out) == 5
+    assert train.fingerprint(job, folder) != train.fingerprint(nobody, folder)
+
+
 def test_what_is_held_out_is_not_learnt(tmp_path, pool):
     folder = write(
         tmp_path,

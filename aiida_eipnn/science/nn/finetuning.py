@@ -7,7 +7,7 @@ them that fits the DFT labels best.
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -183,13 +183,15 @@ class Finetuning:
         )
         # Those that are held out were paid for too.
         self.n_labels = len(labels)
-        self.learnt, self.held_out = hold_out(labels, settings.training.validation_fraction)
+        self.learnt, self.held_out = hold_out(
+            labels, settings.training.validation_fraction, judges=inputs.judges
+        )
 
     def for_member(self, member: int) -> Self:
         """Return the task of a member: each holds out other labels."""
         task = copy.copy(self)
         fraction = self.settings.training.validation_fraction
-        task.learnt, task.held_out = hold_out(self.labels, fraction, member)
+        task.learnt, task.held_out = hold_out(self.labels, fraction, member, self.inputs.judges)
         return task
 
     def __len__(self) -> int:
@@ -334,25 +336,42 @@ class Finetuning:
         network.heads.reference[row] = torch.as_tensor(np.array(values))
 
 
-def hold_out(labels: Labels, fraction: float, member: int = 0) -> tuple[IntArray, IntArray]:
-    """Return rows of labels to learn, and of ``fraction`` of them to judge by.
+def hold_out(
+    labels: Labels, fraction: float, member: int = 0, judges: Sequence[str] = ()
+) -> tuple[IntArray, IntArray]:
+    """Return rows of labels to learn, and rows to judge by.
 
     The same for a member every time, and others for the next, until each was held out once.
+
+    Parameters
+    ----------
+    labels
+        All there are.
+    fraction
+        Part of those that may judge to hold out.
+    member
+        Number of the member.
+    judges
+        Ids of those that may judge; all where none of them is there.
 
     Raises
     ------
     ValueError
         If there are too few for both.
     """
-    n_held = math.ceil(fraction * len(labels))
+    allowed = np.flatnonzero(np.isin(labels.ids, judges))
+    if not len(allowed):
+        allowed = np.arange(len(labels))
+    n_held = math.ceil(fraction * len(allowed))
     if fraction and n_held >= len(labels):
         raise ValueError(
             f"validation_fraction {fraction} of {len(labels)} DFT labels leaves none to learn "
             "from; lower it, or set it to 0"
         )
     # By id, so that the order in which labels came does not matter.
-    order = np.argsort(labels.ids, kind="stable")[np.random.default_rng(0).permutation(len(labels))]
-    held = np.sort(order[(member * n_held + np.arange(n_held)) % len(labels)])
+    order = allowed[np.argsort(labels.ids[allowed], kind="stable")]
+    order = order[np.random.default_rng(0).permutation(len(order))]
+    held = np.sort(order[(member * n_held + np.arange(n_held)) % len(order)])
     return np.setdiff1d(np.arange(len(labels)), held), held
 
 

@@ -60,6 +60,8 @@ class StageInputs:
         Networks to start from, member ``i`` from ``members[i % len(members)]``.
     eips
         Names of the EIPs that these learnt from.
+    judges
+        Ids of the DFT labels that may be held out; all where it is empty.
     """
 
     configurations: Configurations
@@ -69,6 +71,7 @@ class StageInputs:
     pseudo: PseudoLabels | None = None
     members: tuple[Network, ...] = ()
     eips: tuple[str, ...] = ()
+    judges: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
