@@ -1,5 +1,6 @@
 """Which KIM models there are, which to use, and what is wrong with the others."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -44,15 +45,6 @@ PROTOCOL = (
 )
 
 
-@pytest.fixture
-def catalogue(kim, tmp_path, monkeypatch):
-    """The function under test, with a cache folder of its own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    from aiida_eipnn.science.eip import catalogue
-
-    return catalogue
-
-
 @pytest.fixture(scope="module")
 def installed(kim, tmp_path_factory):
     """All installed models, looked at once."""
@@ -60,6 +52,16 @@ def installed(kim, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("cache")
     return installed_models(folder), folder
+
+
+@pytest.fixture
+def catalogue(installed, tmp_path, monkeypatch):
+    """The function under test, with a cache folder of its own, which saves seconds each time."""
+    shutil.copytree(installed[1], tmp_path / "cache" / "aiida-eipnn")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    from aiida_eipnn.science.eip import catalogue
+
+    return catalogue
 
 
 def result_of(*numbers, **other):
