@@ -98,6 +98,8 @@ def test_held_out_labels_say_in_each_iteration_whether_eips_help(loop):
 def test_where_the_twin_from_scratch_is_clearly_better_it_is_used(loop, builder):
     made = builder(
         finetune={"learning_rate": 1e-9, "head_start": "new", "steps": 1, "min_epochs": 1},
+        # Two held-out labels believe in what is clear only.
+        scratch={"steps": 400},
         stop={"max_iterations": 1},
     )
     with enable_caching():
