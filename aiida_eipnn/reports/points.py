@@ -291,16 +291,13 @@ def _runs(base_pks: list[int]) -> dict[int, list[PwRun]]:
         tag="pw",
         project=["id", "uuid", "attributes.resources", "attributes.withmpi", "extras"],
     )
-    query.append(
-        Dict,
-        with_incoming="pw",
-        edge_filters={"label": "output_parameters"},
-        project=["attributes.wall_time_seconds", "attributes.energy"],
-        outerjoin=True,
-    )
     query.order_by({"pw": "id"})
-    for base_pk, pk, uuid, resources, withmpi, extras, wall, energy, *_ in query.all():
+    found = query.all()
+    said = _said([row[1] for row in found])
+    for base_pk, pk, uuid, resources, withmpi, extras in found:
         cached = "_aiida_cached_from" in (extras or {})
+        # A run that was killed or failed may have left no parameters.
+        wall, energy = said.get(pk, (None, None))
         seconds = 0.0 if cached or wall is None else float(wall)
         runs[base_pk].append(
             PwRun(
@@ -313,6 +310,24 @@ def _runs(base_pks: list[int]) -> dict[int, list[PwRun]]:
             )
         )
     return runs
+
+
+def _said(pks: list[int]) -> dict[int, tuple[float | None, float | None]]:
+    """Return wall time, in s, and energy, in eV, of the runs that say so, by PK.
+
+    Asked apart: a filter on the link of an outer join would drop the runs without one.
+    """
+    if not pks:
+        return {}
+    query = QueryBuilder()
+    query.append(CalcJobNode, filters={"id": {"in": pks}}, tag="pw", project="id")
+    query.append(
+        Dict,
+        with_incoming="pw",
+        edge_filters={"label": "output_parameters"},
+        project=["attributes.wall_time_seconds", "attributes.energy"],
+    )
+    return {pk: (wall, energy) for pk, wall, energy in query.all()}
 
 
 def n_cores(resources: Mapping[str, Any] | None) -> int:

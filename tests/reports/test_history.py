@@ -48,6 +48,9 @@ def test_points_are_counted_by_batch_and_a_failed_one_has_its_reason(make_loop):
     (failure,) = history.failures
     assert "did not converge" in failure.reason
     assert failure.energy is None
+    # It left no parameters, but it ran.
+    assert failure.n_runs == 1
+    assert failure.pw_pk is not None
 
 
 def test_dft_cost_is_wall_time_and_cores_times_wall_time(make_loop):
