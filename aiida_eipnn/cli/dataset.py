@@ -224,15 +224,15 @@ def check(path: Path, eips: str | None) -> list[str]:
     from aiida_eipnn.science.io import read_labelled
 
     configurations, labels = read_labelled(path)
-    names, judged = judges(configurations, eips)
+    names, judged = ask_eips(configurations, eips)
     _, report = refuse_labels(configurations, labels, judged)
     if report.problem:
         raise ValueError(f"{path}: {report.problem}; nothing was stored")
     return names
 
 
-def judges(configurations: "Configurations", eips: str | None) -> "tuple[list[str], Labels]":
-    """Return EIPs and what they say.
+def ask_eips(configurations: "Configurations", eips: str | None) -> "tuple[list[str], Labels]":
+    """Return the EIPs that the gate judges by, and what they say.
 
     Raises
     ------

@@ -1,13 +1,13 @@
 """What a loop would do, before anything is stored or run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from aiida.engine import ProcessBuilder
 from aiida.orm import Dict, List, Node, StructureData
 
 from aiida_eipnn.reports.dft_cost import CostRate, cost_rate
-from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.configurations import Configurations, join_configurations
 from aiida_eipnn.science.convergence import StopCriteria
 from aiida_eipnn.science.dft_cost import cost_units
 from aiida_eipnn.workflows.label_dft import runs_pw
@@ -38,9 +38,8 @@ def dft_points(builder: ProcessBuilder) -> tuple[int, int, int, int]:
     test, initial = int(split["test"]), int(split.get("initial", 0))
     total = test + initial + batch * (criteria.max_iterations - 1)
     if criteria.dft_budget is not None:
-        # The batch that spends it is paid for whole.
-        spent = test + initial + batch * max(0, -(-(criteria.dft_budget - test - initial) // batch))
-        total = min(total, spent)
+        # The last batch is cut to what is left; test and first points are paid for in any case.
+        total = min(total, max(criteria.dft_budget, test + initial))
     return test, initial, batch, total
 
 
@@ -48,7 +47,7 @@ def _pool(builder: ProcessBuilder) -> Iterator[str]:
     pool = builder.pool
     if pool is not None:
         known = pool.value()
-        yield f"pool: {len(known)} configurations of {_symbols(known)}"
+        yield f"pool: {len(known)} configurations of {'-'.join(known.symbols)}"
     else:
         recipes = builder.explore.recipes.get_list()
         made = ", ".join(f"{item['count']} {item['config_type']}" for item in recipes)
@@ -67,13 +66,12 @@ def _dft(builder: ProcessBuilder) -> Iterator[str]:
     if not runs_pw(builder.dft):
         yield "DFT cost: none, labels are looked up"
         return
-    sizes = _sizes(builder)
-    symbols = _elements(builder)
-    rate = cost_rate(symbols)
-    yield f"DFT cost: {_cost(rate, sizes, total, symbols)}"
+    known = _labelled_by_dft(builder)
+    units = float(cost_units(known.n_atoms, known.cells).mean())
+    yield f"DFT cost: {_cost(cost_rate(known.symbols), units, total, known.symbols)}"
 
 
-def _cost(rate: CostRate | None, units: float, total: int, symbols: list[str]) -> str:
+def _cost(rate: CostRate | None, units: float, total: int, symbols: Sequence[str]) -> str:
     what = "-".join(symbols)
     if rate is None:
         return (
@@ -88,28 +86,13 @@ def _cost(rate: CostRate | None, units: float, total: int, symbols: list[str]) -
     )
 
 
-def _sizes(builder: ProcessBuilder) -> float:
-    """Return the mean size of what DFT labels, in the units of its cost."""
-    pool = builder.pool
-    known = pool.value() if pool is not None else _seeds(builder)
-    return float(cost_units(known.n_atoms, known.cells).mean())
-
-
-def _elements(builder: ProcessBuilder) -> list[str]:
-    known = builder.pool.value() if builder.pool is not None else _seeds(builder)
-    return _symbols(known).split("-")
-
-
-def _seeds(builder: ProcessBuilder) -> Configurations:
-    # What is made of them is of their size, mostly.
-    seeds: Configurations = next(iter(builder.explore.configurations.values())).value()
-    return seeds
-
-
-def _symbols(configurations: Configurations) -> str:
-    rows = range(len(configurations))
-    names = {symbol for row in rows for symbol in configurations.atoms(row).get_chemical_symbols()}
-    return "-".join(sorted(names))
+def _labelled_by_dft(builder: ProcessBuilder) -> Configurations:
+    """Return what DFT labels: the pool, or the seeds, which are about as large as it will be."""
+    if builder.pool is not None:
+        pool: Configurations = builder.pool.value()
+        return pool
+    sets = builder.explore.configurations.values()
+    return join_configurations([node.value() for node in sets])
 
 
 def _inputs(builder: ProcessBuilder) -> Iterator[str]:

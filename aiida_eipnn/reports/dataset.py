@@ -7,7 +7,7 @@ a DftLabelWorkChain returned; where the gate checked these, it is what the gate 
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.reports.history import LOOP
 from aiida_eipnn.reports.lineage import outputs_of_calculation
-from aiida_eipnn.reports.points import CALLS, POINT, DftPoint, called, inputs_of, read_points
+from aiida_eipnn.reports.points import CALLS, POINT, DftPoint, inputs_of, read_points
 from aiida_eipnn.science.arrays import FloatArray, StrArray
 from aiida_eipnn.science.configurations import Configurations, join_configurations
 from aiida_eipnn.science.gate import SAME_ENERGY
@@ -575,16 +575,8 @@ def _origin(dataset: Dataset, name: str) -> dict[str, Any]:
     if stored is not None and name in _energies(stored.pk):
         return _stored_origin(dataset, stored, name)
     points = read_points(source.process_pk, source.batch)
-    point = _with_run(next(point for point in points if point.id == name))
+    point = next(point for point in points if point.id == name)
     return {"origin": dataset, "point": point, **_code_facts(inputs, point)}
-
-
-def _with_run(point: DftPoint) -> DftPoint:
-    """Return a point with its last run of pw.x, even if that left no results."""
-    if point.pw_pk is not None or point.base_pk is None:
-        return point
-    runs = called(point.base_pk)
-    return replace(point, pw_pk=runs[-1].pk, pw_uuid=runs[-1].uuid) if runs else point
 
 
 def _stored_origin(dataset: Dataset, stored: LabelsData, name: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aiida_eipnn.science.configurations import ragged_rows
 from aiida_eipnn.science.labels import Labels
 
 # What a training reports of labels that are held out: how well it does, and how many there are.
@@ -38,11 +37,8 @@ def force_agreement(labels: Labels, eip_labels: Labels) -> float | None:
     eip_labels
         Labels of the EIPs, for these and other configurations.
     """
-    row_of = {str(name): row for row, name in enumerate(eip_labels.ids)}
-    here = np.array([row for row, name in enumerate(labels.ids) if str(name) in row_of], dtype=int)
-    there = np.array([row_of[str(labels.ids[row])] for row in here], dtype=int)
-    true = labels.forces[0, ragged_rows(labels.offsets, here)]
-    said = eip_labels.forces[:, ragged_rows(eip_labels.offsets, there)]
+    both = labels.take(np.flatnonzero(np.isin(labels.ids, eip_labels.ids)))
+    true, said = both.forces[0], eip_labels.take(eip_labels.rows_of(both.ids)).forces
     known = np.isfinite(said).all(axis=2) & np.isfinite(true).all(axis=1)
     said, true = np.where(known[..., None], said, 0.0), np.where(known[..., None], true, 0.0)
     work = (said * true).sum(axis=(1, 2))

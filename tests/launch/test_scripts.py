@@ -176,8 +176,8 @@ def test_a_dry_run_counts_dft_points(described):
     assert "train.job.network: {" in text
     assert text.endswith("nothing was stored, nothing runs")
     long = {"stop": {"max_iterations": 50, "dft_budget": 6}, "acquisition": {"n_select": 4}}
-    # The batch that spends the budget is paid for whole.
-    assert "DFT points: 8 at most" in described(**long)
+    # No batch asks for more than the budget leaves.
+    assert "DFT points: 6 at most" in described(**long)
 
 
 def test_a_dry_run_estimates_the_cost_by_the_runs_of_the_profile(
