@@ -23,17 +23,14 @@ meV/atom, force components in meV/Å. A run that is there already is not run aga
 import argparse
 import functools
 import json
-import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from injection import end_with_parent  # type: ignore[import-not-found]
+from injection import run_all  # type: ignore[import-not-found]
 from injection_data import Problem, load_dataset, make_problem  # type: ignore[import-not-found]
 from injection_networks import (  # type: ignore[import-not-found]
     SCRATCH,
@@ -72,12 +69,12 @@ MEMBERS = 3
 # The hard variant: the first points of two types, all tests on another one.
 HARD = "pyxtal_Si_hard"
 SEED_TYPES, TEST_TYPES = ("Si4_random", "Si6_random"), ("Si16_random",)
-SIZES = {
+SIZES: dict[str, tuple[int, ...]] = {
     "mvl_W": (5, 10, 20, 40, 80),
     "pyxtal_Si": (25, 50, 100, 200),
     HARD: (25, 50, 100, 200),
 }
-QUICK = {"mvl_W": (5, 10)}
+QUICK: dict[str, tuple[int, ...]] = {"mvl_W": (5, 10)}
 QUICK_ARMS = ("random", "window_lcmd", "full")
 SEEDS = 5
 # Candidates that the committee is asked about each time, drawn anew: enough to choose from.
@@ -90,7 +87,7 @@ MAX_ERROR = 5.0
 FIXED_WINDOW = (0.05, 0.25)
 # The error, in eV/Å, whose usual spread is the threshold of the other rule.
 THRESHOLD_ERROR = 0.1
-LEVELS = (1.2,)
+TARGET = 1.2
 
 
 class Spoken(NamedTuple):
@@ -143,7 +140,6 @@ class Setting:
     everything: Problem
     first: IntArray
     test: IntArray
-    sizes: tuple[int, ...]
 
     def problem(self, rows: IntArray) -> Problem:
         """Return the problem in which these rows of the pool are labelled."""
@@ -162,21 +158,22 @@ def setting_of(name: str) -> Setting:
         types = dataset.configurations.config_types
         first = np.flatnonzero(np.isin(types[dataset.train], SEED_TYPES))
         test = test[np.isin(types[test], TEST_TYPES)]
-    return Setting(everything=everything, first=first, test=test, sizes=SIZES[name])
+    return Setting(everything=everything, first=first, test=test)
 
 
-def run_task(task: Task, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+def run_task(task: Task, sizes: dict[str, tuple[int, ...]]) -> list[dict[str, Any]]:
     """Run one loop; return a row for each number of labelled points."""
+    numbers = sizes[task.dataset]
     torch.set_num_threads(1)
     setting, arm = setting_of(task.dataset), ARMS[task.arm]
     dataset = load_dataset(task.dataset.removesuffix("_hard"))
     unseen = dataset.configurations.take(setting.test)
     truth = dataset.dft.take(setting.test)
     rng = np.random.default_rng([task.seed, 11])
-    rows = start_rows(setting, arm, sizes[0], rng)
+    rows = start_rows(setting, arm, numbers[0], rng)
     batch: tuple[FloatArray, FloatArray] | None = None
     found = []
-    for number, size in enumerate(sizes):
+    for number, size in enumerate(numbers):
         start = time.process_time()
         committee = train(setting.problem(rows), arm, task.seed)
         seconds = time.process_time() - start
@@ -191,8 +188,8 @@ def run_task(task: Task, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
                 "cpu_s": round(seconds, 1),
             }
         )
-        if number + 1 < len(sizes):
-            chosen, spoken = choose(setting, arm, committee, rows, sizes[number + 1], batch, rng)
+        if number + 1 < len(numbers):
+            chosen, spoken = choose(setting, arm, committee, rows, numbers[number + 1], batch, rng)
             batch = honest_pairs(setting, spoken, chosen)
             rows = np.concatenate([rows, chosen])
     return found
@@ -249,26 +246,21 @@ def choose(
     """Return rows of the pool to label next, and what the committee says of them."""
     pool, n = setting.everything.pool, size - len(rows)
     free = np.setdiff1d(np.arange(len(pool)), rows)
-    drawn = np.sort(rng.permutation(free)[:CANDIDATES])
+    # Where chance alone chooses, it has chosen by drawing.
+    blind = arm.strategy == Strategy.RANDOM and not arm.window
+    drawn = np.sort(rng.permutation(free)[: n if blind else CANDIDATES])
     asked = np.concatenate([drawn, rows])
-    if arm.strategy == "random" and not arm.window:
-        asked = rng.permutation(drawn)[:n]
     predicted = committee.predict(pool.take(asked))
-    candidates = np.arange(len(asked) if len(asked) == n else len(drawn))
     low, high = window_of(arm, batch)
-    inside = candidates[
-        (predicted.uncertainty[candidates] >= low) & (predicted.uncertainty[candidates] <= high)
-    ]
-    # The same number of points for all: what the window lacks comes from anywhere.
-    others = rng.permutation(np.setdiff1d(candidates, inside))[: max(0, n - len(inside))]
+    uncertainty = predicted.uncertainty[: len(drawn)]
+    within = (uncertainty >= low) & (uncertainty <= high)
+    inside, outside = np.flatnonzero(within), np.flatnonzero(~within)
     parameters = AcquisitionParameters(
-        n_select=min(n, len(inside)) or 1, strategy=Strategy(arm.strategy)
+        n_select=n, strategy=Strategy(arm.strategy), allow_fewer=True
     )
-    chosen = others
-    if len(inside):
-        known = np.arange(len(drawn), len(asked))
-        found = acquire(predicted, inside, parameters, rng, known if len(known) else None)
-        chosen = np.concatenate([found.rows, others])
+    found = acquire(predicted, inside, parameters, rng, np.arange(len(drawn), len(asked)))
+    # The same number of points for all: what the window lacks comes from anywhere.
+    chosen = np.concatenate([found.rows, rng.permutation(outside)[: n - len(found.rows)]])
     forces = predicted.forces[ragged_rows(predicted.offsets, chosen)]
     return asked[chosen], Spoken(predicted.uncertainty[chosen], forces)
 
@@ -353,7 +345,7 @@ def savings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             seeds = sorted(set(reference[1]) & set(curve[1]))
             if not seeds or not np.array_equal(reference[0], curve[0]):
                 continue
-            found += [_saving(name, arm, reference, curve, seeds, factor) for factor in LEVELS]
+            found.append(_saving(name, arm, reference, curve, seeds))
     return found
 
 
@@ -376,7 +368,7 @@ def curve_of(rows: list[dict[str, Any]], name: str, arm: str) -> Curve | None:
 
 
 def _saving(
-    name: str, arm: str, reference: Curve, curve: Curve, seeds: list[int], factor: float
+    name: str, arm: str, reference: Curve, curve: Curve, seeds: list[int]
 ) -> dict[str, Any]:
     sizes = reference[0]
     mine, theirs = (np.array([item[1][seed] for seed in seeds]) for item in (curve, reference))
@@ -385,7 +377,7 @@ def _saving(
     values = []
     for rows in drawn:
         means = mine[rows].mean(axis=0), theirs[rows].mean(axis=0)
-        target = factor * float(means[1][-1])
+        target = TARGET * float(means[1][-1])
         # One that never comes so far needs twice as many points as were asked for, at least.
         needed = [min(find_points_needed(sizes, mean, target), 2.0 * sizes[-1]) for mean in means]
         values.append(1 - needed[0] / needed[1])
@@ -393,7 +385,7 @@ def _saving(
     return {
         "dataset": name,
         "arm": arm,
-        "target_force_mae_mev": round(factor * float(theirs.mean(axis=0)[-1]), 2),
+        "target_force_mae_mev": round(TARGET * float(theirs.mean(axis=0)[-1]), 2),
         "saving": round(float(values[0]), 3),
         "low": round(float(low), 3),
         "high": round(float(high), 3),
@@ -453,15 +445,12 @@ def main() -> None:
     done = {Task(row["dataset"], row["arm"], row["seed"]) for row in rows}
     missing = [task for task in wanted if task not in done]
     print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them done before", flush=True)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(
-        given.workers, mp_context=get_context("spawn"), initializer=end_with_parent
-    ) as workers:
-        running = {workers.submit(run_task, task, sizes[task.dataset]): task for task in missing}
-        for future in as_completed(running):
-            rows += future.result()
+    run = functools.partial(run_task, sizes=sizes)
+    for _, made in run_all(run, missing, given.workers):
+        if made is not None:
+            rows += made
             save(given.output, rows)
-            print(*table(rows[-len(sizes[running[future].dataset]) :]), sep="\n", flush=True)
+            print(*table(made), sep="\n", flush=True)
     print(*table(rows), sep="\n")
     for item in savings(rows):
         print(

@@ -22,13 +22,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from injection_arms import (  # type: ignore[import-not-found]
@@ -61,6 +61,9 @@ from injection_summary import (  # type: ignore[import-not-found]
 
 from aiida_eipnn.science.arrays import BoolArray, FloatArray, write_whole
 from aiida_eipnn.science.labels import Labels
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 RESULTS = Path(__file__).parent / "results" / "injection.json"
 ERRORS = BUILD / "errors"
@@ -209,16 +212,16 @@ def choose_sizes(wanted: Sequence[int], n_train: int) -> list[int]:
     return sorted({n_train if n == ALL else n for n in wanted if n <= n_train})
 
 
-def run_all(tasks: Sequence[Task], n_workers: int) -> Iterator[tuple[Task, dict[str, Any] | None]]:
-    """Yield each training with its row when it is done, without a row where it failed."""
+def run_all(
+    run: Callable[[T], R], tasks: Sequence[T], n_workers: int
+) -> Iterator[tuple[T, R | None]]:
+    """Yield each task with what it gave when it is done, with nothing where it failed."""
     # What the workers start with: each has a core.
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(
         n_workers, mp_context=get_context("spawn"), initializer=end_with_parent
     ) as workers:
-        running: dict[Future[dict[str, Any]], Task] = {
-            workers.submit(run_task, task): task for task in tasks
-        }
+        running: dict[Future[R], T] = {workers.submit(run, task): task for task in tasks}
         try:
             for future in as_completed(running):
                 yield running[future], _result(future)
@@ -239,7 +242,7 @@ def _wait_for_parent() -> None:
         os._exit(1)
 
 
-def _result(future: Future[dict[str, Any]]) -> dict[str, Any] | None:
+def _result(future: Future[R]) -> R | None:
     try:
         return future.result()
     except Exception:
@@ -407,7 +410,7 @@ def main() -> int:
     todo = [task for task in tasks if task not in done]
     print(f"{len(tasks)} trainings, {len(tasks) - len(todo)} of them done before", flush=True)
     failed = []
-    for number, (task, row) in enumerate(run_all(todo, given.workers), 1):
+    for number, (task, row) in enumerate(run_all(run_task, todo, given.workers), 1):
         if row is None:
             failed.append(task)
             continue

@@ -63,7 +63,7 @@ def injection(kim, torch, tmp_path, monkeypatch):
     monkeypatch.setattr(
         injection,
         "run_all",
-        lambda tasks, n_workers: ((task, injection.run_task(task)) for task in tasks),
+        lambda run, tasks, n_workers: ((task, run(task)) for task in tasks),
     )
     injection.load_dataset.cache_clear()
     injection_networks._material.cache_clear()

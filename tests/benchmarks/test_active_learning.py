@@ -19,7 +19,7 @@ def benchmark(injection, monkeypatch):
 
 def test_every_arm_asks_for_points_and_learns_them(benchmark):
     for arm in benchmark.ARMS:
-        rows = benchmark.run_task(benchmark.Task("mvl_W", arm, 0), (4, 8))
+        rows = benchmark.run_task(benchmark.Task("mvl_W", arm, 0), {"mvl_W": (4, 8)})
         assert [row["n"] for row in rows] == [4, 8]
         assert all(row["force_mae_mev"] > 0 for row in rows)
         assert rows[1]["worst_type_force_mae_mev"] == pytest.approx(
