@@ -74,9 +74,11 @@ lint: install
 
 # The tests make profiles of their own; this keeps AiiDA from making a folder in the user's home.
 test: export AIIDA_PATH := $(CURDIR)/build/test/.aiida
+# Two processes of one thread each; a file's tests mostly stay together, as they share fixtures.
+test: export OMP_NUM_THREADS := 1
 test: lint
 	@mkdir -p $(AIIDA_PATH)
-	pytest
+	pytest --numprocesses 2 --dist worksteal
 
 # One thread: the tables compare CPU time.
 bench-label: export OMP_NUM_THREADS := 1
