@@ -44,12 +44,10 @@ from aiida_eipnn.science.acquisition import (
     AcquisitionParameters,
     Strategy,
     acquire,
-    standardise,
 )
 from aiida_eipnn.science.arrays import FloatArray, IntArray, write_whole
-from aiida_eipnn.science.cold_start import eip_disagreement, first_points
+from aiida_eipnn.science.cold_start import first_points
 from aiida_eipnn.science.configurations import ragged_rows
-from aiida_eipnn.science.descriptors import describe_structures
 from aiida_eipnn.science.eip.label_model import LabelModelParameters, make_pseudo_labels
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.learning_curves import find_points_needed
@@ -201,10 +199,8 @@ def start_rows(setting: Setting, arm: Arm, n: int, rng: np.random.Generator) -> 
         return rng.permutation(setting.first)[:n]
     # Some of the pool, anew for each seed: the choice itself is no matter of chance.
     part = np.sort(rng.permutation(setting.first)[: max(n, CANDIDATES // 2)])
-    pool = setting.everything.pool.take(part)
-    disagreement = eip_disagreement(pool, setting.everything.eips.take(part))
-    features = standardise(describe_structures(pool).structure)
-    return part[first_points(disagreement, features, n)]
+    everything = setting.everything
+    return part[first_points(everything.pool.take(part), everything.eips.take(part), n)]
 
 
 def train(problem: Problem, arm: Arm, seed: int) -> Committee:

@@ -11,6 +11,7 @@ from aiida.engine import calcfunction
 from aiida.orm import (
     ArrayData,
     Bool,
+    CalcJobNode,
     Data,
     Dict,
     Float,
@@ -25,7 +26,7 @@ from ase.units import GPa
 
 from aiida_eipnn.data.choice import Choice, ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
-from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.data.labels import CORE_SECONDS, LabelsData
 from aiida_eipnn.science.arrays import FloatArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.dft_cost import estimate_cost
@@ -212,12 +213,43 @@ def gather_dft_labels(
     """Gather what pw.x said about the chosen configurations.
 
     ``runs`` holds ``labelled_<id>``, the trajectory of a finished run, or ``failed_<id>``, the
-    retrieved files of one that failed. What failed is a row without a label, with its reason.
+    retrieved files of one that failed. What failed is a row without a label, with its reason. The
+    attribute ``core_seconds`` is what all runs took, those that were repeated and failed included.
     """
     sets = configurations.value()
     chosen = sets.take(sets.rows_of(choice.ids()))
     rows = [_label(chosen.take([row]), name, runs) for row, name in enumerate(choice.ids())]
-    return LabelsData.from_value(join_labels(rows), level=level.get_dict())
+    seconds = sum(core_seconds(node.creator) for node in runs.values())
+    return LabelsData.from_value(
+        join_labels(rows), level=level.get_dict(), **{CORE_SECONDS: seconds}
+    )
+
+
+def core_seconds(run: CalcJobNode) -> float:
+    """Return what pw.x took for one configuration: this run, and others of its work chain.
+
+    A run that came from the cache counts as what it took when it ran: what is decided by it shall
+    not depend on what else is in the profile. A run that left no parameters counts as nothing.
+    """
+    chain = run.caller
+    runs = [run] if chain is None else [n for n in chain.called if isinstance(n, CalcJobNode)]
+    return sum(_core_seconds_of_one(one) for one in runs)
+
+
+def _core_seconds_of_one(run: CalcJobNode) -> float:
+    if "output_parameters" not in run.outputs:
+        return 0.0
+    wall = float(run.outputs.output_parameters.get_dict().get("wall_time_seconds") or 0.0)
+    options = run.get_options()
+    return wall * (n_cores(options.get("resources")) if options.get("withmpi", True) else 1)
+
+
+def n_cores(resources: Mapping[str, Any] | None) -> int:
+    """Return the MPI processes of a job; schedulers name them in more than one way."""
+    given = resources or {}
+    machines = given.get("num_machines") or 1
+    per_machine = given.get("num_mpiprocs_per_machine") or 1
+    return int(given.get("tot_num_mpiprocs") or machines * per_machine)
 
 
 def _label(configuration: Configurations, name: str, runs: Mapping[str, Data]) -> Labels:
@@ -313,7 +345,10 @@ def merge_labels(**parts: LabelsData) -> LabelsData:
     """
     nodes = [parts[key] for key in sorted(parts)]
     level = same_level(nodes)
-    return LabelsData.from_value(join_labels([node.value() for node in nodes]), level=level)
+    seconds = sum(node.core_seconds for node in nodes)
+    return LabelsData.from_value(
+        join_labels([node.value() for node in nodes]), level=level, **{CORE_SECONDS: seconds}
+    )
 
 
 def same_level(nodes: list[LabelsData]) -> dict[str, Any]:

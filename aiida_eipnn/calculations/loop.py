@@ -12,16 +12,24 @@ from aiida_eipnn.calculations.dft import MAX_FORCE, same_level
 from aiida_eipnn.data.choice import Choice, ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.finite import finite
-from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.data.labels import CORE_SECONDS, LabelsData
 from aiida_eipnn.data.predictions import PredictionsData
 from aiida_eipnn.science import acquisition
 from aiida_eipnn.science.arrays import FloatArray, IntArray, StrArray
+from aiida_eipnn.science.cold_start import first_points
 from aiida_eipnn.science.configurations import Configurations, ragged_rows, rows_of
 from aiida_eipnn.science.convergence import IterationRecord, StopCriteria, stop_reason
 from aiida_eipnn.science.dft_cost import estimate_cost
 from aiida_eipnn.science.gate import PROBLEMS, GateReport, keep_valid, refuse_labels
 from aiida_eipnn.science.labels import Labels, join_labels
-from aiida_eipnn.science.metrics import errors, errors_by_type, prediction_errors, upper_bounds
+from aiida_eipnn.science.metrics import (
+    error_scale,
+    errors,
+    errors_by_type,
+    prediction_errors,
+    upper_bounds,
+    worst_forces,
+)
 from aiida_eipnn.science.predictions import Predictions
 from aiida_eipnn.science.reference import best_single, fit_alignment
 from aiida_eipnn.science.uncertainty import (
@@ -33,6 +41,9 @@ from aiida_eipnn.science.uncertainty import (
 from aiida_eipnn.science.verdict import AGREEMENT, N_HELD_OUT, SCORE, Verdict
 
 TEST, INITIAL, REFUSED, KNOWN = "test", "initial", "refused", "known"
+
+# How the initial configurations are chosen.
+FIRST, RANDOM, DISPUTED = "first", "random", "disputed"
 
 # Choices that the loop did not pay DFT for.
 FREE = (REFUSED, KNOWN)
@@ -71,11 +82,13 @@ def choose_random(configurations: ConfigurationsData, n_chosen: Int, seed: Int) 
 
 @calcfunction
 def split_pool(
-    pool: ConfigurationsData, sizes: Dict, seed: Int, **taken: ChoiceData
+    pool: ConfigurationsData, sizes: Dict, seed: Int, eip_labels: LabelsData, **taken: ChoiceData
 ) -> dict[str, Any]:
-    """Choose the ``test`` and the ``initial`` configurations, every type in proportion.
+    """Choose the ``test`` and the ``initial`` configurations.
 
-    ``taken`` are the choices made before, what is refused or known already: they are left out.
+    The test set has every type in proportion, and so have the initial ones, unless ``first`` is
+    ``disputed``: then they are those that EIPs disagree about. ``taken`` are the choices made
+    before, what is refused or known already: they are left out.
 
     Raises
     ------
@@ -85,14 +98,23 @@ def split_pool(
     configurations = pool.value()
     free = np.flatnonzero(~np.isin(configurations.ids, _ids_of(taken)))
     rng = np.random.default_rng(seed.value)
-    parts = acquisition.stratified_split(configurations.config_types[free], sizes.get_dict(), rng)
+    given = sizes.get_dict()
+    first = given.pop(FIRST, RANDOM)
+    parts = acquisition.stratified_split(configurations.config_types[free], given, rng)
+    strategies = dict.fromkeys(given, RANDOM)
+    if first == DISPUTED and given.get(INITIAL):
+        rest = np.setdiff1d(np.arange(len(free)), parts[TEST])
+        labels = eip_labels.value()
+        of_rest = labels.take(labels.rows_of(configurations.ids[free[rest]]))
+        chosen = first_points(configurations.take(free[rest]), of_rest, given[INITIAL])
+        parts[INITIAL], strategies[INITIAL] = rest[chosen], DISPUTED
     return {
         name: ChoiceData.from_value(
             Choice.from_ids(configurations.ids[free[parts[name]]]),
-            strategy="random",
+            strategy=strategies[name],
             seed=seed.value,
         )
-        for name in sizes.get_dict()
+        for name in given
     }
 
 
@@ -144,7 +166,9 @@ def refuse_dft_labels(
     here = set(new.ids.tolist())
     report = replace(report, refused=tuple(f for f in report.refused if f.id in here))
     kept = kept.take(kept.rows_of(new.ids))
-    return LabelsData.from_value(kept, level=labels.level, **_gate_facts(report))
+    return LabelsData.from_value(
+        kept, level=labels.level, **{CORE_SECONDS: labels.core_seconds}, **_gate_facts(report)
+    )
 
 
 def _gate_facts(report: GateReport) -> dict[str, Any]:
@@ -166,13 +190,15 @@ def acquire(
     predictions: PredictionsData,
     parameters: Dict,
     stop: Dict,
+    history: Dict,
     seed: Int,
     **taken: ChoiceData,
 ) -> ChoiceData:
     """Choose the next configurations to label; see :func:`aiida_eipnn.science.acquisition.acquire`.
 
     ``taken`` are the choices made before, the test set among them: they are no candidates. No more
-    are chosen than the budget of ``stop`` leaves.
+    are chosen than the budget of ``stop`` leaves. ``history`` says how wrong the last committee
+    was where it was unsure.
 
     Raises
     ------
@@ -181,10 +207,11 @@ def acquire(
     """
     predicted = predictions.value()
     settings = acquisition.AcquisitionParameters.from_dict(parameters.get_dict())
-    budget = StopCriteria.from_dict(stop.get_dict()).dft_budget
-    if budget is not None:
-        left = budget - _n_paid(taken)
-        settings = replace(settings, n_select=max(min(settings.n_select, left), 1))
+    last = history["iterations"][-1]
+    affordable = StopCriteria.from_dict(stop.get_dict()).affordable(
+        _n_paid(taken), last.get("core_hours", 0.0)
+    )
+    settings = replace(settings, n_select=int(max(min(settings.n_select, affordable), 1)))
     # The number of choices made makes each iteration draw anew from the one seed.
     rng = np.random.default_rng([seed.value, len(taken)])
     configurations = pool.value()
@@ -194,7 +221,13 @@ def acquire(
         cost=estimate_cost(configurations)[rows], config_types=configurations.config_types[rows]
     )
     chosen = acquisition.acquire(
-        predicted, _candidates(predicted, taken), settings, rng, _labelled(predicted, taken), facts
+        predicted,
+        _candidates(predicted, taken),
+        settings,
+        rng,
+        _labelled(predicted, taken),
+        facts,
+        last.get("error_scale"),
     )
     return ChoiceData.from_value(
         Choice(ids=predicted.ids[chosen.rows], scores=chosen.scores),
@@ -234,8 +267,9 @@ def assess(
     ``parameters`` are those of the acquisition: what it would not choose is no candidate.
     ``more`` holds the training labels (``labels_*``), the choices made (``taken_*``), and
     optionally ``scratch``, the predictions of the committee trained from scratch, ``verdict``,
-    whether it is the one that is measured, then ``finetuned``, the predictions of the other, and
-    ``previous``, the history so far.
+    whether it is the one that is measured, then ``finetuned``, the predictions of the other,
+    ``previous``, the history so far, and ``asked``, the predictions by which the last batch of
+    labels was asked for.
 
     Returns
     -------
@@ -243,20 +277,25 @@ def assess(
         The history: one record per iteration, and why to stop, or ``None`` to go on.
     """
     predicted = predictions.value()
-    training = join_labels([more[key].value() for key in sorted(more) if key.startswith(LABELS)])
-    same_level([test_labels, *(more[key] for key in sorted(more) if key.startswith(LABELS))])
+    trained_on = [more[key] for key in sorted(more) if key.startswith(LABELS)]
+    training = join_labels([node.value() for node in trained_on])
+    same_level([test_labels, *trained_on])
     taken = {key: node for key, node in more.items() if key.startswith(TAKEN)}
     settings = acquisition.AcquisitionParameters.from_dict(parameters.get_dict())
-    rows = acquisition.within_window(_candidates(predicted, taken), predicted.uncertainty, settings)
+    previous = more["previous"]["iterations"] if "previous" in more else []
+    scale = _error_scale(more, len(previous))
+    rows = acquisition.within_window(
+        _candidates(predicted, taken), predicted.uncertainty, settings, scale
+    )
     candidates = predicted.uncertainty[rows]
     test = test_labels.value().labelled()
     accuracy = prediction_errors(test, predicted)
     bounds, calibration = upper_bounds(test, predicted), _calibration(test, predicted)
-    previous = more["previous"]["iterations"] if "previous" in more else []
     record = IterationRecord(
         iteration=len(previous) + 1,
         n_dft_labels=_n_paid(taken),
         n_candidates=len(candidates),
+        core_hours=sum(node.core_seconds for node in [test_labels, *trained_on]) / 3600,
         energy_mae=accuracy.energy_mae,
         forces_mae=accuracy.forces_mae,
         energy_mae_high=bounds.energy_mae,
@@ -271,6 +310,7 @@ def assess(
         "by_config_type": _errors_by_type(pool.value(), test, predicted),
         "best_eip": _best_eip(pool.value(), training.labelled(), test, eip_labels.value()),
         "calibration": calibration,
+        "error_scale": scale,
         "panel": _panel(test, predicted),
         "conformal": _conformal(test, predicted),
     }
@@ -353,6 +393,19 @@ def _calibration(test: Labels, predicted: Predictions) -> dict[str, float | int]
     return {name: getattr(found, name) for name in ("spearman", "scale", "coverage", "n")}
 
 
+def _error_scale(more: Mapping[str, Any], iteration: int) -> float | None:
+    """Return how wrong the last committee was where it was unsure, by the batch it asked for."""
+    batch = f"{LABELS}{batch_name(iteration)}"
+    if "asked" not in more or batch not in more:
+        return None
+    return error_scale(more[batch].value(), more["asked"].value())
+
+
+def batch_name(iteration: int) -> str:
+    """Return the name of the labels that an iteration asks for."""
+    return f"i{iteration:03d}"
+
+
 def _panel(test: Labels, predicted: Predictions) -> dict[str, Any] | None:
     """Judge the spread of force components, once its scale is right, by their errors."""
     spread, error = _forces_on_test(test, predicted)
@@ -369,9 +422,10 @@ def _conformal(test: Labels, predicted: Predictions) -> dict[str, Any]:
     spread, error = _forces_on_test(test, predicted)
     size = np.linalg.norm(error, axis=1)
     owner = np.repeat(np.arange(len(test)), test.n_atoms)
-    starts = test.offsets[:-1]
-    worst = np.maximum.reduceat(spread, starts), np.maximum.reduceat(size, starts)
-    pairs = {"atoms": (spread, size, owner), "configurations": (*worst, np.arange(len(test)))}
+    pairs = {
+        "atoms": (spread, size, owner),
+        "configurations": (*worst_forces(test, predicted), np.arange(len(test))),
+    }
     found = {}
     for name, (sigma, wrong, groups) in pairs.items():
         # Atoms that rest by symmetry have neither spread nor error.

@@ -5,6 +5,9 @@ from typing import Any
 from aiida_eipnn.data.science import ScienceData
 from aiida_eipnn.science.labels import Labels
 
+# Name of the attribute.
+CORE_SECONDS = "core_seconds"
+
 
 class LabelsData(ScienceData):
     """Labels, joined to configurations by id.
@@ -29,3 +32,8 @@ class LabelsData(ScienceData):
     def level(self) -> dict[str, Any]:
         """Fingerprint of the level of theory."""
         return dict(self.base.attributes.get("level", {}))
+
+    @property
+    def core_seconds(self) -> float:
+        """What it took to make them, in seconds times cores; 0 where they were there already."""
+        return float(self.base.attributes.get(CORE_SECONDS, 0.0))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from aiida.orm import CalcJobNode, Dict, QueryBuilder, StructureData
 
-from aiida_eipnn.reports.points import n_cores
+from aiida_eipnn.calculations.dft import n_cores
 from aiida_eipnn.science.dft_cost import cost_units
 
 # The newest ones: codes, machines and settings change.

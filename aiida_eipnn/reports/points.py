@@ -17,6 +17,7 @@ from aiida.orm import (
     WorkChainNode,
 )
 
+from aiida_eipnn.calculations.dft import n_cores
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
@@ -328,14 +329,6 @@ def _said(pks: list[int]) -> dict[int, tuple[float | None, float | None]]:
         project=["attributes.wall_time_seconds", "attributes.energy"],
     )
     return {pk: (wall, energy) for pk, wall, energy in query.all()}
-
-
-def n_cores(resources: Mapping[str, Any] | None) -> int:
-    """Return the MPI processes of a job; schedulers name them in more than one way."""
-    given = resources or {}
-    machines = given.get("num_machines") or 1
-    per_machine = given.get("num_mpiprocs_per_machine") or 1
-    return int(given.get("tot_num_mpiprocs") or machines * per_machine)
 
 
 def _reasons(labels: Data | None) -> dict[str, str] | None:

@@ -77,6 +77,11 @@ class AcquisitionParameters:
     min_uncertainty, max_uncertainty
         Window for all strategies but ``random``, in eV/Å. A configuration above it is more
         likely unphysical than informative, and DFT may not converge there.
+    max_error
+        The same in terms of errors, in eV/Å: a configuration whose worst force is expected to be
+        further off is no candidate. What is expected is its uncertainty times the scale that the
+        last labelled batch gave (:func:`aiida_eipnn.science.metrics.error_scale`); nothing is
+        left out while there is none.
     cost_exponent
         Power of the DFT cost by which what a candidate brings is divided: 0 counts points, 1 what
         they cost.
@@ -97,6 +102,7 @@ class AcquisitionParameters:
     top_fraction: float = 0.5
     min_uncertainty: float = 0.0
     max_uncertainty: float | None = None
+    max_error: float | None = None
     cost_exponent: float = 0.0
     stratified: bool = False
     allow_fewer: bool = False
@@ -116,6 +122,8 @@ class AcquisitionParameters:
             raise ValueError(f"top_fraction is {self.top_fraction}; it must lie in (0, 1]")
         if not 0 <= self.cost_exponent < math.inf:
             raise ValueError(f"cost_exponent is {self.cost_exponent}; it must be 0 or above")
+        if self.max_error is not None and not self.max_error > 0:
+            raise ValueError(f"max_error is {self.max_error} eV/Å; it must be above zero")
         if self.max_uncertainty is not None and not self.max_uncertainty > self.min_uncertainty:
             raise ValueError(
                 f"no uncertainty lies between {self.min_uncertainty} and {self.max_uncertainty} "
@@ -161,6 +169,7 @@ def acquire(
     rng: np.random.Generator,
     known: IntArray | None = None,
     facts: PoolFacts | None = None,
+    error_scale: float | None = None,
 ) -> Acquisition:
     """Choose the candidates to label.
 
@@ -178,6 +187,8 @@ def acquire(
         Rows of ``predictions`` that are labelled already.
     facts
         Needed where cost or type of a configuration counts.
+    error_scale
+        Factor that turns an uncertainty into the error to expect of the worst force.
 
     Raises
     ------
@@ -188,7 +199,7 @@ def acquire(
     rows = _first_of_each(predictions.ids, np.asarray(candidates, dtype=np.int64))
     uncertainty = predictions.uncertainty
     if parameters.strategy != Strategy.RANDOM:
-        rows = within_window(rows, uncertainty, parameters)
+        rows = within_window(rows, uncertainty, parameters, error_scale)
     if len(rows) < parameters.n_select and not parameters.allow_fewer:
         raise ValueError(
             f"cannot pick {parameters.n_select} of {len(rows)} candidates "
@@ -263,13 +274,18 @@ class _Chooser(NamedTuple):
 
 
 def within_window(
-    rows: IntArray, uncertainty: FloatArray, parameters: AcquisitionParameters
+    rows: IntArray,
+    uncertainty: FloatArray,
+    parameters: AcquisitionParameters,
+    error_scale: float | None = None,
 ) -> IntArray:
     """Return the rows whose uncertainty, in eV/Å, lies in the window of the parameters."""
     # A comparison with NaN is False: what has no uncertainty is left out.
     inside = uncertainty[rows] >= parameters.min_uncertainty
     if parameters.max_uncertainty is not None:
         inside &= uncertainty[rows] <= parameters.max_uncertainty
+    if parameters.max_error is not None and error_scale is not None:
+        inside &= error_scale * uncertainty[rows] <= parameters.max_error
     return rows[inside]
 
 

@@ -1,15 +1,21 @@
 """The first DFT points, before there is any: where EIPs disagree, and what differs most."""
 
+from collections.abc import Callable
+
 import numpy as np
 
+from aiida_eipnn.science.acquisition import standardise
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.batch_selection import farthest_points
 from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.descriptors import describe_structures
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.reference import element_fractions, fit_robust_shifts
 
 # EIPs that labelled less than this part of the pool are not asked.
 MIN_LABELLED = 0.5
+# Describing takes a millisecond each.
+MAX_DISPUTED = 2000
 
 
 def eip_disagreement(configurations: Configurations, eip_labels: Labels) -> FloatArray:
@@ -49,8 +55,36 @@ def eip_disagreement(configurations: Configurations, eip_labels: Labels) -> Floa
     return _spread(aligned[:, _better_half(aligned)])
 
 
-def first_points(
-    disagreement: FloatArray, features: FloatArray, n: int, top_fraction: float = 0.5
+def first_points(configurations: Configurations, eip_labels: Labels, n: int) -> IntArray:
+    """Return ``n`` rows to label first, without any DFT label.
+
+    Parameters
+    ----------
+    configurations
+        Candidates.
+    eip_labels
+        What EIPs say of them, in the same order.
+    n
+        How many to choose.
+
+    Raises
+    ------
+    ValueError
+        If fewer than two EIPs labelled half of the candidates, or fewer than ``n`` candidates have
+        two labels.
+    """
+
+    def describe(rows: IntArray) -> FloatArray:
+        return standardise(describe_structures(configurations.take(rows)).structure)
+
+    return pick_disputed(eip_disagreement(configurations, eip_labels), describe, n)
+
+
+def pick_disputed(
+    disagreement: FloatArray,
+    describe: Callable[[IntArray], FloatArray],
+    n: int,
+    top_fraction: float = 0.5,
 ) -> IntArray:
     """Choose ``n`` rows that differ most from one another among those that EIPs disagree about.
 
@@ -58,12 +92,14 @@ def first_points(
     ----------
     disagreement
         From :func:`eip_disagreement`; what is not a number is no candidate. Shape ``(n_rows,)``.
-    features
-        Standardised. Shape ``(n_rows, n_features)``.
+    describe
+        Returns standardised features of rows, of shape ``(n_rows, n_features)``; it is asked about
+        the disputed ones only, and they are ``MAX_DISPUTED`` at most.
     n
         How many to choose.
     top_fraction
-        Share of the candidates that counts as disputed; never fewer than ``n``.
+        Share of the candidates that counts as disputed, the most disputed ones; never fewer than
+        ``n``.
 
     Raises
     ------
@@ -72,8 +108,9 @@ def first_points(
     """
     candidates = np.flatnonzero(np.isfinite(disagreement))
     order = candidates[np.argsort(-disagreement[candidates], kind="stable")]
-    disputed = order[: max(n, int(np.ceil(top_fraction * len(order))))]
-    return disputed[farthest_points(features[disputed], n)]
+    part = min(int(np.ceil(top_fraction * len(order))), MAX_DISPUTED)
+    disputed = order[: max(n, part)]
+    return disputed[farthest_points(describe(disputed), n)]
 
 
 def _better_half(aligned: FloatArray) -> IntArray:

@@ -1,5 +1,6 @@
 """When the active-learning loop may stop, and why it did."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -55,6 +56,8 @@ class StopCriteria:
         third iteration on.
     dft_budget
         DFT labels at most, those asked for and failed included.
+    core_hours_budget
+        Core hours of DFT at most; the last batch is cut to what the labels so far cost each.
 
     Raises
     ------
@@ -68,6 +71,7 @@ class StopCriteria:
     uncertainty_threshold: float | None = None
     min_gain: float | None = None
     dft_budget: int | None = None
+    core_hours_budget: float | None = None
 
     def __post_init__(self) -> None:
         for name in (item.name for item in fields(self)):
@@ -80,6 +84,20 @@ class StopCriteria:
         """Build from plain numbers by name."""
         return build(cls, content)
 
+    def affordable(self, n_dft_labels: int, core_hours: float) -> float:
+        """Return how many more DFT labels the budgets pay for, by what those so far cost.
+
+        Parameters
+        ----------
+        n_dft_labels, core_hours
+            Spent so far.
+        """
+        left = math.inf if self.dft_budget is None else self.dft_budget - n_dft_labels
+        if self.core_hours_budget is None or not core_hours > 0:
+            return left
+        each = core_hours / n_dft_labels
+        return min(left, (self.core_hours_budget - core_hours) // each)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IterationRecord:
@@ -91,6 +109,8 @@ class IterationRecord:
         Number of the iteration, from 1.
     n_dft_labels
         DFT calculations spent so far, failed ones included.
+    core_hours
+        What they took.
     n_candidates
         Configurations that are still up for DFT.
     energy_mae
@@ -108,6 +128,7 @@ class IterationRecord:
     iteration: int
     n_dft_labels: int
     n_candidates: int
+    core_hours: float = 0.0
     energy_mae: float | None = None
     forces_mae: float | None = None
     energy_mae_high: float | None = None
@@ -212,12 +233,14 @@ def _no_candidates(history: Sequence[IterationRecord], criteria: StopCriteria) -
 
 def _budget(history: Sequence[IterationRecord], criteria: StopCriteria) -> Stop | None:
     last = history[-1]
-    if criteria.dft_budget is None or last.n_dft_labels < criteria.dft_budget:
+    if criteria.affordable(last.n_dft_labels, last.core_hours) >= 1:
         return None
-    return Stop(
-        StopReason.BUDGET,
-        f"the DFT budget is spent: {last.n_dft_labels} of {criteria.dft_budget} labels",
-    )
+    spent = []
+    if criteria.dft_budget is not None:
+        spent.append(f"{last.n_dft_labels} of {criteria.dft_budget} labels")
+    if criteria.core_hours_budget is not None:
+        spent.append(f"{last.core_hours:.3g} of {criteria.core_hours_budget:.3g} core hours")
+    return Stop(StopReason.BUDGET, f"the DFT budget is spent: {', '.join(spent)}")
 
 
 def _max_iterations(history: Sequence[IterationRecord], criteria: StopCriteria) -> Stop | None:

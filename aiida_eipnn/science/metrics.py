@@ -9,6 +9,7 @@ from aiida_eipnn.science.arrays import BoolArray, FloatArray, StrArray
 from aiida_eipnn.science.configurations import ragged_rows, rows_of
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.predictions import Predictions
+from aiida_eipnn.science.uncertainty import calibration_scale
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
@@ -154,3 +155,54 @@ def _finite_forces(forces: FloatArray, reference: Labels) -> BoolArray:
     bad = np.concatenate([[0], np.cumsum(~np.isfinite(forces).all(axis=1))])
     finite: BoolArray = np.diff(bad[reference.offsets]) == 0
     return finite
+
+
+class WorstForces(NamedTuple):
+    """The largest spread, and the largest error, of a force in each configuration, in eV/Å.
+
+    Both of shape ``(n,)``; they need not be those of one atom.
+    """
+
+    spread: FloatArray
+    error: FloatArray
+
+
+def worst_forces(reference: Labels, predictions: Predictions) -> WorstForces:
+    """Return how unsure a committee was of labelled configurations, and how wrong.
+
+    Parameters
+    ----------
+    reference
+        What is taken for true, one source; each configuration has a label.
+    predictions
+        Of these configurations and any others.
+    """
+    atoms = ragged_rows(predictions.offsets, rows_of(predictions.ids, reference.ids))
+    wrong = np.linalg.norm(predictions.forces[atoms] - reference.forces[0], axis=1)
+    starts = reference.offsets[:-1]
+    return WorstForces(
+        spread=np.maximum.reduceat(predictions.forces_std[atoms], starts),
+        error=np.maximum.reduceat(wrong, starts),
+    )
+
+
+def error_scale(reference: Labels, predictions: Predictions) -> float | None:
+    """Return the factor from the uncertainty of a configuration to the error of its worst force.
+
+    Parameters
+    ----------
+    reference
+        Labels that the committee had not learnt when it made these predictions.
+    predictions
+        Of these configurations and any others.
+
+    Returns
+    -------
+    float or None
+        ``None`` where there is no label, or no spread.
+    """
+    known = reference.labelled()
+    if not len(known):
+        return None
+    found = worst_forces(known, predictions)
+    return calibration_scale(*found) if (found.spread > 0).any() else None

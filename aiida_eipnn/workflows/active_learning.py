@@ -12,7 +12,15 @@ from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 from aiida_eipnn.calculations import loop, ports
 from aiida_eipnn.calculations.evaluate import EvaluateCalculation
 from aiida_eipnn.calculations.explore import ExploreCalculation
-from aiida_eipnn.calculations.loop import INITIAL, KNOWN, REFUSED, TEST
+from aiida_eipnn.calculations.loop import (
+    DISPUTED,
+    FIRST,
+    INITIAL,
+    KNOWN,
+    RANDOM,
+    REFUSED,
+    TEST,
+)
 from aiida_eipnn.calculations.train import validate_seeds
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.committee import CommitteeData
@@ -135,7 +143,8 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         ports.add_dict(
             spec,
             "split",
-            "How many configurations to hold out (test) and to start from (initial).",
+            "How many configurations to hold out (test) and to start from (initial), and which of "
+            "them come first: random or disputed, those that EIPs disagree about.",
             _validate_split,
         )
         ports.add_dict(
@@ -344,6 +353,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             self.ctx.pool,
             self.inputs.split,
             self.inputs.seed,
+            self.ctx.eip_labels,
             **self._taken(),
         )
         if broken:
@@ -487,7 +497,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             if not self.ctx.verdict["eips_help"]:
                 more["finetuned"] = self.ctx.finetuned
         if "history" in self.ctx:
-            more["previous"] = self.ctx.history
+            more |= {"previous": self.ctx.history, "asked": self.ctx.asked_by}
         history, broken = self._steer(
             "ASSESS",
             loop.assess,
@@ -518,11 +528,13 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             self.ctx.predictions,
             self.inputs.acquisition,
             self.inputs.stop,
+            self.ctx.history,
             self.inputs.seed,
             **self._taken(),
         )
         if broken:
             return broken
+        self.ctx.asked_by = self.ctx.predictions
         self.ctx.choices[self._name()] = choice
         self._emit("choice", choice)
         return None
@@ -549,7 +561,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
     # Pieces of the steps.
 
     def _name(self) -> str:
-        return f"i{self.ctx.iteration:03d}"
+        return loop.batch_name(self.ctx.iteration)
 
     def _emit(self, name: str, node: Data) -> None:
         # At once, so that a loop that breaks later still has it.
@@ -662,8 +674,11 @@ def _validate_pretrain_seeds(value: List | None, context: Any) -> str | None:
 
 def _validate_split(value: Dict | None, _: Any) -> str | None:
     sizes = value.get_dict() if value is not None else {}
+    first = sizes.pop(FIRST, RANDOM)
     if not set(sizes) <= {TEST, INITIAL} or sizes.get(TEST, 0) < 1:
-        return f"split holds {TEST} (at least 1) and {INITIAL}, got {sizes}"
+        return f"split holds {TEST} (at least 1), {INITIAL} and {FIRST}, got {sizes}"
+    if first not in (RANDOM, DISPUTED):
+        return f"split.{FIRST} is {RANDOM} or {DISPUTED}, not {first!r}"
     return None
 
 
@@ -673,7 +688,8 @@ def _validate_size(inputs: Any) -> str | None:
     else:
         recipes = inputs["explore"]["recipes"].get_list()
         n_pool = sum(int(recipe.get("count", 0)) for recipe in recipes)
-    sizes = inputs["split"].get_dict()
+    split = inputs["split"].get_dict()
+    sizes = {name: split.get(name, 0) for name in (TEST, INITIAL)}
     if n_pool == 0:
         return "the pool is empty: give at least one configuration"
     if sum(sizes.values()) > n_pool:

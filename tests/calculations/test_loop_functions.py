@@ -124,8 +124,47 @@ def test_the_gate_refuses_overlapping_atoms_and_says_why(rattled_silicon):
     (refused,) = gate.ids()
     assert "overlap" in gate.base.attributes.get("reasons")[refused]
     sizes = Dict({"test": 3, "initial": 3})
-    chosen = loop.split_pool(pool, sizes, Int(1), taken_refused=gate)
+    chosen = loop.split_pool(pool, sizes, Int(1), eip_labels_of(pool), taken_refused=gate)
     assert refused not in {*chosen["test"].ids(), *chosen["initial"].ids()}
+
+
+def eip_labels_of(pool, energy=None):
+    """Return what two EIPs say of a pool: nothing, or these energies, of shape ``(n, 2)``."""
+    labels = Labels.missing(pool.value(), ["eip0", "eip1"])
+    if energy is not None:
+        labels = replace(
+            labels,
+            energy=energy,
+            forces=np.zeros_like(labels.forces),
+            status=np.zeros_like(labels.status),
+            reasons=np.array([], dtype="<U1"),
+        )
+    return LabelsData.from_value(labels)
+
+
+def test_the_first_points_are_disputed_where_that_is_asked_for(pool):
+    sizes = {"test": 2, "initial": 2}
+    blind = loop.split_pool(pool, Dict(sizes), Int(5), eip_labels_of(pool))
+    ids = pool.value().ids
+    free = np.flatnonzero(~np.isin(ids, blind["test"].ids()))
+    # The two EIPs agree about the others, whatever their zeros are.
+    disputed = free[::2]
+    energy = np.tile([0.0, 7.0], (len(ids), 1))
+    energy[disputed, 1] += np.array([1.0, -1.0, 1.0, -1.0])
+
+    labels = eip_labels_of(pool, energy)
+    chosen = loop.split_pool(pool, Dict(sizes | {"first": "disputed"}), Int(5), labels)
+
+    # The test set is drawn blindly all the same.
+    assert chosen["test"].ids().tolist() == blind["test"].ids().tolist()
+    assert set(chosen["initial"].ids()) <= set(ids[disputed])
+    assert chosen["initial"].base.attributes.get("strategy") == "disputed"
+    assert blind["initial"].base.attributes.get("strategy") == "random"
+    assert not set(blind["initial"].ids()) <= set(ids[disputed])
+
+
+def no_history():
+    return Dict({"iterations": [{}]})
 
 
 @pytest.fixture
@@ -159,6 +198,7 @@ def test_what_was_taken_before_is_no_candidate(pool, predictions):
         predictions,
         Dict({"n_select": 2, "strategy": "uncertainty"}),
         Dict({}),
+        no_history(),
         Int(0),
         taken_test=taken,
     )
@@ -170,10 +210,21 @@ def test_each_iteration_draws_anew_from_the_one_seed(pool, predictions):
     ids = predictions.value().ids
     settings = Dict({"n_select": 4, "strategy": "random"})
     taken = ChoiceData.from_value(Choice.from_ids(ids[:0]))
-    first = loop.acquire(pool, predictions, settings, Dict({}), Int(0), taken_test=taken)
-    again = loop.acquire(pool, predictions, settings, Dict({}), Int(0), taken_test=taken)
+    first = loop.acquire(
+        pool, predictions, settings, Dict({}), no_history(), Int(0), taken_test=taken
+    )
+    again = loop.acquire(
+        pool, predictions, settings, Dict({}), no_history(), Int(0), taken_test=taken
+    )
     later = loop.acquire(
-        pool, predictions, settings, Dict({}), Int(0), taken_test=taken, taken_i001=taken
+        pool,
+        predictions,
+        settings,
+        Dict({}),
+        no_history(),
+        Int(0),
+        taken_test=taken,
+        taken_i001=taken,
     )
     assert first.ids().tolist() == again.ids().tolist()
     assert first.ids().tolist() != later.ids().tolist()
@@ -183,9 +234,51 @@ def test_the_budget_caps_what_is_asked_for(pool, predictions):
     ids = predictions.value().ids
     paid = ChoiceData.from_value(Choice.from_ids(ids[:4]))
     choice = loop.acquire(
-        pool, predictions, Dict({"n_select": 4}), Dict({"dft_budget": 6}), Int(0), taken_test=paid
+        pool,
+        predictions,
+        Dict({"n_select": 4}),
+        Dict({"dft_budget": 6}),
+        no_history(),
+        Int(0),
+        taken_test=paid,
     )
     assert len(choice) == 2
+
+
+def test_the_budget_of_core_hours_caps_what_is_asked_for(pool, predictions):
+    paid = ChoiceData.from_value(Choice.from_ids(predictions.value().ids[:4]))
+    # Four cost half an hour each, so two more and a bit are to be had.
+    history = Dict({"iterations": [{"core_hours": 2.0}]})
+    stop = Dict({"core_hours_budget": 3.2})
+    choice = loop.acquire(
+        pool, predictions, Dict({"n_select": 4}), stop, history, Int(0), taken_test=paid
+    )
+    assert len(choice) == 2
+
+
+def test_what_is_likely_to_be_wrong_by_too_much_is_not_asked_for(pool, predictions):
+    nothing = ChoiceData.from_value(Choice.from_ids(predictions.value().ids[:0]))
+    settings = {"n_select": 2, "strategy": "uncertainty"}
+    uncertainty = predictions.value().uncertainty
+
+    def most_uncertain(history, **more):
+        choice = loop.acquire(
+            pool,
+            predictions,
+            Dict(settings | more),
+            Dict({}),
+            history,
+            Int(0),
+            taken_test=nothing,
+        )
+        return choice.value().scores.max()
+
+    twice = Dict({"iterations": [{"error_scale": 2.0}]})
+    assert most_uncertain(twice) == uncertainty.max()
+    limit = float(np.sort(uncertainty)[5])
+    assert most_uncertain(twice, max_error=2 * limit + 1e-9) == pytest.approx(limit)
+    # Before a batch was labelled nobody knows.
+    assert most_uncertain(no_history(), max_error=1e-9) == uncertainty.max()
 
 
 def test_no_number_never_reaches_the_database():

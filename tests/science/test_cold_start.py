@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ase.build import bulk
 
-from aiida_eipnn.science.cold_start import eip_disagreement, first_points
+from aiida_eipnn.science.cold_start import eip_disagreement, first_points, pick_disputed
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.uncertainty import spearman
@@ -82,9 +82,18 @@ def test_first_points_are_disputed_and_differ():
     features = np.concatenate([rng.normal(centre, 0.01, size=(20, 2)) for centre in (0, 5, 10)])
     disagreement = np.tile([1.0, 0.1], 30)
     disagreement[0] = np.nan
-    rows = first_points(disagreement, features, 3)
+    rows = pick_disputed(disagreement, features.__getitem__, 3)
     assert sorted(rows // 20) == [0, 1, 2]
     assert (rows % 2 == 0).all()
     assert 0 not in rows
     with pytest.raises(ValueError, match="60"):
-        first_points(disagreement, features, 60)
+        pick_disputed(disagreement, features.__getitem__, 60)
+
+
+def test_first_points_are_asked_of_configurations(pool, disputed):
+    dispute, energies = disputed
+    rows = first_points(pool, eips_of(pool, energies), 6)
+    assert len(set(rows.tolist())) == 6
+    assert dispute[rows].mean() > dispute.mean()
+    # Both materials: they differ more than two of one.
+    assert len({len(np.unique(pool.atoms(row).numbers)) for row in rows}) == 2
