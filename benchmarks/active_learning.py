@@ -47,10 +47,10 @@ from aiida_eipnn.science.acquisition import (
 )
 from aiida_eipnn.science.arrays import FloatArray, IntArray, write_whole
 from aiida_eipnn.science.cold_start import first_points
-from aiida_eipnn.science.configurations import ragged_rows
 from aiida_eipnn.science.eip.label_model import LabelModelParameters, make_pseudo_labels
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.learning_curves import find_points_needed
+from aiida_eipnn.science.metrics import error_scale, worst_forces
 from aiida_eipnn.science.nn.committee import Committee
 from aiida_eipnn.science.nn.stage import StageInputs
 from aiida_eipnn.science.nn.stages import prepare
@@ -88,11 +88,11 @@ THRESHOLD_ERROR = 0.1
 TARGET = 1.2
 
 
-class Spoken(NamedTuple):
-    """What a committee said of configurations before it learnt their labels."""
+class Batch(NamedTuple):
+    """Labels that were asked for, and what the committee said before it learnt them."""
 
-    uncertainty: FloatArray
-    forces: FloatArray
+    labels: Labels
+    said: Predictions
 
 
 class Arm(NamedTuple):
@@ -169,7 +169,7 @@ def run_task(task: Task, sizes: dict[str, tuple[int, ...]]) -> list[dict[str, An
     truth = dataset.dft.take(setting.test)
     rng = np.random.default_rng([task.seed, 11])
     rows = start_rows(setting, arm, numbers[0], rng)
-    batch: tuple[FloatArray, FloatArray] | None = None
+    batch: Batch | None = None
     found = []
     for number, size in enumerate(numbers):
         start = time.process_time()
@@ -187,8 +187,8 @@ def run_task(task: Task, sizes: dict[str, tuple[int, ...]]) -> list[dict[str, An
             }
         )
         if number + 1 < len(numbers):
-            chosen, spoken = choose(setting, arm, committee, rows, numbers[number + 1], batch, rng)
-            batch = honest_pairs(setting, spoken, chosen)
+            chosen, said = choose(setting, arm, committee, rows, numbers[number + 1], batch, rng)
+            batch = Batch(setting.problem(chosen).dft, said)
             rows = np.concatenate([rows, chosen])
     return found
 
@@ -236,10 +236,10 @@ def choose(
     committee: Committee,
     rows: IntArray,
     size: int,
-    batch: tuple[FloatArray, FloatArray] | None,
+    batch: Batch | None,
     rng: np.random.Generator,
-) -> tuple[IntArray, Spoken]:
-    """Return rows of the pool to label next, and what the committee says of them."""
+) -> tuple[IntArray, Predictions]:
+    """Return rows of the pool to label next, and what the committee says of them and others."""
     pool, n = setting.everything.pool, size - len(rows)
     free = np.setdiff1d(np.arange(len(pool)), rows)
     # Where chance alone chooses, it has chosen by drawing.
@@ -257,33 +257,23 @@ def choose(
     found = acquire(predicted, inside, parameters, rng, np.arange(len(drawn), len(asked)))
     # The same number of points for all: what the window lacks comes from anywhere.
     chosen = np.concatenate([found.rows, rng.permutation(outside)[: n - len(found.rows)]])
-    forces = predicted.forces[ragged_rows(predicted.offsets, chosen)]
-    return asked[chosen], Spoken(predicted.uncertainty[chosen], forces)
+    return asked[chosen], predicted
 
 
-def window_of(arm: Arm, batch: tuple[FloatArray, FloatArray] | None) -> tuple[float, float]:
+def window_of(arm: Arm, batch: Batch | None) -> tuple[float, float]:
     """Return the window of uncertainty, in eV/Å; all there is before a batch was labelled."""
     if arm.window == "fixed":
         return FIXED_WINDOW
     if not arm.window or batch is None:
         return 0.0, np.inf
-    spread, error = batch
     if arm.window == "calibrated":
-        return 0.0, MAX_ERROR / calibration_scale(spread, error)
+        parameters = AcquisitionParameters(n_select=1, max_error=MAX_ERROR)
+        highest = parameters.most_uncertain(error_scale(*batch))
+        return 0.0, np.inf if highest is None else highest
     # A line through zero of spread on error.
+    spread, error = worst_forces(*batch)
     slope = float((spread * error).sum() / (error**2).sum())
     return slope * THRESHOLD_ERROR, np.inf
-
-
-def honest_pairs(
-    setting: Setting, spoken: Spoken, chosen: IntArray
-) -> tuple[FloatArray, FloatArray]:
-    """Return largest spread and error of a force in configurations that were not learnt yet."""
-    labels = setting.problem(chosen).dft
-    wrong = np.linalg.norm(spoken.forces - labels.forces[0], axis=1)
-    worst = np.maximum.reduceat(wrong, labels.offsets[:-1])
-    used = spoken.uncertainty > 0
-    return spoken.uncertainty[used], worst[used]
 
 
 def errors_of(predicted: Predictions, truth: Labels, types: Any) -> dict[str, Any]:

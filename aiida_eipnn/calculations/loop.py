@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from aiida.engine import ExitCode, calcfunction
-from aiida.orm import Dict, Int
+from aiida.orm import Dict, Int, List, Str
 
 from aiida_eipnn.calculations.dft import MAX_FORCE, same_level
 from aiida_eipnn.data.choice import Choice, ChoiceData
@@ -17,9 +17,15 @@ from aiida_eipnn.data.predictions import PredictionsData
 from aiida_eipnn.science import acquisition
 from aiida_eipnn.science.arrays import FloatArray, IntArray, StrArray
 from aiida_eipnn.science.cold_start import first_points
-from aiida_eipnn.science.configurations import Configurations, ragged_rows, rows_of
+from aiida_eipnn.science.configurations import (
+    Configurations,
+    join_configurations,
+    ragged_rows,
+    rows_of,
+)
 from aiida_eipnn.science.convergence import IterationRecord, StopCriteria, stop_reason
 from aiida_eipnn.science.dft_cost import estimate_cost
+from aiida_eipnn.science.extension import ExtensionParameters, plan
 from aiida_eipnn.science.gate import PROBLEMS, GateReport, keep_valid, refuse_labels
 from aiida_eipnn.science.labels import Labels, join_labels
 from aiida_eipnn.science.metrics import (
@@ -234,6 +240,56 @@ def acquire(
         strategy=str(settings.strategy),
         seed=seed.value,
     )
+
+
+@calcfunction
+def plan_exploration(
+    recipes: List, eip: Str, extension: Dict, acquisition_parameters: Dict, history: Dict
+) -> dict[str, Any]:
+    """Return the ``recipes`` of the next exploration, and its ``driver``: an EIP or a committee.
+
+    An empty ``eip`` means that there is none.
+    """
+    last = history["iterations"][-1]
+    settings = acquisition.AcquisitionParameters.from_dict(acquisition_parameters.get_dict())
+    found = plan(
+        recipes.get_list(),
+        ExtensionParameters.from_dict(extension.get_dict()),
+        last.get("forces_mae_high"),
+        settings.most_uncertain(last.get("error_scale")),
+        has_eip=bool(eip.value),
+    )
+    return {"recipes": List(found.recipes), "driver": Str(found.driver)}
+
+
+@calcfunction
+def keep_new(
+    pool: ConfigurationsData, explored: ConfigurationsData, gate: Dict
+) -> ConfigurationsData:
+    """Return what exploration found: sound, and not in the pool yet.
+
+    What is refused is in the attribute ``refused``, with the reason.
+    """
+    found = explored.value()
+    kept, failures = keep_valid(found, **gate.get_dict())
+    new = kept.take(np.flatnonzero(~np.isin(kept.ids, pool.value().ids)))
+    reasons = {failure.id: failure.reason for failure in failures}
+    return ConfigurationsData.from_value(new, refused=reasons)
+
+
+@calcfunction
+def extend_pool(
+    pool: ConfigurationsData,
+    new: ConfigurationsData,
+    eip_labels: LabelsData,
+    new_eip_labels: LabelsData,
+) -> dict[str, Any]:
+    """Return ``pool`` and ``eip_labels`` with what is new at their ends."""
+    labels = join_labels([eip_labels.value(), new_eip_labels.value()])
+    return {
+        "pool": ConfigurationsData.from_value(join_configurations([pool.value(), new.value()])),
+        "eip_labels": LabelsData.from_value(labels, level=eip_labels.level),
+    }
 
 
 @calcfunction

@@ -316,17 +316,17 @@ def seeds_text(seeds: Any) -> str:
 
 def write_dataset(node: "Node", path: Path) -> list[str]:
     """Write the configurations of a loop with every label that there is; return the keys."""
-    from aiida_eipnn.reports.points import inputs_of, outputs_of
+    from aiida_eipnn.reports.points import inputs_of, latest, outputs_of
     from aiida_eipnn.science.configurations import join_configurations
     from aiida_eipnn.science.io import source_key, write_labelled
 
     inputs, outputs = inputs_of(node.pk), outputs_of(node.pk)
-    sets = [outputs["pool"] if "pool" in outputs else inputs["pool"]]
+    sets = [latest(outputs, inputs, "pool")]
     if "known__configurations" in inputs:
         sets.append(inputs["known__configurations"])
     labels = [*dft_labels(inputs, outputs)]
-    if "eip_labels" in outputs:
-        labels.append(outputs["eip_labels"].value())
+    if (eip_labels := latest(outputs, {}, "eip_labels")) is not None:
+        labels.append(eip_labels.value())
     write_labelled(path, join_configurations([item.value() for item in sets]), labels)
     return [source_key(str(name)) for part in labels for name in part.sources]
 

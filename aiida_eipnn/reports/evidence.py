@@ -8,7 +8,7 @@ import numpy as np
 from aiida.orm import Data
 
 from aiida_eipnn.reports.history import History, Iteration, iteration_outputs
-from aiida_eipnn.reports.points import inputs_of
+from aiida_eipnn.reports.points import inputs_of, latest
 from aiida_eipnn.science.arrays import FloatArray, StrArray
 from aiida_eipnn.science.configurations import ragged_rows, rows_of
 from aiida_eipnn.science.labels import Labels, join_labels
@@ -119,7 +119,7 @@ def read_eip_errors(
         return ()
     configurations = pool.value()
     here = training.take(np.flatnonzero(np.isin(training.ids, configurations.ids)))
-    labels = outputs["eip_labels"].value()
+    labels = latest(outputs, {}, "eip_labels").value()
     labels = labels.take(np.flatnonzero(np.isin(labels.ids, configurations.ids)))
     aligned = fit_alignment(configurations, here, labels).apply(configurations, labels)
     table = source_errors(outputs["test_labels"].value().labelled(), aligned)

@@ -22,6 +22,7 @@ from aiida_eipnn.reports.points import (
     called,
     chosen_facts,
     inputs_of,
+    latest,
     outputs_of,
     read_points,
 )
@@ -44,6 +45,8 @@ STAGES = {
     "scratch": "training the twin from scratch",
     "evaluate": "evaluating the committee",
     "evaluate_scratch": "evaluating the twin",
+    "extend": "exploring",
+    "label_found": "labelling with EIPs what exploration found",
 }
 
 
@@ -269,8 +272,7 @@ def read_history(node: ProcessNode) -> History:
     inputs, outputs = inputs_of(node.pk), outputs_of(node.pk)
     points = [point for call in calls for point in _points(call)]
     records, stop = _records(outputs)
-    pool = outputs.get("pool", inputs.get("pool"))
-    eip_labels = outputs.get("eip_labels")
+    pool, eip_labels = (latest(outputs, inputs, name) for name in ("pool", "eip_labels"))
     return History(
         pk=own.pk,
         uuid=own.uuid,

@@ -1,5 +1,6 @@
 """DFT points: what was asked for, which calculation answered, and what it cost."""
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from aiida_eipnn.calculations.dft import n_cores
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
+
+# What exploration while the loop runs leaves at the end of an iteration.
+_EXTENDED = re.compile(r"iterations__i\d+__(pool|eip_labels)")
 
 TERMINATED = ("finished", "excepted", "killed")
 CALLS = {"type": {"in": ["call_calc", "call_work"]}}
@@ -186,6 +190,12 @@ def outputs_of(pk: int) -> dict[str, Data]:
     query.append(WorkChainNode, filters={"id": pk}, tag="chain")
     query.append(Data, with_incoming="chain", edge_project="label", project="*")
     return {label: node for node, label in query.all()}
+
+
+def latest(outputs: Mapping[str, Data], inputs: Mapping[str, Data], name: str) -> Any:
+    """Return ``pool`` or ``eip_labels`` of a loop, if any, as the last exploration left it."""
+    extended = sorted(key for key in outputs if _EXTENDED.fullmatch(key) and key.endswith(name))
+    return outputs[extended[-1]] if extended else outputs.get(name, inputs.get(name))
 
 
 def inputs_of(pk: int) -> dict[str, Data]:

@@ -14,7 +14,7 @@ from aiida_eipnn import __version__
 from aiida_eipnn.reports import evidence
 from aiida_eipnn.reports.history import History, Iteration, read_history
 from aiida_eipnn.reports.lineage import Lineage, trace
-from aiida_eipnn.reports.points import PointState, inputs_of, outputs_of
+from aiida_eipnn.reports.points import PointState, inputs_of, latest, outputs_of
 from aiida_eipnn.science.eip.names import without_kim_id
 from aiida_eipnn.science.eip.selection import NONE
 from aiida_eipnn.science.metrics import Errors
@@ -34,6 +34,8 @@ SHORT = {
     "scratch": "twin",
     "evaluate": "evaluation",
     "evaluate_scratch": "evaluation of the twin",
+    "extend": "exploration",
+    "label_found": "EIP labels of what it found",
 }
 
 # Of pw.x, and of aiida-quantumespresso's distance of k-points.
@@ -116,7 +118,7 @@ def render(node: ProcessNode) -> str:
     history = read_history(node)
     inputs, outputs = inputs_of(node.pk), outputs_of(node.pk)
     lineage = trace(node) if "pretrained" in outputs else None
-    pool = outputs.get("pool", inputs.get("pool"))
+    pool = latest(outputs, inputs, "pool")
     errors = evidence.read_eip_errors(history, outputs, pool)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("aiida_eipnn", "reports"),

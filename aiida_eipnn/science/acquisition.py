@@ -135,6 +135,19 @@ class AcquisitionParameters:
         """Build from plain values by name."""
         return build(cls, content, "acquisition")
 
+    def most_uncertain(self, error_scale: float | None) -> float | None:
+        """Return the uncertainty above which nothing is a candidate, in eV/Å, or ``None``.
+
+        Parameters
+        ----------
+        error_scale
+            Factor that turns an uncertainty into the error to expect of the worst force.
+        """
+        limits = [] if self.max_uncertainty is None else [self.max_uncertainty]
+        if self.max_error is not None and error_scale is not None:
+            limits.append(self.max_error / error_scale)
+        return min(limits, default=None)
+
 
 class PoolFacts(NamedTuple):
     """What else is known of the configurations of the predictions, in their order.
@@ -282,10 +295,8 @@ def within_window(
     """Return the rows whose uncertainty, in eV/Å, lies in the window of the parameters."""
     # A comparison with NaN is False: what has no uncertainty is left out.
     inside = uncertainty[rows] >= parameters.min_uncertainty
-    if parameters.max_uncertainty is not None:
-        inside &= uncertainty[rows] <= parameters.max_uncertainty
-    if parameters.max_error is not None and error_scale is not None:
-        inside &= error_scale * uncertainty[rows] <= parameters.max_error
+    if (highest := parameters.most_uncertain(error_scale)) is not None:
+        inside &= uncertainty[rows] <= highest
     return rows[inside]
 
 

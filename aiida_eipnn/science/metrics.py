@@ -9,10 +9,11 @@ from aiida_eipnn.science.arrays import BoolArray, FloatArray, StrArray
 from aiida_eipnn.science.configurations import ragged_rows, rows_of
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.predictions import Predictions
-from aiida_eipnn.science.uncertainty import calibration_scale
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+# Configurations that an error is expected by, at least.
+MIN_FOR_SCALE = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +190,9 @@ def worst_forces(reference: Labels, predictions: Predictions) -> WorstForces:
 def error_scale(reference: Labels, predictions: Predictions) -> float | None:
     """Return the factor from the uncertainty of a configuration to the error of its worst force.
 
+    The median of the ratios: one configuration that is far off, as some that are asked for are,
+    says nothing of the others.
+
     Parameters
     ----------
     reference
@@ -199,10 +203,13 @@ def error_scale(reference: Labels, predictions: Predictions) -> float | None:
     Returns
     -------
     float or None
-        ``None`` where there is no label, or no spread.
+        ``None`` where fewer than ``MIN_FOR_SCALE`` have a label and a spread.
     """
     known = reference.labelled()
-    if not len(known):
+    if len(known) < MIN_FOR_SCALE:
         return None
     found = worst_forces(known, predictions)
-    return calibration_scale(*found) if (found.spread > 0).any() else None
+    used = found.spread > 0
+    if used.sum() < MIN_FOR_SCALE:
+        return None
+    return float(np.median(found.error[used] / found.spread[used]))

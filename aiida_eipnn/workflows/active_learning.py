@@ -6,7 +6,7 @@ from typing import Any
 
 from aiida.common import AttributeDict
 from aiida.engine import ExitCode, ProcessBuilder, ProcessSpec, ToContext, WorkChain, if_, while_
-from aiida.orm import Bool, Data, Dict, List, ProcessNode, to_aiida_type
+from aiida.orm import Bool, Data, Dict, Int, List, ProcessNode, Str, to_aiida_type
 from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 
 from aiida_eipnn.calculations import loop, ports
@@ -32,6 +32,7 @@ from aiida_eipnn.jobs.spec import Stage
 from aiida_eipnn.science.acquisition import AcquisitionParameters
 from aiida_eipnn.science.convergence import StopCriteria
 from aiida_eipnn.science.eip.label_model import LabelModelParameters
+from aiida_eipnn.science.extension import COMMITTEE, ExtensionParameters
 from aiida_eipnn.science.verdict import SCORE
 from aiida_eipnn.workflows.builder import PROTOCOLS, Codes, Start, fill_builder
 from aiida_eipnn.workflows.label_dft import (
@@ -85,6 +86,11 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
                     cls.acquire,
                     cls.label_with_dft,
                     cls.inspect_labels,
+                    if_(cls.should_extend)(
+                        cls.extend,
+                        cls.inspect_extension,
+                        if_(cls.has_found)(cls.label_found_with_eips, cls.inspect_found_labels),
+                    ),
                 ),
             ),
             cls.results,
@@ -102,6 +108,22 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             ExploreCalculation,
             namespace="explore",
             namespace_options={"required": False, "populate_defaults": False},
+        )
+        spec.expose_inputs(
+            ExploreCalculation,
+            namespace="extend",
+            exclude=("committee",),
+            namespace_options={
+                "required": False,
+                "populate_defaults": False,
+                "help": "Exploration after each batch of DFT labels; what it finds joins the pool.",
+            },
+        )
+        ports.add_dict(
+            spec,
+            "extension",
+            "When a committee drives `extend`: fields of ExtensionParameters.",
+            ports.settings_validator(ExtensionParameters.from_dict),
         )
         spec.expose_inputs(
             LabelBaseWorkChain,
@@ -551,6 +573,72 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             self.report(f"DFT labels: {self.ctx.asked.exit_message}")
         self.ctx.labels[self._name()] = self._gated(self.ctx.asked.outputs.labels)
         self._emit("labels", self.ctx.labels[self._name()])
+        return None
+
+    def should_extend(self) -> bool:
+        """Explore on, where that was asked for."""
+        if "extend" not in self.inputs:
+            return False
+        every = ExtensionParameters.from_dict(self.inputs.extension.get_dict()).every
+        return self.ctx.iteration % every == 0
+
+    def extend(self) -> ToContext | ExitCode:
+        """Look for new configurations, with the committee once it is to be trusted."""
+        inputs = AttributeDict(self.exposed_inputs(ExploreCalculation, namespace="extend"))
+        planned, broken = self._steer(
+            "EXPLORE",
+            loop.plan_exploration,
+            inputs.recipes,
+            inputs.get("eip", Str("")),
+            self.inputs.extension,
+            self.inputs.acquisition,
+            self.ctx.history,
+        )
+        if broken:
+            return broken
+        inputs.recipes = planned["recipes"]
+        inputs.seed = Int(inputs.seed.value + self.ctx.iteration)
+        if planned["driver"] == COMMITTEE:
+            inputs.pop("eip", None)
+            inputs.committee = self.ctx.committee
+        self.report(f"exploring; the {planned['driver'].value} drives molecular dynamics")
+        return ToContext(explored=self.submit(ExploreCalculation, **_named(inputs, "extend")))
+
+    def inspect_extension(self) -> None:
+        """Take what is new; an exploration that breaks leaves the pool as it is."""
+        self.ctx.found = None
+        if not self.ctx.explored.is_finished_ok:
+            explored = self.ctx.explored
+            message = explored.exit_message or explored.process_state
+            self.report(
+                f"exploring: process {explored.pk} broke, the pool stays as it is: {message}"
+            )
+            return
+        found = loop.keep_new(self.ctx.pool, self.ctx.explored.outputs.pool, self.inputs.gate)
+        refused = found.base.attributes.get("refused")
+        self.report(f"exploring: {len(found)} new configurations, {len(refused)} refused")
+        self.ctx.found = found if len(found) else None
+
+    def has_found(self) -> bool:
+        """Whether there is anything new."""
+        return self.ctx.found is not None
+
+    def label_found_with_eips(self) -> ToContext:
+        """Let every EIP label what is new."""
+        inputs = AttributeDict(self.exposed_inputs(LabelBaseWorkChain, namespace="label"))
+        inputs.job.configurations = {"pool": self.ctx.found}
+        return ToContext(eips=self.submit(LabelBaseWorkChain, **_named(inputs, "label_found")))
+
+    def inspect_found_labels(self) -> ExitCode | None:
+        """Extend the pool."""
+        if broken := self._broken(self.ctx.eips, "EIP_LABELS"):
+            return broken
+        extended = loop.extend_pool(
+            self.ctx.pool, self.ctx.found, self.ctx.eip_labels, self.ctx.eips.outputs.labels
+        )
+        self.ctx.pool, self.ctx.eip_labels = extended["pool"], extended["eip_labels"]
+        self._emit("pool", self.ctx.pool)
+        self._emit("eip_labels", self.ctx.eip_labels)
         return None
 
     def results(self) -> None:

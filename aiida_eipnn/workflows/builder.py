@@ -95,6 +95,8 @@ def fill_builder(
         builder.pool = start.pool
     else:
         builder.explore = explore_inputs(inputs, codes.job, start.structures, start.eips, options)
+    if inputs["extend"]["recipes"]:
+        builder.extend = extend_inputs(inputs, codes.job, start, options)
     if start.known_labels is not None:
         builder.known = {
             "configurations": start.known_configurations,
@@ -104,7 +106,7 @@ def fill_builder(
     builder.dft = labeller_inputs(inputs["dft"], codes.pw, start, options)
     builder.train.job = train_inputs(inputs, codes.job, options)
     builder.evaluate = {"parameters": Dict(inputs["evaluate"]), **_job(codes.job, options)}
-    for name in (*TRAININGS, "split", "label_model", "gate", "acquisition", "stop"):
+    for name in (*TRAININGS, "split", "label_model", "gate", "acquisition", "extension", "stop"):
         builder[name] = Dict(inputs[name])
     builder.seed = Int(inputs["seed"])
     n_pretrained = min(inputs["n_pretrained"], inputs["n_members"])
@@ -239,6 +241,28 @@ def explore_inputs(
         "seed": Int(inputs["seed"]),
         # The first of the list is the one that is trusted most.
         "eip": Str((list(eips) or default_eips(inputs["eips"], elements))[0]),
+        **_job(code, options),
+    }
+
+
+def extend_inputs(
+    inputs: Mapping[str, Any],
+    code: AbstractCode,
+    start: Start,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the inputs of ExploreCalculation while the loop runs: from the seeds, or the pool."""
+    seeds = (
+        ConfigurationsData.from_structures(list(start.structures), "seed")
+        if start.structures
+        else start.pool
+    )
+    eips = list(start.eips) or default_eips(inputs["eips"], start.elements)
+    return {
+        "configurations": {"seeds": seeds},
+        "recipes": List(inputs["extend"]["recipes"]),
+        "seed": Int(inputs["seed"]),
+        "eip": Str(eips[0]),
         **_job(code, options),
     }
 

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from aiida_eipnn.science.predictions import Predictions
+
 
 @pytest.fixture
 def benchmark(injection, monkeypatch):
@@ -48,7 +50,20 @@ def test_labels_are_those_of_the_rows(benchmark):
 
 def test_windows_come_from_the_last_batch(benchmark):
     # The error is four times the spread.
-    batch = np.array([0.1, 0.2]), np.array([0.4, 0.8])
+    setting = benchmark.setting_of("mvl_W")
+    labels = setting.problem(np.arange(6)).dft
+    spread = np.repeat(np.linspace(0.1, 0.2, 6), labels.n_atoms)
+    said = Predictions(
+        ids=labels.ids,
+        offsets=labels.offsets,
+        energy=np.zeros(6),
+        forces=labels.forces[0] + 4 * spread[:, None] * [1.0, 0.0, 0.0],
+        stress=np.zeros((6, 6)),
+        energy_std=np.zeros(6),
+        forces_std=spread,
+        features=np.zeros((6, 1)),
+    )
+    batch = benchmark.Batch(labels, said)
     arms = benchmark.ARMS
     assert benchmark.window_of(arms["window_lcmd"], batch) == (0.0, pytest.approx(5.0 / 4))
     assert benchmark.window_of(arms["trains_pot_rule"], batch) == (pytest.approx(0.025), np.inf)

@@ -6,7 +6,14 @@ from ase import Atoms
 
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import Labels
-from aiida_eipnn.science.metrics import errors, errors_by_type, prediction_errors, upper_bounds
+from aiida_eipnn.science.metrics import (
+    error_scale,
+    errors,
+    errors_by_type,
+    prediction_errors,
+    upper_bounds,
+    worst_forces,
+)
 from aiida_eipnn.science.predictions import Predictions
 from aiida_eipnn.science.uncertainty import (
     calibrate,
@@ -165,3 +172,39 @@ def test_a_committee_without_disagreement_cannot_be_calibrated():
 def test_pairs_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="must be finite"):
         spearman(np.array([1.0, np.nan]), np.ones(2))
+
+
+def spread_and_error(spread, error):
+    """Return labels of single atoms, and predictions of such spreads and errors."""
+    configurations = Configurations.from_atoms(
+        [Atoms("Si", cell=[5, 5, 5 + 0.1 * number], pbc=True) for number in range(len(spread))]
+    )
+    missing = Labels.missing(configurations, ["dft"])
+    labels = replace(
+        missing,
+        energy=np.zeros_like(missing.energy),
+        forces=np.zeros_like(missing.forces),
+        status=np.zeros_like(missing.status),
+        reasons=np.array([], dtype="<U1"),
+    )
+    n = len(spread)
+    said = Predictions(
+        ids=labels.ids[::-1],
+        offsets=labels.offsets,
+        energy=np.zeros(n),
+        forces=np.array(error)[::-1, None] * [0.6, 0.0, 0.8],
+        stress=np.zeros((n, 6)),
+        energy_std=np.zeros(n),
+        forces_std=np.array(spread, dtype=float)[::-1],
+        features=np.zeros((n, 1)),
+    )
+    return labels, said
+
+
+def test_the_error_to_expect_is_that_of_most_configurations():
+    spread = [0.1, 0.2, 0.1, 0.3, 0.0, 0.1]
+    labels, said = spread_and_error(spread, [0.3, 0.6, 0.3, 0.9, 5.0, 90.0])
+    assert worst_forces(labels, said).error == pytest.approx([0.3, 0.6, 0.3, 0.9, 5.0, 90.0])
+    assert error_scale(labels, said) == pytest.approx(3.0)
+    # Too few say nothing.
+    assert error_scale(labels.take(range(5)), said) is None

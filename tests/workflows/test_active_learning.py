@@ -113,6 +113,23 @@ def test_where_the_twin_from_scratch_is_clearly_better_it_is_used(loop, builder)
     assert record["finetuned"]["forces_mae"] > record["scratch"]["forces_mae"]
 
 
+def test_what_the_committee_finds_joins_the_pool(loop):
+    (explored,) = calculations_of(loop, "eipnn.explore")
+    assert "committee" in explored.inputs
+    assert "eip" not in explored.inputs
+    pool, extended = loop.inputs.pool.value(), loop.outputs.iterations.i001.pool.value()
+    assert extended.ids[: len(pool)].tolist() == pool.ids.tolist()
+    assert set(extended.ids[len(pool) :]) == set(explored.outputs.pool.value().ids)
+    # EIPs say of it what they say of all, and so does the committee of the next iteration.
+    labels = loop.outputs.iterations.i001.eip_labels.value()
+    assert labels.ok[labels.rows_of(extended.ids[len(pool) :])].any(axis=1).all()
+    predicted = set(loop.outputs.predictions.value().ids)
+    assert set(extended.ids[len(pool) :]) <= predicted
+    records = loop.outputs.history["iterations"]
+    # One was asked for, and three were found.
+    assert records[1]["n_candidates"] == records[0]["n_candidates"] + 2
+
+
 def test_labels_grow_by_what_was_asked_for(loop):
     first, second = (record["n_dft_labels"] for record in loop.outputs.history["iterations"])
     assert second - first == 1
