@@ -2,22 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import Calculator
 from ase.md.langevin import Langevin
+from ase.md.langevinbaoab import LangevinBAOAB
 
 from aiida_eipnn.science.gate import MIN_CONTACT, geometry_fault
 
 # Where a committee says how far its members are from one another, in eV/Å, for each atom.
 FORCES_STD = "forces_std"
+# Period of the volume under a barostat, in fs.
+PRESSURE_TIME = 200.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dynamics:
-    """One run of Langevin dynamics at constant volume.
+    """One run of Langevin dynamics, at constant volume or constant pressure.
 
     Parameters
     ----------
@@ -37,6 +40,8 @@ class Dynamics:
     min_contact
         The run ends when two atoms are closer than this fraction of the sum of their covalent
         radii.
+    pressure
+        Of a barostat that scales the cell and keeps its shape, in GPa; ``None`` keeps the volume.
     max_uncertainty
         The run ends when the calculator, a committee, disagrees more than this about the force on
         an atom, in eV/Å: that configuration is the last snapshot, for it is what the committee
@@ -50,6 +55,7 @@ class Dynamics:
     friction: float = 0.01
     max_temperature_factor: float = 10.0
     min_contact: float = MIN_CONTACT
+    pressure: float | None = None
     max_uncertainty: float | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +102,8 @@ def run_dynamics(
     keep_going
         Asked after each snapshot; ``False`` ends the run.
     """
+    if settings.pressure is not None and not atoms.pbc.all():
+        return Trajectory([], "constant pressure needs a cell that is periodic in all directions")
     moving = Atoms(
         numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell.array, pbc=atoms.pbc
     )
@@ -103,14 +111,7 @@ def run_dynamics(
     # The Maxwell-Boltzmann distribution, written out: ASE has renamed its function.
     speed = np.sqrt(units.kB * settings.temperature / moving.get_masses())
     moving.set_velocities(speed[:, None] * rng.standard_normal((len(moving), 3)))
-    integrator = Langevin(
-        moving,
-        timestep=settings.timestep * units.fs,
-        temperature_K=settings.temperature,
-        friction=settings.friction / units.fs,
-        fixcm=False,
-        rng=rng,
-    )
+    integrator = _integrator(moving, settings, rng)
     frames: list[Atoms] = []
     while len(frames) < settings.n_snapshots:
         fault, is_unsure = _advance(moving, integrator, settings)
@@ -131,7 +132,33 @@ def run_dynamics(
     return Trajectory(frames, "")
 
 
-def _advance(moving: Atoms, integrator: Langevin, settings: Dynamics) -> tuple[str, bool]:
+def _integrator(moving: Atoms, settings: Dynamics, rng: np.random.Generator) -> Any:
+    if settings.pressure is None:
+        return Langevin(
+            moving,
+            timestep=settings.timestep * units.fs,
+            temperature_K=settings.temperature,
+            friction=settings.friction / units.fs,
+            fixcm=False,
+            rng=rng,
+        )
+    return LangevinBAOAB(
+        moving,
+        timestep=settings.timestep * units.fs,
+        temperature_K=settings.temperature,
+        # Stress has the sign of tension.
+        externalstress=-settings.pressure * units.GPa,
+        hydrostatic=True,
+        T_tau=units.fs / settings.friction,
+        # Runs are short: the volume must come to rest within some of them.
+        P_tau=PRESSURE_TIME * units.fs,
+        # ASE's own choice, which it warns of.
+        P_mass=(PRESSURE_TIME / 4 / 1.66) ** 2 * len(moving) ** (1 / 3),
+        rng=rng,
+    )
+
+
+def _advance(moving: Atoms, integrator: Any, settings: Dynamics) -> tuple[str, bool]:
     """Go on to the next snapshot; return what ends the run, if anything, and if that is doubt."""
     temperatures = []
     for _ in range(settings.spacing):

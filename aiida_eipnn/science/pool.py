@@ -47,6 +47,8 @@ class MolecularDynamics:
     ----------
     temperatures
         Taken in turn by the runs, in K.
+    pressures
+        Likewise, in GPa; without any the volume is constant.
     snapshots_per_run, spacing, timestep, friction, max_temperature_factor, max_uncertainty
         See :class:`aiida_eipnn.science.dynamics.Dynamics`.
     amplitude
@@ -55,6 +57,7 @@ class MolecularDynamics:
     """
 
     temperatures: tuple[float, ...] = (300.0, 600.0, 1000.0)
+    pressures: tuple[float, ...] = ()
     snapshots_per_run: int = 10
     spacing: int = 20
     timestep: float = 1.0
@@ -67,14 +70,23 @@ class MolecularDynamics:
         perturbation.check_range("amplitude", self.amplitude, lowest=0.0)
         if not isinstance(self.temperatures, tuple) or not self.temperatures:
             raise ValueError(f"temperatures is {self.temperatures}; give a list of at least one")
-        for temperature in self.temperatures:
-            self.run(temperature, self.snapshots_per_run, MIN_CONTACT)
+        if not all(isinstance(pressure, int | float) for pressure in self.pressures):
+            raise ValueError(f"pressures is {self.pressures!r}; give a list of numbers, in GPa")
+        for turn in range(len(self.conditions)):
+            self.run(turn, MIN_CONTACT)
 
-    def run(self, temperature: float, n_snapshots: int, min_contact: float) -> Dynamics:
-        """Return the settings of one run."""
+    @property
+    def conditions(self) -> list[tuple[float, float | None]]:
+        """Every temperature at every pressure."""
+        return [(t, p) for p in self.pressures or (None,) for t in self.temperatures]
+
+    def run(self, turn: int, min_contact: float) -> Dynamics:
+        """Return the settings of one run; they take the conditions in turn."""
+        temperature, pressure = self.conditions[turn % len(self.conditions)]
         return Dynamics(
             temperature=temperature,
-            n_snapshots=n_snapshots,
+            pressure=pressure,
+            n_snapshots=self.snapshots_per_run,
             spacing=self.spacing,
             timestep=self.timestep,
             friction=self.friction,
@@ -299,15 +311,17 @@ def _dynamics(
     n_runs = -(-recipe.count // settings.snapshots_per_run)
     # Runs that blow up are made good by others, but not for ever.
     for turn in range(3 * n_runs + 3):
-        # Every seed meets every temperature before any pair comes again.
+        # Every seed meets every condition before any pair comes again.
         start = starts[turn % len(starts)]
-        temperature = settings.temperatures[turn // len(starts) % len(settings.temperatures)]
-        run = settings.run(temperature, settings.snapshots_per_run, recipe.min_contact)
+        run = settings.run(turn // len(starts), recipe.min_contact)
         trajectory = run_dynamics(
             perturbation.rattled(start, rng, rattle), calculator, rng, run, keep_going
         )
         if trajectory.fault:
-            notes.append(f"{MD} at {temperature:.0f} K, {len(start)} atoms: {trajectory.fault}")
+            where = "" if run.pressure is None else f" and {run.pressure:g} GPa"
+            notes.append(
+                f"{MD} at {run.temperature:.0f} K{where}, {len(start)} atoms: {trajectory.fault}"
+            )
         yield from trajectory.frames
         if not keep_going():
             return

@@ -156,3 +156,26 @@ def test_a_run_ends_when_the_time_is_up(copper):
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match="it must be above"):
         Dynamics(**settings)
+
+
+def volumes(atoms, pressure):
+    settings = Dynamics(temperature=300, n_snapshots=15, spacing=20, pressure=pressure)
+    frames, fault = run_dynamics(atoms, EMT(), np.random.default_rng(0), settings)
+    assert fault == ""
+    return np.array([frame.get_volume() for frame in frames])
+
+
+def test_a_barostat_brings_the_volume_to_its_pressure(copper):
+    assert np.ptp(volumes(copper, None)) == 0
+    high, low = (volumes(copper, pressure)[5:].mean() for pressure in (20.0, -5.0))
+    # Copper gives way by a tenth per 20 GPa: its bulk modulus is 140 GPa and rises.
+    assert 0.85 < high / copper.get_volume() < 0.96
+    assert 1.01 < low / copper.get_volume() < 1.10
+
+
+def test_a_slab_has_no_pressure(copper):
+    copper.pbc = [True, True, False]
+    settings = Dynamics(temperature=300, pressure=0.0)
+    frames, fault = run_dynamics(copper, EMT(), np.random.default_rng(0), settings)
+    assert frames == []
+    assert "periodic" in fault

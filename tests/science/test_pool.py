@@ -218,6 +218,7 @@ def test_the_pool_ends_with_what_there_is_when_the_time_is_up(seeds):
         ({"config_type": "rattled", "count": 1, "supercell": [1, 1]}, "give three integers"),
         ({"config_type": "md", "count": 1, "temperatures": []}, "at least one"),
         ({"config_type": "md", "count": 1, "temperatures": [-5]}, "above zero"),
+        ({"config_type": "md", "count": 1, "pressures": ["high"]}, "numbers, in GPa"),
         ({"config_type": "md", "count": 1}, "needs an EIP"),
     ],
 )
