@@ -244,11 +244,16 @@ def acquire(
 
 @calcfunction
 def plan_exploration(
-    recipes: List, eip: Str, extension: Dict, acquisition_parameters: Dict, history: Dict
+    recipes: List,
+    seed: Int,
+    eip: Str,
+    extension: Dict,
+    acquisition_parameters: Dict,
+    history: Dict,
 ) -> dict[str, Any]:
-    """Return the ``recipes`` of the next exploration, and its ``driver``: an EIP or a committee.
+    """Return the ``recipes`` and the ``seed`` of the next exploration, and its ``driver``.
 
-    An empty ``eip`` means that there is none.
+    That is an EIP or a committee. An empty ``eip`` means that there is none.
     """
     last = history["iterations"][-1]
     settings = acquisition.AcquisitionParameters.from_dict(acquisition_parameters.get_dict())
@@ -259,7 +264,11 @@ def plan_exploration(
         settings.most_uncertain(last.get("error_scale")),
         has_eip=bool(eip.value),
     )
-    return {"recipes": List(found.recipes), "driver": Str(found.driver)}
+    return {
+        "recipes": List(found.recipes),
+        "seed": Int(seed.value + int(last["iteration"])),
+        "driver": Str(found.driver),
+    }
 
 
 @calcfunction

@@ -6,7 +6,7 @@ from typing import Any
 
 from aiida.common import AttributeDict
 from aiida.engine import ExitCode, ProcessBuilder, ProcessSpec, ToContext, WorkChain, if_, while_
-from aiida.orm import Bool, Data, Dict, Int, List, ProcessNode, Str, to_aiida_type
+from aiida.orm import Bool, Data, Dict, List, ProcessNode, Str, to_aiida_type
 from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 
 from aiida_eipnn.calculations import loop, ports
@@ -589,6 +589,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             "EXPLORE",
             loop.plan_exploration,
             inputs.recipes,
+            inputs.seed,
             inputs.get("eip", Str("")),
             self.inputs.extension,
             self.inputs.acquisition,
@@ -596,8 +597,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         )
         if broken:
             return broken
-        inputs.recipes = planned["recipes"]
-        inputs.seed = Int(inputs.seed.value + self.ctx.iteration)
+        inputs.recipes, inputs.seed = planned["recipes"], planned["seed"]
         if planned["driver"] == COMMITTEE:
             inputs.pop("eip", None)
             inputs.committee = self.ctx.committee
