@@ -329,6 +329,9 @@ def _best_eip(
     pool: Configurations, training: Labels, test: Labels, eip_labels: Labels
 ) -> dict[str, Any] | None:
     """Return the EIP that is best on the training labels, and its errors on the test labels."""
+    # First what is labelled: a pool may be large, and this runs in the daemon.
+    labelled = np.concatenate([training.ids, test.ids])
+    eip_labels = eip_labels.take(np.flatnonzero(np.isin(eip_labels.ids, labelled)))
     eip_labels = eip_labels.take(np.flatnonzero(np.isin(eip_labels.ids, pool.ids)))
     of_pool = np.isin(training.ids, eip_labels.ids)
     here = training.take(np.flatnonzero(of_pool & ~np.isin(training.ids, test.ids)))

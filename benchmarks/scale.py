@@ -1,0 +1,364 @@
+"""What a large pool and a long loop cost: time, memory, nodes, disk, answers of the daemon.
+
+    make bench-scale
+
+Four parts, each in a profile of its own that is removed afterwards:
+
+evaluate
+    `eipnn.evaluate` on pools of growing size. CPU time and the largest memory are those of the
+    job's process, as the operating system counts them; disk is what the predictions take in the
+    repository.
+steering
+    The calcfunctions of the loop, which run in the daemon, on a pool of 100,000: time, and how far
+    the memory of the process rose while it ran.
+nodes
+    Small loops on stored labels: nodes made by one more iteration, for pools of different sizes and
+    for batches of different sizes; and nodes that one DFT point makes where pw.x runs.
+loop
+    20 iterations of 20 points on stored labels through the daemon: nodes, size of the profile, how
+    long the loop takes outside its jobs, and how soon `verdi process list`, and a process that is
+    paused and played, answer while it runs.
+
+The networks are small: what is measured here is everything around them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.build import bulk
+
+from aiida_eipnn.science.arrays import FloatArray
+from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.labels import DFT, Labels
+
+RESULTS = Path(__file__).parent / "results" / "scale.json"
+PARTS = ("evaluate", "steering", "nodes", "loop")
+PROFILE = "scale"
+EIPS = (
+    "SW_StillingerWeber_1985_Si__MO_405512056662_005",
+    "EDIP_JustoBazantKaxiras_1998_Si__MO_958932894036_002",
+)
+# Of the members, where nothing is said of their quality.
+NETWORK = {"n_radial": 4, "l_max": 2, "width": 32, "depth": 1}
+MEMBERS = 2
+SIZES = (1_000, 10_000, 100_000)
+QUICK_SIZES = (1_000, 10_000)
+REPEATS = ((1, 1, 1), (2, 1, 1), (3, 1, 1), (2, 2, 1))
+MEGA = 2**20
+
+
+def make_pool(n: int, seed: int = 0) -> Configurations:
+    """Return rattled and strained silicon of 2 to 8 atoms."""
+    rng = np.random.default_rng(seed)
+    cells = [bulk("Si").repeat(repeat) for repeat in REPEATS]
+    frames = []
+    for number in range(n):
+        start: Atoms = cells[number % len(cells)]
+        strain = np.eye(3) + rng.normal(0, 0.02, (3, 3))
+        atoms = Atoms(
+            numbers=start.numbers,
+            positions=start.positions @ strain + rng.normal(0, 0.08, start.positions.shape),
+            cell=start.cell.array @ strain,
+            pbc=True,
+        )
+        frames.append(atoms)
+    return Configurations.from_atoms(frames, [f"atoms{2 + 2 * (i % 4)}" for i in range(n)])
+
+
+# The parts. AiiDA is imported where it is used, for the folder of its profile is set by then.
+
+
+def evaluate(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Return a row for each size of the pool."""
+    from aiida.engine import run_get_node
+    from aiida.orm import load_code
+
+    from aiida_eipnn.calculations.evaluate import EvaluateCalculation
+    from aiida_eipnn.data.configurations import ConfigurationsData
+
+    usage = make_profile()
+    committee = make_committee()
+    rows = []
+    for size in sizes:
+        pool = ConfigurationsData.from_value(make_pool(size)).store()
+        start = time.perf_counter()
+        outputs, node = run_get_node(
+            EvaluateCalculation,
+            code=load_code("eipnn-job@localhost"),
+            configurations={"pool": pool},
+            committee=committee,
+            metadata={"options": {"max_wallclock_seconds": 7200}},
+        )
+        wall = time.perf_counter() - start
+        if not node.is_finished_ok:
+            raise SystemExit(f"the job ended with {node.exit_status}: {node.exit_message}")
+        row = {
+            "configurations": size,
+            "atoms": len(pool.value().numbers),
+            "members": MEMBERS,
+            "wall_s": round(wall, 1),
+            **last_usage(usage),
+            "parser_peak_rss_mb": round(peak_memory()),
+            "predictions_mb": round(stored_bytes(outputs["predictions"]) / MEGA, 2),
+            "pool_mb": round(stored_bytes(pool) / MEGA, 2),
+        }
+        rows.append(row)
+        print(f"evaluate  {row}", flush=True)
+    return rows
+
+
+def make_committee() -> Any:
+    """Return the node of a committee whose networks know nothing."""
+    from aiida_eipnn.data.committee import CommitteeData
+    from aiida_eipnn.science.nn.committee import Committee
+    from aiida_eipnn.science.nn.network import Network, NetworkParameters
+
+    members = []
+    for seed in range(MEMBERS):
+        member = Network(NetworkParameters(), (14,), (DFT,))
+        member.initialise(seed)
+        members.append(member)
+    committee = Committee(members=tuple(members), stage="finetune", seeds=tuple(range(MEMBERS)))
+    with tempfile.TemporaryDirectory() as folder:
+        committee.save(Path(folder))
+        return CommitteeData.from_folder(Path(folder)).store()
+
+
+def steering(n: int, n_labelled: int = 400, n_test: int = 40) -> list[dict[str, Any]]:
+    """Return a row for each calcfunction of the loop, on a pool of ``n``."""
+    from aiida.orm import Dict, Int
+
+    from aiida_eipnn.calculations import loop
+    from aiida_eipnn.data.choice import Choice, ChoiceData
+    from aiida_eipnn.data.configurations import ConfigurationsData
+    from aiida_eipnn.data.labels import LabelsData
+    from aiida_eipnn.data.predictions import PredictionsData
+    from aiida_eipnn.science.acquisition import Strategy
+
+    make_profile()
+    pool = make_pool(n)
+    truth, eips, predicted = made_up(pool)
+    rows = np.random.default_rng(1).permutation(n)
+    taken = {"test": rows[:n_test], "initial": rows[n_test : n_test + n_labelled]}
+    labels = {
+        name: LabelsData.from_value(truth.take(part), level={}).store()
+        for name, part in taken.items()
+    }
+    choices = {
+        f"{loop.TAKEN}{name}": ChoiceData.from_value(
+            Choice.from_ids(pool.ids[part]), strategy="random"
+        ).store()
+        for name, part in taken.items()
+    }
+    nodes = [
+        ConfigurationsData.from_value(pool).store(),
+        PredictionsData.from_value(predicted).store(),
+    ]
+    eip_labels = LabelsData.from_value(eips).store()
+    new = LabelsData.from_value(truth.take(rows[-20:]), level={}).store()
+    del pool, truth, eips, predicted
+    stop, seed = Dict({"max_iterations": 20}), Int(0)
+    choose = {"n_select": 20}
+    calls: dict[str, Any] = {
+        "refuse": lambda: loop.refuse(nodes[0], Dict({})),
+        "split_pool": lambda: loop.split_pool(nodes[0], Dict({"test": 40, "initial": 20}), seed),
+        "refuse_dft_labels": lambda: loop.refuse_dft_labels(
+            nodes[0], new, eip_labels, initial=labels["initial"]
+        ),
+        "assess": lambda: loop.assess(
+            *nodes,
+            labels["test"],
+            eip_labels,
+            Dict(choose),
+            stop,
+            **{f"{loop.LABELS}initial": labels["initial"]},
+            **choices,
+        ),
+    }
+    for strategy in Strategy:
+        parameters = Dict({**choose, "strategy": str(strategy)})
+        calls[f"acquire, {strategy}"] = partial(
+            loop.acquire, *nodes, parameters, stop, seed, **choices
+        )
+    found = []
+    for name, call in calls.items():
+        before = start_counting_memory()
+        wall, cpu = time.perf_counter(), time.process_time()
+        call()
+        row = {
+            "function": name,
+            "configurations": n,
+            "labelled": n_labelled,
+            "wall_s": round(time.perf_counter() - wall, 2),
+            "cpu_s": round(time.process_time() - cpu, 2),
+            "memory_rise_mb": round(peak_memory() - before),
+        }
+        found.append(row)
+        print(f"steering  {row}", flush=True)
+    return found
+
+
+def made_up(pool: Configurations) -> tuple[Labels, Labels, Any]:
+    """Return DFT labels, labels of eight EIPs and predictions that look like real ones."""
+    from aiida_eipnn.science.predictions import Predictions
+
+    rng = np.random.default_rng(2)
+    n, n_atoms, n_eips, width = len(pool), len(pool.numbers), 8, 128
+    energy = -5.0 * pool.n_atoms + rng.normal(0, 0.1, n) * pool.n_atoms
+    forces = rng.normal(0, 1.0, (n_atoms, 3))
+    truth = labels_of(pool, [DFT], energy[:, None], forces[None])
+    eips = labels_of(
+        pool,
+        [f"eip{number}" for number in range(n_eips)],
+        energy[:, None] + rng.normal(0, 0.05, (n, n_eips)) * pool.n_atoms[:, None],
+        (forces + rng.normal(0, 0.3, (n_eips, n_atoms, 3))).astype(np.float32),
+    )
+    predicted = Predictions(
+        ids=pool.ids,
+        offsets=pool.offsets,
+        energy=energy + rng.normal(0, 0.02, n) * pool.n_atoms,
+        forces=forces + rng.normal(0, 0.1, (n_atoms, 3)),
+        stress=np.zeros((n, 6)),
+        energy_std=rng.uniform(0.001, 0.1, n),
+        forces_std=rng.uniform(0.01, 0.5, n_atoms),
+        features=(rng.normal(0, 1, (n, 20)) @ rng.normal(0, 1, (20, width))).astype(np.float32),
+    )
+    return truth, eips, predicted
+
+
+def labels_of(pool: Configurations, sources: list[str], energy: FloatArray, forces: Any) -> Labels:
+    """Return complete labels."""
+    n, m = energy.shape
+    return Labels(
+        ids=pool.ids,
+        offsets=pool.offsets,
+        sources=np.array(sources),
+        energy=energy,
+        forces=forces,
+        stress=np.full((n, m, 6), np.nan, dtype=forces.dtype),
+        status=np.zeros((n, m), dtype=np.int64),
+        reasons=np.array([], dtype="<U1"),
+        origins=np.full(n, "", dtype="<U36"),
+    )
+
+
+# What all parts need.
+
+
+def make_profile() -> Path:
+    """Make and load the profile; return the file into which jobs write what they used."""
+    import aiida_eipnn
+    from aiida_eipnn.cli import environment
+
+    environment.ensure_profile(PROFILE)
+    environment.ensure_computer()
+    folder = Path(os.environ["AIIDA_PATH"])
+    usage = folder / "usage.jsonl"
+    wrapper = folder / "eipnn-job"
+    wrapper.write_text(
+        WRAPPER.format(
+            python=sys.executable,
+            usage=str(usage),
+            path=str(Path(aiida_eipnn.__file__).parents[1]),
+        )
+    )
+    wrapper.chmod(0o755)
+    environment.ensure_code("eipnn-job", wrapper, prepend=environment.ONE_THREAD)
+    return usage
+
+
+WRAPPER = """#!{python}
+import json, os, resource, subprocess, sys, time
+start = time.time()
+os.environ["PYTHONPATH"] = {path!r}
+code = subprocess.call([sys.executable, "-m", "aiida_eipnn.jobs", *sys.argv[1:]])
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+with open({usage!r}, "a") as stream:
+    found = dict(start=start, end=time.time(), cpu_s=round(used.ru_utime + used.ru_stime, 1),
+                 peak_rss_mb=round(used.ru_maxrss / 1024))
+    stream.write(json.dumps(found) + "\\n")
+sys.exit(code)
+"""
+
+
+def last_usage(path: Path) -> dict[str, float]:
+    """Return what the last job used."""
+    found = json.loads(path.read_text().splitlines()[-1])
+    return {
+        "job_s": round(found["end"] - found["start"], 1),
+        "cpu_s": found["cpu_s"],
+        "peak_rss_mb": found["peak_rss_mb"],
+    }
+
+
+def stored_bytes(node: Any) -> int:
+    """Return the bytes of the files of a node."""
+    repository = node.base.repository
+    return sum(repository.get_object_size(name) for name in repository.list_object_names())
+
+
+def start_counting_memory() -> float:
+    """Return the memory of this process, in MB, and count its peak from here on (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory()
+
+
+def peak_memory() -> float:
+    """Return the largest resident memory of this process so far, in MB."""
+    status = Path("/proc/self/status").read_text()
+    line = next(row for row in status.splitlines() if row.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def run_part(name: str, *, quick: bool) -> Any:
+    """Run one part here."""
+    if name == "evaluate":
+        return evaluate(QUICK_SIZES if quick else SIZES)
+    if name == "steering":
+        return steering(20_000 if quick else 100_000)
+    raise SystemExit(f"no part {name!r}, only {PARTS}")
+
+
+def run_apart(name: str, *, quick: bool) -> Any:
+    """Run one part in a process and a profile of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "part.json"
+        command = [sys.executable, __file__, "--part", name, "--output", str(output)]
+        subprocess.run(
+            [*command, *(["--quick"] if quick else [])],
+            env=os.environ | {"AIIDA_PATH": folder, "OMP_NUM_THREADS": "1"},
+            check=True,
+        )
+        return json.loads(output.read_text())
+
+
+def main() -> None:
+    """Run the parts, print their rows, write JSON."""
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("--quick", action="store_true", help="smaller pools and a shorter loop")
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    options.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    options.add_argument("--output", type=Path, default=RESULTS)
+    given = options.parse_args()
+    if given.part:
+        given.output.write_text(json.dumps(run_part(given.part, quick=given.quick)))
+        return
+    content = json.loads(given.output.read_text()) if given.output.exists() else {}
+    for name in given.parts:
+        content[name] = run_apart(name, quick=given.quick)
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        given.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
