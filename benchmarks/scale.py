@@ -25,15 +25,18 @@ The networks are small: what is measured here is everything around them.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from ase import Atoms
 from ase.build import bulk
 
@@ -48,6 +51,9 @@ EIPS = (
     "SW_StillingerWeber_1985_Si__MO_405512056662_005",
     "EDIP_JustoBazantKaxiras_1998_Si__MO_958932894036_002",
 )
+# What stands for DFT in the loops.
+ORACLE = "Tersoff_LAMMPS_Tersoff_1988T3_Si__MO_186459956893_003"
+SI_PSEUDO = Path("/usr/share/espresso/pseudo/Si.pz-vbc.UPF")
 # Of the members, where nothing is said of their quality.
 NETWORK = {"n_radial": 4, "l_max": 2, "width": 32, "depth": 1}
 MEMBERS = 2
@@ -252,6 +258,238 @@ def labels_of(pool: Configurations, sources: list[str], energy: FloatArray, forc
     )
 
 
+def nodes() -> dict[str, Any]:
+    """Return nodes of one more iteration by size of pool and batch, and of one run of pw.x."""
+    from aiida.engine import run_get_node
+
+    make_profile()
+    rows = []
+    for n_pool, n_select in ((100, 5), (1_000, 5), (100, 20)):
+        builder = loop_builder(n_pool, n_iterations=2, n_select=n_select, n_first=10)
+        outputs, node = run_get_node(builder)
+        if not node.is_finished_ok:
+            raise SystemExit(f"the loop ended with {node.exit_status}: {node.exit_message}")
+        # Nothing else makes nodes here, so that their numbers count them.
+        first, second = (outputs["iterations"][name]["history"].pk for name in ("i001", "i002"))
+        rows.append({"pool": n_pool, "points": n_select, "nodes_per_iteration": second - first})
+        print(f"nodes     {rows[-1]}", flush=True)
+    found = {"stored_labels": rows, "nodes_per_pw_point": nodes_of_pw()}
+    print(f"nodes     of one point with pw.x: {found['nodes_per_pw_point']}", flush=True)
+    return found
+
+
+def nodes_of_pw() -> float | None:
+    """Return how many nodes a DFT point makes more, where pw.x is installed."""
+    from aiida.engine import run_get_node
+    from aiida.orm import Node, QueryBuilder, load_code
+    from aiida_pseudo.data.pseudo import UpfData
+    from aiida_pseudo.groups.family import CutoffsPseudoPotentialFamily
+
+    from aiida_eipnn.cli import environment
+    from aiida_eipnn.data.choice import Choice, ChoiceData
+    from aiida_eipnn.data.configurations import ConfigurationsData
+    from aiida_eipnn.workflows.label_dft import DftLabelWorkChain
+
+    if shutil.which("pw.x") is None or not SI_PSEUDO.exists():
+        return None
+    environment.ensure_code(
+        "pw",
+        environment.find_pw(None),
+        plugin="quantumespresso.pw",
+        prepend=environment.pw_prepend(),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(SI_PSEUDO, Path(folder) / "Si.upf")
+        family = CutoffsPseudoPotentialFamily.create_from_folder(
+            Path(folder), "scale", pseudo_type=UpfData
+        )
+    family.set_cutoffs({"Si": {"cutoff_wfc": 16.0, "cutoff_rho": 64.0}}, "low", unit="Ry")
+    pool = make_pool(16)
+    # The first of each four has two atoms.
+    small = ConfigurationsData.from_value(pool.take(range(0, 16, 4))).store()
+    counts: list[int] = []
+    for n in (1, 3):
+        before = QueryBuilder().append(Node).count()
+        _, node = run_get_node(
+            DftLabelWorkChain.get_builder_from_protocol(
+                load_code("pw@localhost"),
+                small,
+                ChoiceData.from_value(Choice.from_ids(small.ids()[:n]), strategy="random"),
+                protocol="demo",
+                overrides={
+                    "dft": {
+                        "n_lanes": 1,
+                        "scaling": {"conv_thr_per_atom": 1e-6},
+                        "pw_base": {"kpoints_distance": 2.0, "pseudo_family": "scale"},
+                    }
+                },
+            )
+        )
+        if not node.is_finished_ok:
+            raise SystemExit(f"labelling ended with {node.exit_status}: {node.exit_message}")
+        counts.append(QueryBuilder().append(Node).count() - before)
+    return (counts[1] - counts[0]) / 2
+
+
+def loop(n_iterations: int, n_select: int) -> dict[str, Any]:
+    """Run a loop through the daemon and watch how soon the daemon answers."""
+    from aiida.engine import submit
+    from aiida.orm import Node, QueryBuilder
+
+    usage = make_profile()
+    builder = loop_builder(
+        2_000, n_iterations=n_iterations, n_select=n_select, n_first=20, n_test=40
+    )
+    verdi("daemon", "start", "1")
+    try:
+        idle = [timed(verdi, "process", "list") for _ in range(3)]
+        before = QueryBuilder().append(Node).count()
+        start = time.time()
+        node = submit(builder)
+        answers = watch(node)
+        end = time.time()
+        worker = worker_usage()
+    finally:
+        verdi("daemon", "stop")
+    if not node.is_finished_ok:
+        raise SystemExit(f"the loop ended with {node.exit_status}: {node.exit_message}")
+    iterations = len(node.outputs.history["iterations"])
+    in_jobs = covered([json.loads(line) for line in usage.read_text().splitlines()])
+    found = {
+        "iterations": iterations,
+        "points_per_iteration": n_select,
+        "pool": 2_000,
+        "dft_labels": node.outputs.history["iterations"][-1]["n_training_labels"],
+        "wall_s": round(end - start),
+        "in_jobs_s": round(in_jobs),
+        "outside_jobs_s_per_iteration": round((end - start - in_jobs) / iterations, 1),
+        "nodes": QueryBuilder().append(Node).count() - before,
+        **profile_size(),
+        "process_list_idle_s": round(float(np.median(idle)), 2),
+        **{
+            f"{name}_{kind}": round(float(number), 2)
+            for name, times in answers.items()
+            for kind, number in (
+                ("median_s", np.median(times)),
+                ("max_s", np.max(times)),
+                ("n", len(times)),
+            )
+        },
+        **worker,
+    }
+    print(f"loop      {found}", flush=True)
+    return found
+
+
+def watch(node: Any) -> dict[str, list[float]]:
+    """Return how long answers took until a process ended."""
+    from aiida.engine.processes import control
+
+    listed, paused = [], []
+    while not node.is_terminated:
+        listed.append(timed(verdi, "process", "list"))
+        if not node.is_terminated:
+            # Both ways through the broker to the worker that runs the loop.
+            start = time.perf_counter()
+            control.pause_processes([node], timeout=60, wait=True)
+            paused.append(time.perf_counter() - start)
+            control.play_processes([node], timeout=60, wait=True)
+        time.sleep(5)
+    return {"process_list": listed, "pause": paused}
+
+
+def worker_usage() -> dict[str, float]:
+    """Return what the daemon and its worker used."""
+    from aiida.engine.daemon.client import get_daemon_client
+
+    daemon = psutil.Process(get_daemon_client().get_daemon_pid())
+    family = [daemon, *daemon.children(recursive=True)]
+    times = [process.cpu_times() for process in family]
+    return {
+        "daemon_cpu_s": round(sum(item.user + item.system for item in times), 1),
+        "worker_rss_mb": round(max(process.memory_info().rss for process in family) / MEGA),
+    }
+
+
+def covered(jobs: list[dict[str, float]]) -> float:
+    """Return the time in which at least one job ran."""
+    total, reached = 0.0, 0.0
+    for job in sorted(jobs, key=lambda item: item["start"]):
+        total += max(0.0, job["end"] - max(job["start"], reached))
+        reached = max(reached, job["end"])
+    return total
+
+
+def profile_size() -> dict[str, float]:
+    """Return size of the database and of the repository, as they are and packed."""
+    from aiida.manage.configuration import get_profile
+
+    folder = Path(get_profile().storage_config["filepath"])
+    found = {}
+    for name in ("", "packed_"):
+        if name:
+            verdi("storage", "maintain", "--full", "--force", "--compress")
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        database = sum(path.stat().st_size for path in files if path.parent == folder)
+        everything = sum(path.stat().st_size for path in files)
+        found[f"{name}database_mb"] = round(database / MEGA, 1)
+        found[f"{name}repository_mb"] = round((everything - database) / MEGA, 1)
+    return found
+
+
+def loop_builder(
+    n_pool: int, *, n_iterations: int, n_select: int, n_first: int, n_test: int = 10
+) -> Any:
+    """Return a loop on labels of an EIP that stand for DFT."""
+    from aiida.orm import load_code
+
+    from aiida_eipnn.data.configurations import ConfigurationsData
+    from aiida_eipnn.data.labels import LabelsData
+    from aiida_eipnn.science.eip.engine import label_with_eips
+    from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
+    from aiida_eipnn.workflows.builder import Codes, Start
+
+    pool = make_pool(n_pool, seed=n_pool)
+    stored = replace(label_with_eips(pool, [ORACLE]), sources=np.array([DFT]))
+    return ActiveLearningWorkChain.get_builder_from_protocol(
+        Codes(job=load_code("eipnn-job@localhost")),
+        Start(
+            pool=ConfigurationsData.from_value(pool),
+            eips=list(EIPS),
+            stored_labels=LabelsData.from_value(stored, level={}),
+        ),
+        protocol="demo",
+        overrides={
+            "n_members": MEMBERS,
+            "n_pretrained": 1,
+            "train_scratch": False,
+            "use_pseudo_labels": False,
+            "label": {"n_workers": 1},
+            "train": {"n_workers": 1},
+            "network": NETWORK,
+            "pretrain": {"steps": 60},
+            "classify": {"steps": 20},
+            "finetune": {"steps": 20},
+            "split": {"test": n_test, "initial": n_first},
+            "acquisition": {"n_select": n_select, "strategy": "lcmd"},
+            "stop": {"max_iterations": n_iterations},
+        },
+    )
+
+
+def verdi(*arguments: str) -> None:
+    """Run a command of AiiDA."""
+    command = [str(Path(sys.executable).with_name("verdi")), *arguments]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def timed(call: Any, *arguments: Any) -> float:
+    """Return how long a call takes, in s."""
+    start = time.perf_counter()
+    call(*arguments)
+    return time.perf_counter() - start
+
+
 # What all parts need.
 
 
@@ -326,6 +564,10 @@ def run_part(name: str, *, quick: bool) -> Any:
         return evaluate(QUICK_SIZES if quick else SIZES)
     if name == "steering":
         return steering(20_000 if quick else 100_000)
+    if name == "nodes":
+        return nodes()
+    if name == "loop":
+        return loop(4, 5) if quick else loop(20, 20)
     raise SystemExit(f"no part {name!r}, only {PARTS}")
 
 

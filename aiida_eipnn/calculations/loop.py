@@ -29,6 +29,7 @@ from aiida_eipnn.science.uncertainty import (
     calibration_scale,
     judge_conformal,
     judge_uncertainties,
+    uncertainty_curves,
 )
 from aiida_eipnn.science.verdict import AGREEMENT, N_HELD_OUT, SCORE, Verdict
 
@@ -271,7 +272,7 @@ def assess(
         "by_config_type": _errors_by_type(pool.value(), test, predicted),
         "best_eip": _best_eip(pool.value(), training.labelled(), test, eip_labels.value()),
         "calibration": calibration,
-        "panel": _panel(test, predicted),
+        **_panel(test, predicted),
         "conformal": _conformal(test, predicted),
     }
     for name in ("scratch", "finetuned"):
@@ -356,15 +357,24 @@ def _calibration(test: Labels, predicted: Predictions) -> dict[str, float | int]
     return {name: getattr(found, name) for name in ("spearman", "scale", "coverage", "n")}
 
 
-def _panel(test: Labels, predicted: Predictions) -> dict[str, Any] | None:
-    """Judge the spread of force components, once its scale is right, by their errors."""
+def _panel(test: Labels, predicted: Predictions) -> dict[str, Any]:
+    """Judge the spread of force components, once its scale is right, by their errors.
+
+    Numbers are the ``panel``, lines to draw the ``curves``.
+    """
     spread, error = _forces_on_test(test, predicted)
     used = spread > 0
     if not used.any():
-        return None
+        return {"panel": None, "curves": None}
     # The spread is that of the vector; each of its three components has a part of it.
     sigma, wrong = np.repeat(spread[used] / np.sqrt(3), 3), error[used].ravel()
-    return asdict(judge_uncertainties(calibration_scale(sigma, wrong) * sigma, wrong))
+    sigma = calibration_scale(sigma, wrong) * sigma
+    return {
+        "panel": asdict(judge_uncertainties(sigma, wrong)),
+        "curves": {
+            name: list(values) for name, values in asdict(uncertainty_curves(sigma, wrong)).items()
+        },
+    }
 
 
 def _conformal(test: Labels, predicted: Predictions) -> dict[str, Any]:
