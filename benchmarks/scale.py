@@ -1,6 +1,7 @@
 """What a large pool and a long loop cost: time, memory, nodes, disk, answers of the daemon.
 
-    make bench-scale
+    make bench-scale         # smaller pools, a loop of 3 iterations
+    make bench-scale-full
 
 Four parts, each in a profile of its own that is removed afterwards:
 
@@ -23,6 +24,7 @@ The networks are small: what is measured here is everything around them.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -61,6 +63,8 @@ SIZES = (1_000, 10_000, 100_000)
 QUICK_SIZES = (1_000, 10_000)
 REPEATS = ((1, 1, 1), (2, 1, 1), (3, 1, 1), (2, 2, 1))
 MEGA = 2**20
+# How often the daemon is asked, and how long an answer is waited for, in s.
+EVERY, PATIENCE = 30, 60
 
 
 def make_pool(n: int, seed: int = 0) -> Configurations:
@@ -114,7 +118,6 @@ def evaluate(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
             "members": MEMBERS,
             "wall_s": round(wall, 1),
             **last_usage(usage),
-            "parser_peak_rss_mb": round(peak_memory()),
             "predictions_mb": round(stored_bytes(outputs["predictions"]) / MEGA, 2),
             "pool_mb": round(stored_bytes(pool) / MEGA, 2),
         }
@@ -331,14 +334,14 @@ def nodes_of_pw() -> float | None:
     return (counts[1] - counts[0]) / 2
 
 
-def loop(n_iterations: int, n_select: int) -> dict[str, Any]:
+def loop(n_iterations: int, n_select: int, n_pool: int) -> dict[str, Any]:
     """Run a loop through the daemon and watch how soon the daemon answers."""
     from aiida.engine import submit
     from aiida.orm import Node, QueryBuilder
 
     usage = make_profile()
     builder = loop_builder(
-        2_000, n_iterations=n_iterations, n_select=n_select, n_first=20, n_test=40
+        n_pool, n_iterations=n_iterations, n_select=n_select, n_first=20, n_test=40
     )
     verdi("daemon", "start", "1")
     try:
@@ -358,12 +361,13 @@ def loop(n_iterations: int, n_select: int) -> dict[str, Any]:
     found = {
         "iterations": iterations,
         "points_per_iteration": n_select,
-        "pool": 2_000,
+        "pool": n_pool,
         "dft_labels": node.outputs.history["iterations"][-1]["n_training_labels"],
         "wall_s": round(end - start),
         "in_jobs_s": round(in_jobs),
         "outside_jobs_s_per_iteration": round((end - start - in_jobs) / iterations, 1),
         "nodes": QueryBuilder().append(Node).count() - before,
+        "nodes_per_iteration": nodes_by_iteration(node),
         **profile_size(),
         "process_list_idle_s": round(float(np.median(idle)), 2),
         **{
@@ -381,21 +385,36 @@ def loop(n_iterations: int, n_select: int) -> dict[str, Any]:
     return found
 
 
+def nodes_by_iteration(node: Any) -> list[int]:
+    """Return how many nodes each iteration after the first made.
+
+    Nothing else makes nodes in this profile, so that their numbers count them.
+    """
+    iterations = node.outputs.iterations
+    pks = [iterations[name]["history"].pk for name in sorted(iterations)]
+    return [second - first for first, second in itertools.pairwise(pks)]
+
+
 def watch(node: Any) -> dict[str, list[float]]:
     """Return how long answers took until a process ended."""
     from aiida.engine.processes import control
 
-    listed, paused = [], []
+    times: dict[str, list[float]] = {"process_list": [], "pause": [], "play": []}
     while not node.is_terminated:
-        listed.append(timed(verdi, "process", "list"))
-        if not node.is_terminated:
-            # Both ways through the broker to the worker that runs the loop.
+        times["process_list"].append(timed(verdi, "process", "list"))
+        # Through the broker to the worker that runs the loop, and back.
+        for name in ("pause", "play"):
+            action = getattr(control, f"{name}_processes")
+            if node.is_terminated:
+                break
             start = time.perf_counter()
-            control.pause_processes([node], timeout=60, wait=True)
-            paused.append(time.perf_counter() - start)
-            control.play_processes([node], timeout=60, wait=True)
-        time.sleep(5)
-    return {"process_list": listed, "pause": paused}
+            try:
+                action([node], timeout=PATIENCE)
+            except control.ProcessTimeoutException:
+                print(f"loop      no answer to {name} within {PATIENCE} s", flush=True)
+            times[name].append(time.perf_counter() - start)
+        time.sleep(EVERY)
+    return {name: found for name, found in times.items() if found}
 
 
 def worker_usage() -> dict[str, float]:
@@ -567,7 +586,7 @@ def run_part(name: str, *, quick: bool) -> Any:
     if name == "nodes":
         return nodes()
     if name == "loop":
-        return loop(4, 5) if quick else loop(20, 20)
+        return loop(3, 5, 200) if quick else loop(20, 20, 2_000)
     raise SystemExit(f"no part {name!r}, only {PARTS}")
 
 
