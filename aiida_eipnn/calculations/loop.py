@@ -43,6 +43,7 @@ from aiida_eipnn.science.uncertainty import (
     calibration_scale,
     judge_conformal,
     judge_uncertainties,
+    uncertainty_curves,
 )
 from aiida_eipnn.science.verdict import AGREEMENT, N_HELD_OUT, SCORE, Verdict
 
@@ -376,7 +377,7 @@ def assess(
         "best_eip": _best_eip(pool.value(), training.labelled(), test, eip_labels.value()),
         "calibration": calibration,
         "error_scale": scale,
-        "panel": _panel(test, predicted),
+        **_panel(test, predicted),
         "conformal": _conformal(test, predicted),
     }
     for name in ("scratch", "finetuned"):
@@ -434,6 +435,9 @@ def _best_eip(
     pool: Configurations, training: Labels, test: Labels, eip_labels: Labels
 ) -> dict[str, Any] | None:
     """Return the EIP that is best on the training labels, and its errors on the test labels."""
+    # First what is labelled: a pool may be large, and this runs in the daemon.
+    labelled = np.concatenate([training.ids, test.ids])
+    eip_labels = eip_labels.take(np.flatnonzero(np.isin(eip_labels.ids, labelled)))
     eip_labels = eip_labels.take(np.flatnonzero(np.isin(eip_labels.ids, pool.ids)))
     of_pool = np.isin(training.ids, eip_labels.ids)
     here = training.take(np.flatnonzero(of_pool & ~np.isin(training.ids, test.ids)))
@@ -471,15 +475,24 @@ def batch_name(iteration: int) -> str:
     return f"i{iteration:03d}"
 
 
-def _panel(test: Labels, predicted: Predictions) -> dict[str, Any] | None:
-    """Judge the spread of force components, once its scale is right, by their errors."""
+def _panel(test: Labels, predicted: Predictions) -> dict[str, Any]:
+    """Judge the spread of force components, once its scale is right, by their errors.
+
+    Numbers are the ``panel``, lines to draw the ``curves``.
+    """
     spread, error = _forces_on_test(test, predicted)
     used = spread > 0
     if not used.any():
-        return None
+        return {"panel": None, "curves": None}
     # The spread is that of the vector; each of its three components has a part of it.
     sigma, wrong = np.repeat(spread[used] / np.sqrt(3), 3), error[used].ravel()
-    return asdict(judge_uncertainties(calibration_scale(sigma, wrong) * sigma, wrong))
+    sigma = calibration_scale(sigma, wrong) * sigma
+    return {
+        "panel": asdict(judge_uncertainties(sigma, wrong)),
+        "curves": {
+            name: list(values) for name, values in asdict(uncertainty_curves(sigma, wrong)).items()
+        },
+    }
 
 
 def _conformal(test: Labels, predicted: Predictions) -> dict[str, Any]:

@@ -2,19 +2,29 @@
 
 import json
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.inputs import read_configurations
-from aiida_eipnn.science.arrays import save_arrays
+from aiida_eipnn.science.arrays import save_arrays, save_parts
+from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.nn.committee import Committee
 from aiida_eipnn.science.nn.device import choose_device
+from aiida_eipnn.science.predictions import Predictions
+
+OFFSETS = "offsets"
+OF_ATOMS = ("forces", "forces_std")
 
 
 def run(job: spec.EvaluateJob, folder: Path) -> spec.State:
     """Predict the configurations in ``folder``; write predictions and metrics below its ``output``.
+
+    Predictions are written batch by batch: beside the configurations, memory holds one of them.
 
     ``job.max_seconds`` is not watched: a prediction is seconds of work, and half of it of no use.
 
@@ -26,13 +36,13 @@ def run(job: spec.EvaluateJob, folder: Path) -> spec.State:
     """
     started = time.monotonic()
     torch.set_num_threads(1)
-    configurations = read_configurations(folder)
+    configurations = read_configurations(folder, mapped=True)
     device = choose_device(job.device)
     committee = Committee.load(folder / spec.COMMITTEE).to(device)
-    predictions = committee.predict(configurations, job.batch_size)
     output = folder / spec.OUTPUT
-    save_arrays(output / spec.PREDICTIONS, predictions.arrays())
-    uncertainty = predictions.uncertainty
+    summary = _Summary()
+    parts = committee.predict_parts(configurations, job.batch_size)
+    write_predictions(output / spec.PREDICTIONS, configurations, map(summary.add, parts))
     metrics = {
         "n_configurations": len(configurations),
         "n_atoms": len(configurations.numbers),
@@ -40,10 +50,41 @@ def run(job: spec.EvaluateJob, folder: Path) -> spec.State:
         "stage": committee.stage,
         "device": device.type,
         "uncertainty": {
-            "mean": float(uncertainty.mean()),
-            "max": float(uncertainty.max()),
+            "mean": summary.total / len(configurations),
+            "max": summary.largest,
         },
         "seconds": time.monotonic() - started,
     }
     (output / spec.METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
     return spec.State.DONE
+
+
+def write_predictions(
+    folder: Path, configurations: Configurations, parts: Iterable[Predictions]
+) -> None:
+    """Write predictions of all configurations that come in parts."""
+    n, n_atoms = len(configurations), len(configurations.numbers)
+    # Known without a prediction, and the only array that is not one part after the other.
+    save_arrays(folder, {OFFSETS: configurations.offsets})
+    rows = {
+        field.name: n_atoms if field.name in OF_ATOMS else n
+        for field in fields(Predictions)
+        if field.name != OFFSETS
+    }
+    save_parts(folder, rows, (part.arrays() for part in parts))
+
+
+@dataclass(slots=True)
+class _Summary:
+    """What is reported of all uncertainties, in eV/Å."""
+
+    total: float = 0.0
+    largest: float = 0.0
+
+    def add(self, part: Predictions) -> Predictions:
+        """Count a part, and hand it on."""
+        uncertainty = part.uncertainty
+        self.total += float(uncertainty.sum())
+        # Unlike max, it hands NaN on.
+        self.largest = float(np.maximum(self.largest, uncertainty.max()))
+        return part

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from aiida_eipnn.science.arrays import FloatArray
-from aiida_eipnn.science.uncertainty import Calibration
+from aiida_eipnn.science.uncertainty import Calibration, Curves
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW = "#CC79A7", "#56B4E9", "#F0E442"
@@ -253,6 +253,129 @@ def uncertainty_against_error(
     axes.set_xlabel("force uncertainty, eV/Å")
     axes.set_ylabel("force error, eV/Å")
     return axes
+
+
+def calibration_curves(axes: Axes, iterations: Mapping[str, Curves]) -> Axes:
+    """Draw the share of errors within the interval of each probability: the diagonal is right."""
+    axes.plot([0, 1], [0, 1], color=PALE, linewidth=1.2, zorder=1)
+    for curve, style in _fading(iterations):
+        axes.plot([0, *curve.expected, 1], [0, *curve.observed, 1], **style)
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.set_box_aspect(1)
+    axes.set_xlabel("share of errors expected in the interval")
+    axes.set_ylabel("share observed")
+    return legend_above(axes)
+
+
+def rejection_curves(axes: Axes, iterations: Mapping[str, Curves]) -> Axes:
+    """Draw the error of what is kept when the most uncertain are left out, over that of all.
+
+    Dotted: as if the errors were known, for the last iteration.
+    """
+    for curve, style in _fading(iterations):
+        axes.plot(_left_out(curve), _over_all(curve, curve.kept_error), **style)
+    last = list(iterations.values())[-1]
+    axes.plot(
+        _left_out(last),
+        _over_all(last, last.least_error),
+        color=MUTED,
+        linestyle=":",
+        linewidth=1.3,
+        label="errors known",
+    )
+    axes.axhline(1.0, color=PALE, linewidth=1.2, zorder=1)
+    axes.set(xlim=(0, 100), ylim=(0, None))
+    axes.set_box_aspect(1)
+    axes.set_xlabel("most uncertain left out, %")
+    axes.set_ylabel("MAE of the rest over MAE of all")
+    return axes
+
+
+def _left_out(curve: Curves) -> list[float]:
+    return [100 * (1 - share) for share in curve.kept]
+
+
+def _over_all(curve: Curves, errors: Sequence[float]) -> list[float]:
+    return [value / (curve.kept_error[0] or 1.0) for value in errors]
+
+
+def spread_against_error(axes: Axes, iterations: Mapping[str, Curves]) -> Axes:
+    """Draw error against calibrated uncertainty in bins, both in eV/Å: the diagonal is right."""
+    seen: list[float] = []
+    for curve, style in _fading(iterations):
+        axes.plot(curve.bin_sigma, curve.bin_error, marker="o", markersize=4, **style)
+        seen += [value for value in (*curve.bin_sigma, *curve.bin_error) if value > 0]
+    if seen:
+        ends = (min(seen) / 1.2, max(seen) * 1.2)
+        axes.plot(ends, ends, color=PALE, linewidth=1.2, zorder=1)
+        axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+        for axis in (axes.xaxis, axes.yaxis):
+            plain_log_ticks(axis)
+    axes.set_box_aspect(1)
+    axes.set_xlabel("calibrated uncertainty, rms, eV/Å")
+    axes.set_ylabel("force error, rms, eV/Å")
+    return axes
+
+
+def _fading(iterations: Mapping[str, Curves]) -> list[tuple[Curves, dict[str, Any]]]:
+    """Return curves with how to draw them: the last one strong, earlier ones paler."""
+    last = len(iterations) - 1
+    return [
+        (
+            curve,
+            {
+                "color": BLUE if number == last else SKY,
+                "alpha": 1.0 if number == last else 0.3 + 0.4 * number / last,
+                "linewidth": 1.8 if number == last else 1.1,
+                # Of many iterations the first and the last are named.
+                "label": name if number in (0, last) else "_",
+            },
+        )
+        for number, (name, curve) in enumerate(iterations.items())
+    ]
+
+
+def by_iteration(
+    axes: Axes,
+    iterations: Sequence[int],
+    lines: Mapping[str, Sequence[float]],
+    label: str,
+    nominal: Mapping[str, float] | None = None,
+) -> Axes:
+    """Draw numbers against the iteration, NaN where one is not known.
+
+    Parameters
+    ----------
+    axes
+        Where to draw.
+    iterations
+        Numbers of the iterations.
+    lines
+        Values by name.
+    label
+        Of the vertical axis.
+    nominal
+        Where the line of a name should lie, drawn dashed.
+    """
+    for number, (name, values) in enumerate(lines.items()):
+        axes.plot(
+            iterations,
+            values,
+            label=name,
+            color=CYCLE[number],
+            marker=MARKERS[number],
+            markersize=5.5,
+            markeredgecolor="white",
+            markeredgewidth=0.8,
+        )
+        if nominal and name in nominal:
+            dashed: Any = (0, (4, 3))
+            axes.axhline(nominal[name], color=CYCLE[number], linestyle=dashed, linewidth=1.0)
+    axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS, integer=True))
+    axes.set_xlim(min(iterations) - 0.5, max(iterations) + 0.5)
+    axes.set_xlabel("iteration")
+    axes.set_ylabel(label)
+    return legend_above(axes)
 
 
 def stacked_bars(

@@ -28,7 +28,7 @@ from aiida_eipnn.reports.points import (
 )
 from aiida_eipnn.science.convergence import StopCriteria
 from aiida_eipnn.science.metrics import Errors
-from aiida_eipnn.science.uncertainty import Calibration, Conformal, Panel
+from aiida_eipnn.science.uncertainty import Calibration, Conformal, Curves, Panel
 
 LOOP = "ActiveLearningWorkChain"
 TEST = "test"
@@ -104,6 +104,10 @@ class Iteration:
         How the uncertainty compares with the errors on the test set.
     panel
         What else is known of it, once its scale is right.
+    curves
+        The same as lines to draw; not there in loops of earlier versions.
+    conformal, conformal_worst
+        Intervals for the force on an atom, and for the worst one of a configuration.
     choices
         How often each EIP, or ``none``, was chosen in the pool.
     asked
@@ -127,7 +131,9 @@ class Iteration:
     mean_uncertainty: float | None = None
     calibration: Calibration | None = None
     panel: Panel | None = None
+    curves: Curves | None = None
     conformal: Conformal | None = None
+    conformal_worst: Conformal | None = None
     choices: dict[str, int]
     asked: Asked | None = None
     seconds: float = 0.0
@@ -409,7 +415,9 @@ def _iteration(
         mean_uncertainty=record.get("mean_uncertainty"),
         calibration=_calibration(calibration),
         panel=_panel(record.get("panel")),
+        curves=_curves(record.get("curves")),
         conformal=_conformal((record.get("conformal") or {}).get("atoms")),
+        conformal_worst=_conformal((record.get("conformal") or {}).get("configurations")),
         choices=dict(selection.base.attributes.get("counts")) if selection else {},
         asked=_asked(outputs.get("choice"), pool),
         seconds=seconds,
@@ -424,6 +432,10 @@ def _calibration(record: Mapping[str, Any] | None) -> Calibration | None:
 
 def _panel(record: Mapping[str, Any] | None) -> Panel | None:
     return Panel(**_numbers(record, Panel.__slots__)) if record else None
+
+
+def _curves(record: Mapping[str, Any] | None) -> Curves | None:
+    return Curves(**{name: tuple(record[name]) for name in Curves.__slots__}) if record else None
 
 
 def _conformal(record: Mapping[str, Any] | None) -> Conformal | None:

@@ -348,6 +348,8 @@ def draw_figures(history: History, outputs: Mapping[str, Data], pool: Data) -> d
     return {
         "learning": learning_figure(history),
         "parity": parity_figure(evidence.read_test_set(outputs, last), last),
+        "curves": curves_figure(history),
+        "panel": panel_figure(history),
         "choices": choices_figure(evidence.read_choices(outputs, pool, last), history.eips),
         "asked": asked_figure(
             history, evidence.read_uncertainties(outputs, history.iterations), types
@@ -416,6 +418,58 @@ def parity_figure(test: evidence.TestSet | None, last: Iteration | None) -> str:
         )
 
     return str(figures.draw("parity", paint, n_axes=3, height=3.2))
+
+
+def curves_figure(history: History) -> str:
+    """Draw calibration, rejection, and spread against error, of every iteration."""
+    curves = {f"iteration {item.number}": item.curves for item in history.assessed if item.curves}
+    if not curves:
+        return ""
+    figures = load_figures()
+
+    def paint(axes: Sequence[Any]) -> None:
+        figures.calibration_curves(axes[0], curves)
+        figures.rejection_curves(axes[1], curves)
+        figures.spread_against_error(axes[2], curves)
+
+    return str(figures.draw("curves", paint, n_axes=3, height=3.3))
+
+
+def panel_figure(history: History) -> str:
+    """Draw the panel of the uncertainties against the iterations."""
+    judged = [(item, item.panel) for item in history.assessed if item.panel]
+    if not judged:
+        return ""
+    figures = load_figures()
+    numbers = [item.number for item, _ in judged]
+
+    def line(field: str) -> list[float]:
+        return [getattr(panel, field) for _, panel in judged]
+
+    def paint(axes: Sequence[Any]) -> None:
+        covered, wanted = _coverage([item for item, _ in judged])
+        figures.by_iteration(axes[0], numbers, covered, "errors within the interval, %", wanted)
+        ranking = {"rank correlation": line("spearman"), "gain by rejection": line("rejection")}
+        figures.by_iteration(axes[1], numbers, ranking, "1 is perfect")
+        off = {"ENCE": line("ence"), "miscalibration area": line("miscalibration_area")}
+        figures.by_iteration(axes[2], numbers, off, "0 is perfect")
+
+    return str(figures.draw("panel", paint, n_axes=3, height=3.2))
+
+
+def _coverage(items: Sequence[Iteration]) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Return the coverage of each kind of interval by iteration, and what it should be, in %."""
+    panels = [item.panel for item in items if item.panel]
+    lines = {
+        f"{100 * float(level):.0f} %": [100 * panel.coverage[level] for panel in panels]
+        for level in panels[0].coverage
+    }
+    wanted = {f"{100 * float(level):.0f} %": 100 * float(level) for level in panels[0].coverage}
+    for name, field in (("conf. atoms", "conformal"), ("conf. worst", "conformal_worst")):
+        found = [getattr(item, field) for item in items]
+        if any(found):
+            lines[name] = [100 * item.coverage if item else np.nan for item in found]
+    return lines, wanted
 
 
 def choices_figure(choices: evidence.Choices | None, eips: Sequence[str]) -> str:

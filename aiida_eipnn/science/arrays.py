@@ -3,10 +3,12 @@
 import mmap
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
@@ -25,6 +27,51 @@ def save_arrays(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
             np.save(stream, array, allow_pickle=False)
         # A rename is atomic: a job killed here leaves the old file or the new one, never half.
         partial.replace(folder / f"{name}.npy")
+
+
+def save_parts(
+    folder: Path, rows: Mapping[str, int], parts: Iterable[Mapping[str, NDArray[Any]]]
+) -> None:
+    """Write arrays that come in parts, so that no more than a part is in memory.
+
+    Parameters
+    ----------
+    folder
+        Where to write them, as :func:`save_arrays` does.
+    rows
+        Length of each array, all parts together.
+    parts
+        Arrays of the same names, each as many rows as it has.
+
+    Raises
+    ------
+    ValueError
+        If there are no parts, if they have more or fewer rows than announced, or differ in type.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found, types = dict.fromkeys(rows, 0), dict[str, np.dtype[Any]]()
+    with ExitStack() as stack:
+        streams = {name: stack.enter_context((folder / f".{name}.npy").open("wb")) for name in rows}
+        for part in parts:
+            for name, stream in streams.items():
+                array = np.ascontiguousarray(part[name])
+                if name not in types:
+                    types[name] = array.dtype
+                    _write_header(stream, array, rows[name])
+                if array.dtype != types[name]:
+                    raise ValueError(f"parts of {name} are of {types[name]} and {array.dtype}")
+                stream.write(array.tobytes())
+                found[name] += len(array)
+    if found != dict(rows):
+        raise ValueError(f"the parts have {found} rows, not {dict(rows)}")
+    for name in rows:
+        (folder / f".{name}.npy").replace(folder / f"{name}.npy")
+
+
+def _write_header(stream: IO[bytes], array: NDArray[Any], n_rows: int) -> None:
+    shape = (n_rows, *array.shape[1:])
+    header = npy.header_data_from_array_1_0(array) | {"shape": shape, "fortran_order": False}
+    npy.write_array_header_1_0(stream, header)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -12,6 +12,12 @@ from aiida_eipnn.science.arrays import FloatArray, IntArray
 # Variance of the noise of a label, relative to the mean variance of the features.
 NOISE = 1e-3
 
+# Squared distances below this part of the squared lengths are zero.
+ROUNDING = 1e-12
+
+# Points whose distances to all centres are in memory at a time.
+BLOCK = 2048
+
 
 def farthest_points(
     features: FloatArray,
@@ -39,12 +45,13 @@ def farthest_points(
         If there are fewer points than to choose.
     """
     check_number(features, n)
-    distance, worth = _nearest(features, known)[0], _worth(features, weights)
+    lengths = _lengths(features)
+    distance, worth = _nearest(features, lengths, known)[0], _worth(features, weights)
     chosen: list[int] = []
     for _ in range(n):
         first = known is None and not chosen
         chosen.append(0 if first else int((worth * distance).argmax()))
-        distance = np.minimum(distance, _squared(features, features[chosen[-1]]))
+        distance = np.minimum(distance, _squared(features, lengths, features[chosen[-1]]))
         # Where all points coincide with chosen ones, a chosen one must still not come again.
         distance[chosen] = -1.0
     return np.array(chosen, dtype=np.int64)
@@ -88,7 +95,7 @@ def most_informative_points(
     if known is not None:
         precision += known.T @ known
     covariance = np.linalg.inv(precision)
-    variance = np.einsum("ij,jk,ik->i", features, covariance, features)
+    variance = np.einsum("ij,ij->i", features @ covariance, features)
     worth = _worth(features, weights)
     chosen: list[int] = []
     for _ in range(n):
@@ -136,14 +143,15 @@ def largest_cluster_points(
     .. [1] Holzmüller et al., J. Mach. Learn. Res. 24, 164 (2023).
     """
     check_number(features, n)
-    (distance, owner), worth = _nearest(features, known), _worth(features, weights)
+    lengths = _lengths(features)
+    (distance, owner), worth = _nearest(features, lengths, known), _worth(features, weights)
     n_centres = 0 if known is None else len(known)
     chosen: list[int] = []
     for _ in range(n):
         first = n_centres == 0
         row = 0 if first else _farthest_of_largest(worth * distance, owner, n_centres)
         chosen.append(row)
-        to_new = _squared(features, features[row])
+        to_new = _squared(features, lengths, features[row])
         closer = (to_new < distance) | first
         owner[closer] = n_centres
         distance = np.where(closer, to_new, distance)
@@ -172,17 +180,40 @@ def _worth(features: FloatArray, weights: FloatArray | None) -> FloatArray:
     return np.ones(len(features)) if weights is None else weights
 
 
-def _squared(features: FloatArray, centre: FloatArray) -> FloatArray:
-    squared: FloatArray = ((features - centre) ** 2).sum(axis=1)
-    return squared
+def _lengths(features: FloatArray) -> FloatArray:
+    lengths: FloatArray = np.einsum("ij,ij->i", features, features)
+    return lengths
 
 
-def _nearest(features: FloatArray, known: FloatArray | None) -> tuple[FloatArray, IntArray]:
+def _squared(features: FloatArray, lengths: FloatArray, centre: FloatArray) -> FloatArray:
+    """Return squared distances to a centre; ``lengths`` are the squared lengths of the features."""
+    return _table(features, lengths, centre[None])[:, 0]
+
+
+def _table(features: FloatArray, lengths: FloatArray, centres: FloatArray) -> FloatArray:
+    """Return squared distances of all to all. Shape ``(n_points, n_centres)``.
+
+    A product of matrices is several times faster than the sum of squared differences, and needs no
+    copy of the features.
+    """
+    scale = lengths[:, None] + _lengths(centres)
+    squared = scale - 2 * (features @ centres.T)
+    # What is left of the rounding must not tell equal points apart.
+    return np.where(squared < ROUNDING * scale, 0.0, squared)
+
+
+def _nearest(
+    features: FloatArray, lengths: FloatArray, known: FloatArray | None
+) -> tuple[FloatArray, IntArray]:
     """Return the squared distance to the nearest known point, infinite without one, and which."""
     distance = np.full(len(features), np.inf)
     owner = np.zeros(len(features), dtype=np.int64)
-    for number, centre in enumerate(() if known is None else known):
-        to_centre = _squared(features, centre)
-        owner[to_centre < distance] = number
-        distance = np.minimum(distance, to_centre)
+    if known is None or not len(known):
+        return distance, owner
+    for start in range(0, len(features), BLOCK):
+        rows = slice(start, start + BLOCK)
+        table = _table(features[rows], lengths[rows], known)
+        # Of centres as near as each other the first.
+        owner[rows] = table.argmin(axis=1)
+        distance[rows] = table.min(axis=1)
     return distance, owner

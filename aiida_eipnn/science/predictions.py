@@ -1,12 +1,14 @@
 """What a committee says about configurations, and how much its members disagree."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from aiida_eipnn.science.arrays import Arrays, FloatArray, IntArray, StrArray
-from aiida_eipnn.science.configurations import pick_fields
+from aiida_eipnn.science.configurations import join_offsets, pick_fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,7 +36,8 @@ class Predictions:
         :math:`\sqrt{\langle \lVert F_i - \langle F_i \rangle \rVert^2 \rangle}`, in eV/Å.
         Shape ``(N,)``.
     features
-        Mean over atoms of the first member's trunk features. Shape ``(n, n_features)``.
+        Mean over atoms of the first member's trunk features, in single precision: they are most of
+        what predictions take, and only rank. Shape ``(n, n_features)``.
     """
 
     ids: StrArray
@@ -44,7 +47,7 @@ class Predictions:
     stress: FloatArray
     energy_std: FloatArray
     forces_std: FloatArray
-    features: FloatArray
+    features: NDArray[np.float32] | FloatArray
 
     def __post_init__(self) -> None:
         n, n_atoms = len(self.ids), len(self.forces)
@@ -88,3 +91,10 @@ class Predictions:
     def arrays(self) -> Arrays:
         """Return every field by name, ready for :func:`~.arrays.save_arrays`."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def join_predictions(parts: Sequence[Predictions]) -> Predictions:
+    """Put predictions of one committee, at least one part, one after the other."""
+    arrays = [part.arrays() for part in parts]
+    together = {name: np.concatenate([part[name] for part in arrays]) for name in arrays[0]}
+    return Predictions(**{**together, "offsets": join_offsets([part.offsets for part in parts])})

@@ -10,6 +10,8 @@ from aiida_eipnn.science.arrays import FloatArray, IntArray
 # Probabilities whose intervals are looked at, and bins of the uncertainty.
 LEVELS = (0.68, 0.9, 0.95)
 N_BINS = 10
+# Points of a curve that is drawn.
+N_CURVE = 20
 # Parts of the groups that conformal intervals are judged on in turn.
 CONFORMAL_FOLDS = 5
 
@@ -97,6 +99,57 @@ def judge_uncertainties(sigma: FloatArray, error: FloatArray) -> Panel:
         rejection=_rejection(sigma, error),
         n=len(sigma),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curves:
+    """What the panel is the summary of, as lines to draw, with five digits.
+
+    Parameters
+    ----------
+    expected, observed
+        Probabilities, and the share of errors within the intervals that should have them.
+    kept
+        Shares of the pairs that are kept when the most uncertain are left out, from all down.
+    kept_error, least_error
+        Mean absolute error of those, and of as many with the least errors.
+    bin_sigma, bin_error
+        Root mean squares of uncertainty and error in bins of the uncertainty, as many pairs in
+        each.
+    """
+
+    expected: tuple[float, ...]
+    observed: tuple[float, ...]
+    kept: tuple[float, ...]
+    kept_error: tuple[float, ...]
+    least_error: tuple[float, ...]
+    bin_sigma: tuple[float, ...]
+    bin_error: tuple[float, ...]
+
+
+def uncertainty_curves(sigma: FloatArray, error: FloatArray) -> Curves:
+    """Return the curves of calibrated uncertainties, above zero, and errors, both ``(n,)``."""
+    _check_pairs(sigma, error)
+    error = np.abs(error)
+    expected = np.linspace(0, 1, N_CURVE + 1)[1:-1]
+    kept = np.linspace(1, 0, N_CURVE + 1)[:-1]
+    last = np.ceil(kept * len(error) - 1e-9).astype(int) - 1
+    by_sigma = _mean_of_kept(error[np.argsort(sigma, kind="stable")])
+    by_error = _mean_of_kept(np.sort(error))
+    bin_sigma, bin_error = _bins(sigma, error)
+    return Curves(
+        expected=_digits(expected),
+        observed=_digits(_observed(error / sigma, expected)),
+        kept=_digits(kept),
+        kept_error=_digits(by_sigma[last]),
+        least_error=_digits(by_error[last]),
+        bin_sigma=_digits(bin_sigma),
+        bin_error=_digits(bin_error),
+    )
+
+
+def _digits(values: FloatArray) -> tuple[float, ...]:
+    return tuple(float(f"{value:.5g}") for value in values)
 
 
 def normal_quantile(level: float) -> float:
@@ -258,17 +311,28 @@ def ranks(values: FloatArray) -> FloatArray:
 
 def _miscalibration_area(z: FloatArray) -> float:
     levels = np.linspace(0, 1, 101)[1:-1]
+    return float(np.mean(np.abs(_observed(z, levels) - levels)))
+
+
+def _observed(z: FloatArray, levels: FloatArray) -> FloatArray:
+    """Return the share of scaled errors within the interval of each probability."""
     limits = np.array([normal_quantile(float(level)) for level in levels])
-    found = np.searchsorted(np.sort(z), limits, side="right") / len(z)
-    return float(np.mean(np.abs(found - levels)))
+    found: FloatArray = np.searchsorted(np.sort(z), limits, side="right") / len(z)
+    return found
 
 
 def _calibration_error(sigma: FloatArray, error: FloatArray) -> float:
+    expected, made = _bins(sigma, error)
+    return float(np.mean(np.abs(expected - made) / expected))
+
+
+def _bins(sigma: FloatArray, error: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return root mean squares of uncertainty and error in bins of the uncertainty."""
     order = np.argsort(sigma, kind="stable")
     bins = np.array_split(order, min(N_BINS, len(order)))
     expected = np.array([np.sqrt(np.mean(sigma[rows] ** 2)) for rows in bins])
     made = np.array([np.sqrt(np.mean(error[rows] ** 2)) for rows in bins])
-    return float(np.mean(np.abs(expected - made) / expected))
+    return expected, made
 
 
 def _rejection(sigma: FloatArray, error: FloatArray) -> float:

@@ -1,15 +1,25 @@
 """The report as one page."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from aiida.orm import Dict
+from matplotlib.figure import Figure
 
 from aiida_eipnn.reports import figures
 from aiida_eipnn.reports.history import read_history
-from aiida_eipnn.reports.report import cards, duration, milli, summary, write_report
+from aiida_eipnn.reports.report import (
+    cards,
+    curves_figure,
+    duration,
+    milli,
+    panel_figure,
+    summary,
+    write_report,
+)
 from aiida_eipnn.science.uncertainty import calibrate
 
 # Elements that HTML and SVG close by themselves.
@@ -96,7 +106,49 @@ def test_the_figures_of_the_same_loop_are_equal_byte_for_byte(make_loop, tmp_pat
     pages = [text_of(loop.node, tmp_path), write_report(loop.node, tmp_path / "b").read_text()]
     first, second = (re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL) for page in pages)
     assert first == second
-    assert len(first) == 5
+    assert len(first) == 7
+
+
+def test_the_uncertainties_of_every_iteration_are_drawn(make_loop, tmp_path):
+    history = read_history(make_loop().node)
+    assert [len(item.curves.expected) for item in history.assessed] == [19, 19]
+    page = page_of(make_loop().node, tmp_path)
+    shown = page.shown()
+    for text in (
+        "share of errors expected in the interval",
+        "most uncertain left out, %",
+        "calibrated uncertainty, rms, eV/Å",
+        "errors within the interval, %",
+        "gain by rejection",
+        "ENCE",
+    ):
+        assert text in shown
+    panel = history.assessed[0].panel
+    assert f"1 {panel.spearman:.2f} {panel.nll:.2f} {panel.miscalibration_area:.3f}" in shown
+
+
+def test_curves_show_what_was_recorded(make_loop):
+    curves = {f"iteration {i.number}": i.curves for i in read_history(make_loop().node).assessed}
+    axes = Figure().subplots(1, 3)
+    figures.calibration_curves(axes[0], curves)
+    figures.rejection_curves(axes[1], curves)
+    figures.spread_against_error(axes[2], curves)
+    last = curves["iteration 2"]
+    line = {item.get_label(): item for item in axes[0].lines}["iteration 2"]
+    assert line.get_ydata()[1:-1].tolist() == list(last.observed)
+    kept = {item.get_label(): item for item in axes[1].lines}
+    assert kept["iteration 2"].get_ydata()[0] == kept["errors known"].get_ydata()[0] == 1.0
+    assert (kept["errors known"].get_ydata() <= kept["iteration 2"].get_ydata() + 1e-4).all()
+    points = {item.get_label(): item for item in axes[2].lines}["iteration 2"]
+    assert points.get_ydata().tolist() == list(last.bin_error)
+
+
+def test_a_history_without_curves_is_reported_too(make_loop):
+    history = read_history(make_loop().node)
+    old = replace(
+        history, iterations=[replace(item, curves=None, panel=None) for item in history.iterations]
+    )
+    assert curves_figure(old) == panel_figure(old) == ""
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from aiida_eipnn.science.gate import (
     overlap,
     refuse_invalid,
     refuse_labels,
+    surely_valid,
 )
 from aiida_eipnn.science.labels import Labels
 
@@ -116,6 +117,36 @@ def test_short_dimers_pass_if_they_are_wanted():
     atoms = Atoms("Si2", positions=[[0, 0, 0], [0, 0, 1.0]])
 
     assert geometry_fault(atoms, min_contact=0.4) is None
+
+
+def odd_pool():
+    """Return sound and unsound cells of 1 to 8 atoms, some of them thin, slanted or collapsed."""
+    rng = np.random.default_rng(0)
+    frames = []
+    for number in range(300):
+        atoms = bulk("SiC", "zincblende", a=4.36).repeat((1 + number % 4, 1, 1))
+        strain = np.eye(3) + rng.normal(0, 0.25, (3, 3))
+        atoms.set_cell(atoms.cell.array @ strain, scale_atoms=True)
+        atoms.positions += rng.normal(0, 0.25, atoms.positions.shape)
+        # Atoms outside their cell are sound.
+        atoms.positions += rng.integers(-2, 3, 3) @ atoms.cell.array
+        frames.append(atoms)
+    frames[0].positions[0] = np.nan
+    frames[1].cell[2] = 0.0
+    frames[2].cell[2] = np.inf
+    frames[3].pbc = [True, True, False]
+    frames[4].set_cell(0.2 * frames[4].cell.array, scale_atoms=True)
+    return Configurations.from_atoms([*frames, Atoms()])
+
+
+def test_a_pool_is_judged_at_once_as_one_by_one():
+    pool = odd_pool()
+    sure = surely_valid(pool)
+    sound = [geometry_fault(pool.atoms(row)) is None for row in range(len(pool))]
+
+    assert not sure[np.logical_not(sound)].any()
+    assert sure.sum() > 0.8 * np.sum(sound)
+    assert {failure.id for failure in refuse_invalid(pool)} == set(pool.ids[np.logical_not(sound)])
 
 
 def test_the_first_of_equal_geometries_is_kept():

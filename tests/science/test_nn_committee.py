@@ -22,6 +22,7 @@ from aiida_eipnn.science.nn.network import (  # noqa: E402
     describe_configurations,
     fit_pooling,
 )
+from aiida_eipnn.science.predictions import join_predictions  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("torch")
 
@@ -137,8 +138,25 @@ def test_the_batch_size_does_not_matter():
 
     one, two = committee.predict(frames, 1), committee.predict(frames, 2)
 
-    for name in ("energy", "forces", "stress", "features"):
+    for name in ("energy", "forces", "stress"):
         np.testing.assert_allclose(getattr(one, name), getattr(two, name), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(one.features, two.features, rtol=1e-6, atol=1e-6)
+
+
+def test_predictions_come_in_parts_no_larger_than_a_batch():
+    committee = committee_of()
+    frames = Configurations.from_atoms([carbide(seed) for seed in range(3)])
+    parts = list(committee.predict_parts(frames, 2))
+
+    assert [len(part) for part in parts] == [2, 1]
+    assert_equal_predictions(join_predictions(parts), committee.predict(frames, 2))
+
+
+def test_what_is_unknown_is_found_before_the_first_part():
+    frames = Configurations.from_atoms([carbide(), Atoms("Ge", [[0, 0, 0]])])
+
+    with pytest.raises(ValueError, match="does not know Ge"):
+        committee_of().predict_parts(frames, 1)
 
 
 def test_nothing_to_predict_gives_nothing():

@@ -10,6 +10,7 @@ from aiida_eipnn.science.uncertainty import (
     judge_conformal,
     judge_uncertainties,
     normal_quantile,
+    uncertainty_curves,
 )
 
 
@@ -105,3 +106,18 @@ def test_conformal_intervals_are_judged_on_other_configurations():
 def test_conformal_intervals_of_nothing_are_refused(sigma, level):
     with pytest.raises(ValueError, match=r"not above 0|between 0 and 1"):
         conformal_factor(np.array(sigma), np.ones(2), level)
+
+
+def test_curves_of_honest_uncertainties_lie_on_the_diagonals(honest):
+    sigma, error = honest
+    curves = uncertainty_curves(sigma, error)
+
+    np.testing.assert_allclose(curves.observed, curves.expected, atol=0.02)
+    np.testing.assert_allclose(curves.bin_error, curves.bin_sigma, rtol=0.1)
+    assert (
+        curves.kept_error[0] == curves.least_error[0] == pytest.approx(np.abs(error).mean(), 1e-4)
+    )
+    assert np.all(np.array(curves.least_error[1:]) < curves.kept_error[1:])
+    assert curves.kept_error[-1] < 0.5 * curves.kept_error[0]
+    half = np.abs(error)[np.argsort(sigma)[: len(error) // 2]].mean()
+    assert curves.kept_error[curves.kept.index(0.5)] == pytest.approx(half, 1e-4)

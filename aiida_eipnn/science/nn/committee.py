@@ -3,7 +3,7 @@
 import copy
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from ase.data import chemical_symbols
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from aiida_eipnn import __version__
@@ -20,6 +21,7 @@ from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.selection import Selection, select
 from aiida_eipnn.science.labels import Labels, join_labels
 from aiida_eipnn.science.nn.device import array_of, located
+from aiida_eipnn.science.nn.graph import species_of
 from aiida_eipnn.science.nn.network import (
     MACE,
     Network,
@@ -28,7 +30,7 @@ from aiida_eipnn.science.nn.network import (
 )
 from aiida_eipnn.science.nn.stage import energy_head, predict_batch
 from aiida_eipnn.science.nn.trunk import Batch, BatchSet
-from aiida_eipnn.science.predictions import Predictions
+from aiida_eipnn.science.predictions import Predictions, join_predictions
 
 SCHEMA_VERSION = 1
 CONFIG = "config.json"
@@ -41,7 +43,7 @@ class _Batch(NamedTuple):
     energy: FloatArray
     forces: FloatArray
     stress: FloatArray
-    features: FloatArray
+    features: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -149,13 +151,21 @@ class Committee:
             If a configuration contains an element that the networks do not know, or if they were
             not trained to predict energies.
         """
+        parts = list(self.predict_parts(configurations, batch_size))
+        return join_predictions(parts) if parts else self._nothing(configurations)
+
+    def predict_parts(
+        self, configurations: Configurations, batch_size: int = 64
+    ) -> Iterator[Predictions]:
+        """Predict one batch after the other: no more than one of them is in memory.
+
+        Parameters and errors are those of :meth:`predict`; what is unknown is found before the
+        first batch.
+        """
         energy_head(self.members[0])
-        described = self._describe(configurations)
-        parts = [
-            self._predict(described.batch(rows))
-            for rows in _row_batches(len(configurations), batch_size)
-        ]
-        return _summarise(configurations, _join(parts, len(self), self.members[0].trunk.n_features))
+        batches = _row_batches(len(configurations), batch_size)
+        species_of(configurations, self.elements)
+        return (self._predict(configurations.take(rows)) for rows in batches)
 
     def select(
         self, configurations: Configurations, eip_labels: Labels, batch_size: int = 64
@@ -196,13 +206,23 @@ class Committee:
             configurations, self.parameters, self.elements, keep=False, device=device
         )
 
-    def _predict(self, batch: Batch) -> _Batch:
+    def _predict(self, configurations: Configurations) -> Predictions:
+        batch = self._describe(configurations).batch(np.arange(len(configurations)))
+        return _summarise(configurations, self._predict_batch(batch))
+
+    def _nothing(self, configurations: Configurations) -> Predictions:
+        m = len(self)
+        features = np.zeros((0, self.members[0].trunk.n_features), np.float32)
+        by_member = np.zeros((m, 0)), np.zeros((m, 0, 3)), np.zeros((m, 0, 6))
+        return _summarise(configurations, _Batch(*by_member, features))
+
+    def _predict_batch(self, batch: Batch) -> _Batch:
         results = [predict_batch(member, batch) for member in self.members]
         with torch.no_grad():
             first = self.members[0]
             pooled = first.pooled(first.trunk(batch), batch.graph)
         energy, forces, stress = (np.stack(values) for values in zip(*results, strict=True))
-        features = array_of(pooled[:, : first.trunk.n_features]).astype(np.float64)
+        features = array_of(pooled[:, : first.trunk.n_features]).astype(np.float32)
         return _Batch(energy, forces, stress, features)
 
     def _probabilities(self, batch: Batch) -> FloatArray:
@@ -245,18 +265,6 @@ def _summarise(configurations: Configurations, parts: _Batch) -> Predictions:
         forces_std=np.sqrt((deviation**2).sum(axis=2).mean(axis=0)),
         features=parts.features,
     )
-
-
-def _join(parts: Sequence[_Batch], n_members: int, width: int) -> _Batch:
-    empty = _Batch(
-        np.zeros((n_members, 0)),
-        np.zeros((n_members, 0, 3)),
-        np.zeros((n_members, 0, 6)),
-        np.zeros((0, width)),
-    )
-    *by_member, features = zip(empty, *parts, strict=True)
-    energy, forces, stress = (np.concatenate(values, axis=1) for values in by_member)
-    return _Batch(energy, forces, stress, np.concatenate(features))
 
 
 def _row_batches(n: int, batch_size: int) -> list[IntArray]:
