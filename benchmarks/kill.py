@@ -1,4 +1,4 @@
-"""Is anything lost when the daemon is killed, or the power is cut, at any moment?
+"""What is lost when the daemon is killed, or the power is cut, at any moment: nothing, it must be.
 
     make bench-kill
 
