@@ -30,20 +30,29 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "kill.json"
 BIN = Path(sys.executable).parent
 RECOVER = [str(BIN / "aiida-eipnn"), "recover", "--profile", "kill"]
-POOL = {"n_pool": 30, "n_hopeless": 2}
-FAILING_POOL = {"n_pool": 20, "n_hopeless": 9}
+POOL = {"n_pool": 24, "n_hopeless": 2}
+FAILING_POOL = {"n_pool": 14, "n_hopeless": 7}
 # A loop that takes longer than this hangs.
 LIMIT_SECONDS = 3000
 
 
-def draw_accidents(n: int, seconds: float, seed: int) -> list[dict[str, Any]]:
-    """Return accidents, each at a random moment of its own part of the life of the loop."""
+def draw_accidents(n: int, calm: dict[str, Any], seed: int) -> list[dict[str, Any]]:
+    """Return accidents, each at a random moment of its own part of the life of the loop.
+
+    A moment is said by how many processes had ended by then, and how long ago the last one had.
+    """
     rng = np.random.default_rng(seed)
-    moments = (np.arange(n) + rng.uniform(size=n)) * seconds / n
+    moments = (np.arange(n) + rng.uniform(size=n)) * calm["seconds"] / n
     cuts = rng.permutation(np.arange(n) % 2 == 0)
+    times = np.array([seconds for seconds, _ in calm["timeline"]])
+    before = np.maximum(np.searchsorted(times, moments, side="right") - 1, 0)
     return [
-        {"at_s": round(float(at), 1), "power_cut": bool(cut)}
-        for at, cut in zip(moments, cuts, strict=True)
+        {
+            "after": calm["timeline"][row][1],
+            "wait_s": round(max(float(at - times[row]), 0.0), 1),
+            "power_cut": bool(cut),
+        }
+        for at, row, cut in zip(moments, before, cuts, strict=True)
     ]
 
 
@@ -122,7 +131,7 @@ def main() -> None:
     found = json.loads(given.output.read_text()) if given.output.exists() else {}
     if given.only != "failing":
         calm = run_loop("undisturbed", folder, POOL)
-        plan = draw_accidents(given.kills, calm["seconds"], given.seed)
+        plan = draw_accidents(given.kills, calm, given.seed)
         shaken = run_loop("killed", folder, {**POOL, "accidents": plan})
         found |= {"seed": given.seed, **compare(calm, shaken)}
     if given.only != "kills":

@@ -47,13 +47,15 @@ EIPS = [
 OVERRIDES: dict[str, Any] = {
     "n_members": 2,
     "n_pretrained": 1,
+    # Without the twin, whose trainings are like the others.
+    "train_scratch": False,
     "label": {"n_workers": 1},
     "train": {"n_workers": 1},
     "dft": {
         "n_lanes": 2,
         "scaling": {"conv_thr_per_atom": 1e-8},
         "pw_base": {
-            "kpoints_distance": 0.5,
+            "kpoints_distance": 0.6,
             "pseudo_family": FAMILY,
             "max_iterations": 1,
             "pw": {"parameters": {"ELECTRONS": {"electron_maxstep": 25}}},
@@ -64,8 +66,8 @@ OVERRIDES: dict[str, Any] = {
     "classify": {"steps": 20},
     "finetune": {"steps": 20},
     "scratch": {"steps": 20},
-    "split": {"test": 5, "initial": 5},
-    "acquisition": {"n_select": 6},
+    "split": {"test": 4, "initial": 4},
+    "acquisition": {"n_select": 4},
     "stop": {"max_iterations": 2},
     # The gate is open, so that hopeless configurations come as far as pw.x.
     "gate": {"min_contact": 0.0},
@@ -81,7 +83,7 @@ echo "$(date +%s.%N) end $input $code" >> {ledger}
 exit $code
 """
 
-POLL_SECONDS = 0.25
+POLL_SECONDS = 0.5
 # A loop in which nothing changes for so long hangs.
 STUCK_SECONDS = 120.0
 
@@ -247,24 +249,42 @@ def accident(folder: Path, *, power_cut: bool, command: list[str]) -> dict[str, 
     return record
 
 
+def n_ended() -> int:
+    """Return how many processes have come to an end."""
+    states = {"in": ["finished", "excepted", "killed"]}
+    query = QueryBuilder().append(ProcessNode, filters={"attributes.process_state": states})
+    return int(query.count())
+
+
 def watch(pk: int, folder: Path, plan: list[dict[str, Any]], command: list[str]) -> dict[str, Any]:
-    """Wait for the loop, and do the accidents of the plan by the clock of the daemon's life."""
+    """Wait for the loop, and do the accidents of the plan.
+
+    An accident is planned for a time after so many processes had ended, since a loop does not
+    always go at one speed. ``timeline`` says when how many had.
+    """
     accidents: list[dict[str, Any]] = []
-    alive, last, began = 0.0, time.time(), time.time()
+    timeline: list[tuple[float, int]] = []
+    began = reached = time.time()
     stuck = False
     while not call_of(pk).is_over:
         time.sleep(POLL_SECONDS)
-        alive, last = alive + time.time() - last, time.time()
+        ended = n_ended()
+        if not timeline or ended > timeline[-1][1]:
+            timeline.append((round(time.time() - began, 1), ended))
         if time.time() - max(last_change(), began) > STUCK_SECONDS and not job_processes(folder):
             stuck = True
             break
-        if plan and alive >= plan[0]["at_s"]:
+        if not plan or ended < plan[0]["after"]:
+            reached = time.time()
+        elif time.time() - reached >= plan[0]["wait_s"] or ended > plan[0]["after"]:
             planned = plan.pop(0)
             record = accident(folder, power_cut=planned["power_cut"], command=command)
-            accidents.append({"at_s": round(alive, 1), **record})
-            print(f"  {alive:6.1f} s  {record['kind']:13} {record['phase']}", flush=True)
-            last = time.time()
-    return {"seconds": round(time.time() - began, 1), "accidents": accidents, "stuck": stuck}
+            accidents.append({"at_s": round(time.time() - began, 1), "ended": ended, **record})
+            print(f"  {accidents[-1]['at_s']:6.1f} s  {record['kind']:13} {record['phase']}")
+            sys.stdout.flush()
+            reached = time.time()
+    seconds = round(time.time() - began, 1)
+    return {"seconds": seconds, "timeline": timeline, "accidents": accidents, "stuck": stuck}
 
 
 # What it came to.
