@@ -16,8 +16,9 @@ from aiida_eipnn.cli.loop import profile_option, use_profile
 if TYPE_CHECKING:
     from aiida.orm import CalcJobNode
 
-# What AiiDA calls the parts of its daemon on their command lines.
-PARTS = ("start-circus", "worker", "broker")
+# What AiiDA calls the parts of its daemon on their command lines, and what circus runs beside them.
+STATISTICS = "statistics"
+PARTS = ("start-circus", "worker", "broker", STATISTICS)
 GRACE_SECONDS = 10.0
 READY_SECONDS = 120.0
 POLL_SECONDS = 0.2
@@ -85,20 +86,35 @@ def daemon_processes(profile: str) -> Iterator[Any]:
     import psutil
     from aiida.manage.configuration import get_config
 
-    folder = str(Path(get_config().dirpath))
+    folder, sockets = str(Path(get_config().dirpath)), _sockets()
     found: dict[str, list[Any]] = {part: [] for part in PARTS}
     for process in psutil.process_iter():
         try:
-            words = process.cmdline()
-            place = words.index("daemon") if "daemon" in words else -1
-            if place < 2 or words[place - 2 : place] != ["-p", profile]:
-                continue
-            if words[place + 1] in PARTS and process.environ().get("AIIDA_PATH") == folder:
-                found[words[place + 1]].append(process)
-        except (psutil.Error, IndexError):
+            part = part_of(process.cmdline(), profile, sockets)
+            if part and process.environ().get("AIIDA_PATH") == folder:
+                found[part].append(process)
+        except psutil.Error:
             continue
     for part in PARTS:
         yield from found[part]
+
+
+def part_of(words: list[str], profile: str, sockets: str | None) -> str | None:
+    """Return which part of the daemon of a profile a command line is, if it is one."""
+    for part in PARTS[:-1]:
+        if any(words[place : place + 4] == ["-p", profile, "daemon", part] for place in (1, 2)):
+            return part
+    if sockets and any(word.startswith(f"ipc://{sockets}/") for word in words):
+        return STATISTICS
+    return None
+
+
+def _sockets() -> str | None:
+    """Return where circus, and what it runs beside the daemon, have their sockets."""
+    from aiida.engine.daemon.client import get_daemon_client
+
+    path = Path(get_daemon_client().circus_socket_file)
+    return path.read_text(encoding="utf8").strip() if path.exists() else None
 
 
 def left_over_files() -> list[Path]:

@@ -37,3 +37,14 @@ def test_a_job_that_runs_or_has_ended_is_left_alone(running_job, tmp_path, monke
 
     assert recover.forget_reused_ids() == 0
     assert jobs[0].get_job_id() == str(os.getpid())
+
+
+def test_the_parts_of_a_daemon_are_told_from_those_of_others():
+    verdi = ["/bin/python", "/bin/verdi", "-p", "mine", "daemon"]
+    assert recover.part_of([*verdi, "worker"], "mine", None) == "worker"
+    assert recover.part_of([*verdi, "broker", "--service-dir", "x"], "mine", None) == "broker"
+    assert recover.part_of([*verdi, "worker"], "other", None) is None
+    assert recover.part_of([*verdi, "status"], "mine", None) is None
+    statistics = ["python", "-c", "stats", "--endpoint", "ipc:///tmp/abc/circus.c.sock"]
+    assert recover.part_of(statistics, "mine", "/tmp/abc") == "statistics"
+    assert recover.part_of(statistics, "mine", "/tmp/ab") is None

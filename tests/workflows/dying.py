@@ -16,9 +16,9 @@ class Child(WorkChain):
     @classmethod
     def define(cls, spec):
         super().define(spec)
-        spec.outline(cls.step)
+        spec.outline(cls.do_nothing)
 
-    def step(self):
+    def do_nothing(self):
         pass
 
 

@@ -9,17 +9,20 @@ import stat
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import yaml
+from aiida.common import AttributeDict
 from aiida.engine import run_get_node
 from aiida.orm import CalcJobNode
 
 from aiida_eipnn.data.choice import Choice, ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.science.io import write_labelled
+from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
 from aiida_eipnn.workflows.label_dft import DftLabelWorkChain
 
 HERE = Path(__file__).parent
@@ -110,6 +113,15 @@ def test_a_run_that_pw_itself_gave_up_is_not_started_again(pw_code, label_builde
     atoms.positions[1] = atoms.positions[0]
     _, node = run_get_node(label_builder(Configurations.from_atoms([atoms]), pw_code))
     assert len(runs_of(node)) == 1
+
+
+@pytest.mark.parametrize(
+    ("exit_status", "tries"), [(401, [True, True, False]), (300, [True] * 2), (310, [False])]
+)
+def test_an_evaluation_that_was_killed_starts_again_but_not_for_ever(exit_status, tries):
+    loop = SimpleNamespace(ctx=AttributeDict(), report=lambda _: None, _name=lambda: "i001")
+    job = SimpleNamespace(exit_status=exit_status, process_label="EvaluateCalculation", pk=1)
+    assert [ActiveLearningWorkChain._starts_again(loop, job) for _ in tries] == tries
 
 
 PREPARE = """
