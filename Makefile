@@ -27,7 +27,8 @@ export PATH := $(BIN):$(PATH)
 
 .PHONY: help install system demo setup test lint bench-label bench-label-bulk bench-training \
   bench-injection bench-injection-full bench-committee \
-  bench-active-learning bench-active-learning-full bench-scale bench-scale-full clean
+  bench-active-learning bench-active-learning-full bench-scale bench-scale-full bench-kill \
+  clean
 
 help:
 	@echo 'make install   system packages where that is possible, then .venv with everything'
@@ -39,6 +40,7 @@ help:
 	@echo 'make bench-committee  what a committee costs, against one member'
 	@echo 'make bench-active-learning, make bench-active-learning-full   DFT points that are worth asking for'
 	@echo 'make bench-scale, make bench-scale-full   large pools and a long loop: time, memory, nodes, disk'
+	@echo 'make bench-kill       what a loop loses when its daemon is killed ten times'
 	@echo 'make bench-injection, make bench-injection-full   what EIPs are worth to a network'
 	@echo 'make clean     remove what was made here, the demo and its data too'
 
@@ -104,6 +106,10 @@ bench-active-learning: install
 
 bench-active-learning-full: install
 	python benchmarks/active_learning.py
+
+bench-kill: export OMP_NUM_THREADS := 1
+bench-kill: install
+	python benchmarks/kill.py
 
 bench-committee: export OMP_NUM_THREADS := 1
 bench-committee: install

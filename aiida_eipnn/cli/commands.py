@@ -15,6 +15,10 @@ COMMANDS = {
         "aiida_eipnn.cli.dataset:cmd_dataset",
         "Import, list, show, export and trace datasets of DFT labels.",
     ),
+    "recover": (
+        "aiida_eipnn.cli.recover:cmd_recover",
+        "Start the daemon after an accident, so that all goes on.",
+    ),
     "status": ("aiida_eipnn.cli.loop:cmd_status", "Say how far an active-learning loop came."),
     "lineage": (
         "aiida_eipnn.cli.loop:cmd_lineage",

@@ -38,6 +38,14 @@ export OMPI_MCA_oob_tcp_if_include=lo
 export PMIX_MCA_ptl_tcp_if_include=lo
 """
 
+# A daemon that dies just after it started a job has not noted down its number, and starts it once
+# more in the same folder. The second waits for the first, and has nothing to do if that one ended.
+JOB_ONCE = """\
+if command -v flock > /dev/null; then exec 9> .running; flock 9; fi
+if [ -e .ended ]; then exit 0; fi
+"""
+JOB_ENDED = "touch .ended\n"
+
 
 def ensure_profile(name: str) -> bool:
     """Load the profile ``name``, made first if there is none: SQLite, ZeroMQ, caching on.
@@ -76,7 +84,7 @@ def ensure_profile(name: str) -> bool:
 def ensure_computer(label: str = COMPUTER) -> bool:
     """Make the computer that runs jobs right here, without waiting for anything."""
     if Computer.collection.count(filters={"label": label}):
-        return False
+        return ensure_jobs_run_once(Computer.collection.get(label=label))
     scratch = Path(get_config().dirpath) / "scratch" / get_profile().name
     computer = Computer(
         label=label,
@@ -90,6 +98,16 @@ def ensure_computer(label: str = COMPUTER) -> bool:
     computer.configure(safe_interval=0, use_login_shell=False)
     computer.set_minimum_job_poll_interval(POLL_SECONDS)
     computer.set_default_mpiprocs_per_machine(1)
+    ensure_jobs_run_once(computer)
+    return True
+
+
+def ensure_jobs_run_once(computer: Computer) -> bool:
+    """Let no job run twice in one folder; a computer with texts of its user's is left alone."""
+    if computer.get_prepend_text() or computer.get_append_text():
+        return False
+    computer.set_prepend_text(JOB_ONCE)
+    computer.set_append_text(JOB_ENDED)
     return True
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 # Often enough to feel live, rarely enough not to disturb the database.
 FOLLOW_SECONDS = 3.0
 
+# Failed DFT points that the status lists; the report has them all.
+MOST_FAILED = 10
+
 # The mark that `--submit` of the launch scripts leaves on a process.
 SUBMITTED = "eipnn_submitted"
 
@@ -195,6 +198,7 @@ def status_lines(history: "History") -> list[str]:
         f"  elapsed      {duration(history.seconds)}",
         f"  iteration    {len(history.iterations)} of at most {history.max_iterations}",
         *(f"  {text}" for text in point_lines(history)),
+        *(f"  {text}" for text in failed_lines(history)),
         *(f"  {text}" for text in error_lines(history)),
     ]
     if history.stop_text:
@@ -213,6 +217,19 @@ def point_lines(history: "History") -> list[str]:
     if history.count(PointState.RUNNING, batch) or history.count(PointState.WAITING, batch):
         lines.append(f"  {batch:<11}{counts(history, batch)}")
     return lines
+
+
+def failed_lines(history: "History") -> list[str]:
+    """Return which DFT points have no label, and why."""
+    failed = history.failures
+    lines = [
+        f"  {point.id[:12]} {point.config_type} ({point.batch}): {point.reason}"
+        for point in failed[:MOST_FAILED]
+    ]
+    if len(failed) > MOST_FAILED:
+        more = len(failed) - MOST_FAILED
+        lines.append(f"  and {more} more: `aiida-eipnn report {history.pk}` lists them all")
+    return ["without a label", *lines] if lines else []
 
 
 def counts(history: "History", batch: str | None) -> str:

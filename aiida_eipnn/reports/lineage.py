@@ -31,7 +31,8 @@ from aiida_eipnn.reports.points import (
     read_points,
 )
 
-PW_BASE = "PwBaseWorkChain"
+# Its own name is that of runs made before there was ours, which starts killed runs again.
+PW_BASE = ("PwBaseWorkChain", "DftRun")
 # Of LaTeX, as combining characters.
 ACCENTS = {"~": "\u0303", "'": "\u0301", "`": "\u0300", "^": "\u0302", '"': "\u0308"}
 EIP_METADATA = ("kim_id", "title", "citation", "doi", "year", "machine_learned")
@@ -345,7 +346,7 @@ def _origins(creator: CalculationNode) -> list[Data]:
     it copies that no process made. What it was given itself is the origin of these.
     """
     caller = creator.caller
-    process = caller if caller is not None and caller.process_label == PW_BASE else creator
+    process = caller if caller is not None and caller.process_label in PW_BASE else creator
     return list(inputs_of(process.pk).values())
 
 

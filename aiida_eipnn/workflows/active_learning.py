@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from aiida.common import AttributeDict
-from aiida.engine import ExitCode, ProcessBuilder, ProcessSpec, ToContext, WorkChain, if_, while_
+from aiida.engine import ExitCode, ProcessBuilder, ProcessSpec, ToContext, if_, while_
 from aiida.orm import Bool, Data, Dict, List, ProcessNode, Str, to_aiida_type
 from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 
@@ -42,7 +42,8 @@ from aiida_eipnn.workflows.label_dft import (
     validate_occupations,
     validate_pw,
 )
-from aiida_eipnn.workflows.restart import LabelBaseWorkChain, TrainBaseWorkChain
+from aiida_eipnn.workflows.once import SubmitsOnce
+from aiida_eipnn.workflows.restart import MAX_DEATHS, LabelBaseWorkChain, TrainBaseWorkChain, died
 
 # The twin is fine-tuned like the committee, but from scratch.
 STAGES = {
@@ -53,7 +54,7 @@ STAGES = {
 }
 
 
-class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
+class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
     """Train a committee on EIP and DFT labels, with as few DFT points as it needs."""
 
     @classmethod
@@ -64,7 +65,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         cls._define_outputs(spec)
         spec.outline(
             cls.setup,
-            if_(cls.should_explore)(cls.explore, cls.inspect_explore),
+            while_(cls.should_explore)(cls.explore, cls.inspect_explore),
             cls.refuse,
             cls.label_with_eips,
             cls.inspect_eip_labels,
@@ -79,8 +80,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
                 cls.inspect_classify,
                 cls.finetune,
                 cls.inspect_finetune,
-                cls.evaluate,
-                cls.inspect_evaluate,
+                while_(cls.should_evaluate)(cls.evaluate, cls.inspect_evaluate),
                 cls.assess,
                 if_(cls.should_continue)(
                     cls.acquire,
@@ -307,8 +307,8 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             self.ctx.pool = self.inputs.pool
 
     def should_explore(self) -> bool:
-        """Make a pool unless one is given."""
-        return "pool" not in self.inputs
+        """Make a pool unless one is given, or made."""
+        return "pool" not in self.ctx
 
     def explore(self) -> ToContext:
         """Make the pool."""
@@ -317,7 +317,9 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
         return ToContext(explored=self.submit(ExploreCalculation, **_named(inputs, "explore")))
 
     def inspect_explore(self) -> ExitCode | None:
-        """Take the pool."""
+        """Take the pool, unless the job that made it was killed."""
+        if self._starts_again(self.ctx.explored):
+            return None
         if broken := self._broken(self.ctx.explored, "EXPLORE"):
             return broken
         self.ctx.pool = self.ctx.explored.outputs.pool
@@ -325,7 +327,7 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
 
     def refuse(self) -> ExitCode | None:
         """Refuse what cannot be right, before anything is spent on it."""
-        if self.should_explore():
+        if "pool" not in self.inputs:
             self.out("pool", self.ctx.pool)
         refused, broken = self._steer("SPLIT", loop.refuse, self.ctx.pool, self.inputs.gate)
         if broken:
@@ -486,6 +488,10 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             self._emit("verdict", self.ctx.verdict)
             self.report(f"verdict: {self.ctx.verdict['text']}")
 
+    def should_evaluate(self) -> bool:
+        """Evaluate once in each iteration, and again where a job was killed."""
+        return self.ctx.get("evaluated", 0) < self.ctx.iteration
+
     def evaluate(self) -> None:
         """Ask the committee, and its twin, about the whole pool."""
         self.to_context(evaluation=self._submit_evaluate(self.ctx.committee, "evaluate"))
@@ -494,7 +500,10 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             self.to_context(scratch_evaluation=self._submit_evaluate(twin, "evaluate_scratch"))
 
     def inspect_evaluate(self) -> ExitCode | None:
-        """Take the predictions."""
+        """Take the predictions, unless a job that made them was killed."""
+        if self._evaluations_start_again():
+            return None
+        self.ctx.evaluated = self.ctx.iteration
         if broken := self._broken(self.ctx.evaluation, "EVALUATE"):
             return broken
         self.ctx.predictions = self.ctx.evaluation.outputs.predictions
@@ -713,6 +722,24 @@ class ActiveLearningWorkChain(ProtocolMixin, WorkChain):
             if record.get(key)
         ]
         self.report(f"test errors of iteration {record['iteration']}: " + "; ".join(parts))
+
+    def _evaluations_start_again(self) -> bool:
+        names = ("evaluation", "scratch_evaluation")
+        jobs = [self.ctx[name] for name in names if name in self.ctx]
+        # Both start again where one was killed: they take seconds.
+        return any(self._starts_again(job) for job in jobs)
+
+    def _starts_again(self, job: ProcessNode) -> bool:
+        """Return whether a job was killed and is worth another try; other failures are final."""
+        if not died(job):
+            return False
+        deaths = self.ctx.setdefault("deaths", {})
+        step = f"{self._name()} {job.process_label}"
+        deaths[step] = deaths.get(step, 0) + 1
+        if deaths[step] > MAX_DEATHS:
+            return False
+        self.report(f"{job.process_label} {job.pk} was killed: it starts again")
+        return True
 
     def _broken(self, process: ProcessNode, name: str) -> ExitCode | None:
         if process.is_finished_ok:

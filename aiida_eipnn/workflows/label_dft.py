@@ -13,15 +13,17 @@ from aiida.common import AttributeDict
 from aiida.engine import (
     ExitCode,
     ProcessBuilder,
+    ProcessHandlerReport,
     ProcessSpec,
     ToContext,
-    WorkChain,
     append_,
+    process_handler,
     while_,
 )
 from aiida.orm import (
     AbstractCode,
     Bool,
+    CalcJobNode,
     Dict,
     Float,
     Int,
@@ -30,8 +32,8 @@ from aiida.orm import (
     WorkChainNode,
     to_aiida_type,
 )
-from aiida.plugins import WorkflowFactory
 from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
+from aiida_quantumespresso.workflows.pw.base import PwBaseWorkChain
 
 from aiida_eipnn.calculations.dft import (
     FAILED,
@@ -51,13 +53,17 @@ from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.workflows.builder import PROTOCOLS, dft_inputs
-
-PwBaseWorkChain = WorkflowFactory("quantumespresso.pw.base")
+from aiida_eipnn.workflows.once import SubmitsOnce
+from aiida_eipnn.workflows.restart import MAX_DEATHS
 
 # A lane, its PwBaseWorkChain and the PwCalculation each hold a slot; the parents hold a few more.
 SLOTS_PER_LANE = 3
 SLOTS_OF_PARENTS = 4
 
+# What is said of a run of pw.x that was cut off: of a file that is missing or breaks off.
+CUT_OFF = (100, 140, 302, 303, 305, 310, 311, 312, 320, 321)
+# What pw.x leaves where it stopped by itself.
+CRASH, COMPLAINT = "CRASH", "Error in routine"
 
 SCALING = ("bands_factor", "extra_bands", "conv_thr_per_atom")
 
@@ -89,7 +95,40 @@ def _add_inputs(spec: ProcessSpec) -> None:
     spec.output("labels", valid_type=LabelsData, help="The labels, missing ones with the reason.")
 
 
-class DftLaneWorkChain(WorkChain):
+class DftRun(SubmitsOnce, PwBaseWorkChain):
+    """PwBaseWorkChain that starts a run again whose machine went down.
+
+    To PwBaseWorkChain an output that breaks off is a failure of that configuration for good.
+    """
+
+    @process_handler(priority=700)
+    def start_again(self, node: CalcJobNode) -> ProcessHandlerReport | None:
+        """Start a run again that was killed; that is no attempt which counts."""
+        if not was_cut_off(node):
+            return None
+        self.ctx.deaths = self.ctx.get("deaths", 0) + 1
+        if self.ctx.deaths > MAX_DEATHS:
+            return None
+        self.report(f"{node.process_label} {node.pk} was killed: it starts again")
+        self.ctx.iteration -= 1
+        self.ctx.children.pop()
+        return ProcessHandlerReport(do_break=True)
+
+
+def was_cut_off(node: CalcJobNode) -> bool:
+    """Return whether a run of pw.x was killed, rather than that it stopped with a complaint."""
+    if node.exit_status not in CUT_OFF:
+        return False
+    if "retrieved" not in node.outputs:
+        return True
+    files = node.outputs.retrieved.base.repository
+    names, output = files.list_object_names(), node.get_option("output_filename")
+    if CRASH in names:
+        return False
+    return output not in names or COMPLAINT not in files.get_object_content(output)
+
+
+class DftLaneWorkChain(SubmitsOnce):
     """Label configurations one after another; one that fails is recorded, never fatal."""
 
     @classmethod
@@ -130,7 +169,7 @@ class DftLaneWorkChain(WorkChain):
         inputs.pw.parameters = self.ctx.prepared[parameters_name(structure)]
         inputs.kpoints = self.mesh(structure)
         inputs.metadata.call_link_label = f"dft_{name}"
-        return ToContext(children=append_(self.submit(PwBaseWorkChain, **inputs)))
+        return ToContext(children=append_(self.submit(DftRun, **inputs)))
 
     def mesh(self, structure: StructureData) -> KpointsData:
         """Return the k-points of this structure."""
@@ -186,7 +225,7 @@ def last_retrieved(child: Any) -> Any:
     return None
 
 
-class DftLabelWorkChain(ProtocolMixin, WorkChain):
+class DftLabelWorkChain(ProtocolMixin, SubmitsOnce):
     """Label a choice of configurations with pw.x, several at a time.
 
     A run that fails is a row without a label; the work chain fails only where too few succeed,

@@ -22,12 +22,29 @@ from aiida_eipnn.calculations.label import LabelCalculation
 from aiida_eipnn.calculations.train import TrainCalculation
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.workflows.builder import PROTOCOLS, label_inputs, train_inputs
+from aiida_eipnn.workflows.once import SubmitsOnce
 
 # A long training is cut into slices by the walltime: far more of them than the five of the default.
 MAX_SLICES = 20
 
+# A job that dies more often than this does so by itself, not because its machine went down.
+MAX_DEATHS = 2
 
-class JobBaseWorkChain(BaseRestartWorkChain):
+# What a job leaves that died before its first checkpoint, or before it wrote anything at all.
+DEATHS = (
+    JobCalculation.spec().exit_codes.ERROR_NO_STATUS,
+    JobCalculation.spec().exit_codes.ERROR_KILLED,
+    JobCalculation.spec().exit_codes.ERROR_NO_RETRIEVED_FOLDER,
+    JobCalculation.spec().exit_codes.ERROR_SCHEDULER_NODE_FAILURE,
+)
+
+
+def died(node: CalcJobNode) -> bool:
+    """Return whether a job of ``eipnn-job`` was killed and left nothing to go on from."""
+    return node.exit_status in {code.status for code in DEATHS}
+
+
+class JobBaseWorkChain(SubmitsOnce, BaseRestartWorkChain):
     """Run a job of ``eipnn-job`` until it is done, from its checkpoint after each interruption."""
 
     _process_class: ClassVar[type[CalcJob]]
@@ -62,20 +79,13 @@ class JobBaseWorkChain(BaseRestartWorkChain):
         )
         return ProcessHandlerReport(do_break=True)
 
-    @process_handler(
-        priority=90,
-        exit_codes=[
-            JobCalculation.spec().exit_codes.ERROR_KILLED,
-            JobCalculation.spec().exit_codes.ERROR_NO_RETRIEVED_FOLDER,
-            JobCalculation.spec().exit_codes.ERROR_SCHEDULER_NODE_FAILURE,
-        ],
-    )
-    def start_again_once(self, node: CalcJobNode) -> ProcessHandlerReport | None:
-        """Start a job again that died before it left a checkpoint, but only once."""
-        if self.ctx.get("started_again", False):
+    @process_handler(priority=90, exit_codes=list(DEATHS))
+    def start_again(self, node: CalcJobNode) -> ProcessHandlerReport | None:
+        """Start a job again that died before it left a checkpoint, but not for ever."""
+        self.ctx.deaths = self.ctx.get("deaths", 0) + 1
+        if self.ctx.deaths > MAX_DEATHS:
             return None
-        self.ctx.started_again = True
-        self.report(f"{node.process_label} {node.pk} was killed: it starts again, once")
+        self.report(f"{node.process_label} {node.pk} was killed: it starts again")
         return ProcessHandlerReport(do_break=True)
 
 

@@ -54,6 +54,9 @@ def test_status_shows_points_errors_and_the_reason_to_stop(make_loop, call):
     assert "iteration    2 of at most 2" in shown
     assert "DFT points   8 done, 1 failed" in shown
     assert "best EIP" in shown
+    (failure,) = read_history(loop.node).failures
+    assert f"{failure.id[:12]} " in shown
+    assert "pw.x exit 410: The electronic minimization did not converge." in shown
     assert "stopped      iteration 2 of 2 is done" in shown
 
 

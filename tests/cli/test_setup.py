@@ -141,6 +141,44 @@ def test_setup_without_pw_says_how_to_get_it_and_makes_nothing(tmp_path):
     assert not (tmp_path / ".aiida" / "config.json").exists()
 
 
+def test_a_job_that_is_started_twice_in_one_folder_runs_once(tmp_path):
+    from aiida_eipnn.cli import environment
+
+    script = tmp_path / "job"
+    work = "echo ran >> ledger; sleep 0.5\n"
+    script.write_text(environment.JOB_ONCE + work + environment.JOB_ENDED)
+    jobs = [subprocess.Popen(["bash", script], cwd=tmp_path) for _ in range(2)]
+    assert [job.wait() for job in jobs] == [0, 0]
+    assert (tmp_path / "ledger").read_text().split() == ["ran"]
+
+
+def test_a_job_whose_first_start_died_runs_in_its_second(tmp_path):
+    from aiida_eipnn.cli import environment
+
+    script = tmp_path / "job"
+    work = "if mkdir first 2> /dev/null; then kill -9 $$; fi\necho ran >> ledger\n"
+    script.write_text(environment.JOB_ONCE + work + environment.JOB_ENDED)
+    jobs = [subprocess.Popen(["bash", script], cwd=tmp_path) for _ in range(2)]
+    assert sorted(job.wait() for job in jobs) == [-9, 0]
+    assert (tmp_path / "ledger").read_text().split() == ["ran"]
+
+
+@pytest.mark.usefixtures("aiida_profile_clean")
+def test_the_computer_of_the_setup_runs_each_job_once(tmp_path):
+    from aiida.orm import load_computer
+
+    from aiida_eipnn.cli import environment
+
+    environment.ensure_computer()
+    computer = load_computer(environment.COMPUTER)
+    assert computer.get_prepend_text() == environment.JOB_ONCE
+    assert computer.get_append_text() == environment.JOB_ENDED
+    assert not environment.ensure_computer()
+    computer.set_prepend_text("module load mine")
+    assert not environment.ensure_computer()
+    assert load_computer(environment.COMPUTER).get_prepend_text() == "module load mine"
+
+
 @pytest.mark.usefixtures("aiida_profile_clean")
 def test_a_code_that_moved_is_replaced_and_the_old_one_kept(tmp_path):
     from aiida.orm import load_node

@@ -95,5 +95,6 @@ def test_a_job_that_cannot_start_says_where_to_look(
         LabelBaseWorkChain,
         job={"code": broken, "configurations": {"pool": pool}, "eips": [SW]},
     )
-    assert [child.exit_status for child in node.called] == [300]
+    # It may have been killed before it wrote anything: two more tries.
+    assert [child.exit_status for child in node.called] == [300, 300, 300]
     assert "whether eipnn-job starts" in node.called[0].exit_message
