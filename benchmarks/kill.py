@@ -130,7 +130,10 @@ def main() -> None:
     found = json.loads(given.output.read_text()) if given.output.exists() else {}
     if given.only != "failing":
         plan = draw_accidents(given.kills, given.seed)
-        plans = {"undisturbed": POOL, "killed": {**POOL, "accidents": plan}}
+        plans: dict[str, dict[str, Any]] = {
+            "undisturbed": POOL,
+            "killed": {**POOL, "accidents": plan},
+        }
         with ThreadPoolExecutor() as pool:
             calm, shaken = pool.map(lambda name: run_loop(name, folder, plans[name]), plans)
         found |= {"seed": given.seed, **compare(calm, shaken)}
