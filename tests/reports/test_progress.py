@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 
 import pytest
 from aiida.common.log import AIIDA_LOGGER, LOG_LEVEL_REPORT
@@ -91,7 +92,8 @@ def test_a_real_report_is_one_line_and_aiida_itself_is_silent(aiida_profile, cap
         run(ActiveLearningWorkChain, stop=Dict({}))
     finally:
         AIIDA_LOGGER.removeHandler(shown)
-    assert stream.getvalue() == "[00:00] pre-training on EIP labels\n"
+    # On a busy machine the first second may be over.
+    assert re.fullmatch(r"\[00:\d\d\] pre-training on EIP labels\n", stream.getvalue())
     silent, spoken = console.getvalue().split("look here\n", 1)
     assert silent == ""  # a warning of a work chain remains
     assert "pre-training on EIP labels" in spoken

@@ -20,7 +20,7 @@ KILL_ONCE = """#!/bin/bash
 if [ -e {mark} ]; then exec {job} "$@"; fi
 touch {mark}
 setsid {job} "$@" & pid=$!
-for _ in $(seq 600); do
+for _ in $(seq 6000); do
   if [ -n "$(ls checkpoint 2>/dev/null)" ]; then break; fi
   sleep 0.1
 done
