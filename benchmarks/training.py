@@ -33,9 +33,11 @@ SECONDS = 240.0
 # Part of the time that is planned for steps; reading and describing the set comes first.
 MARGIN = 0.96
 PROBE_STEPS = 300
-# Settings of the stage that differ from its defaults, which are for few labels.
+# Settings of the stage that differ from its defaults, which are for few labels. With a weight decay
+# of 0.01 the network learns the forces of its few configurations by heart: on 34 of the 214, left
+# out, it errs by 84 meV/Å, and with this by 68.
 SETTINGS = {
-    "power_spectrum": {"learning_rate": 4e-3, "weight_decay": 1e-2, "ema_decay": 0.999},
+    "power_spectrum": {"learning_rate": 4e-3, "weight_decay": 0.3, "ema_decay": 0.999},
 }
 
 
