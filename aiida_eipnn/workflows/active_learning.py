@@ -86,11 +86,8 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
                     cls.acquire,
                     cls.label_with_dft,
                     cls.inspect_labels,
-                    if_(cls.should_extend)(
-                        cls.extend,
-                        cls.inspect_extension,
-                        if_(cls.has_found)(cls.label_found_with_eips, cls.inspect_found_labels),
-                    ),
+                    while_(cls.should_extend)(cls.extend, cls.inspect_extension),
+                    if_(cls.has_found)(cls.label_found_with_eips, cls.inspect_found_labels),
                 ),
             ),
             cls.results,
@@ -585,8 +582,8 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         return None
 
     def should_extend(self) -> bool:
-        """Explore on, where that was asked for."""
-        if "extend" not in self.inputs:
+        """Explore on, where that was asked for, and again where the job was killed."""
+        if "extend" not in self.inputs or self.ctx.get("extended", 0) == self.ctx.iteration:
             return False
         every = ExtensionParameters.from_dict(self.inputs.extension.get_dict()).every
         return self.ctx.iteration % every == 0
@@ -615,7 +612,9 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
 
     def inspect_extension(self) -> None:
         """Take what is new; an exploration that breaks leaves the pool as it is."""
-        self.ctx.found = None
+        if self._starts_again(self.ctx.explored):
+            return
+        self.ctx.extended = self.ctx.iteration
         if not self.ctx.explored.is_finished_ok:
             explored = self.ctx.explored
             message = explored.exit_message or explored.process_state
@@ -630,7 +629,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
 
     def has_found(self) -> bool:
         """Whether there is anything new."""
-        return self.ctx.found is not None
+        return self.ctx.get("found") is not None
 
     def label_found_with_eips(self) -> ToContext:
         """Let every EIP label what is new."""
@@ -646,6 +645,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
             self.ctx.pool, self.ctx.found, self.ctx.eip_labels, self.ctx.eips.outputs.labels
         )
         self.ctx.pool, self.ctx.eip_labels = extended["pool"], extended["eip_labels"]
+        self.ctx.found = None
         self._emit("pool", self.ctx.pool)
         self._emit("eip_labels", self.ctx.eip_labels)
         return None
