@@ -353,7 +353,7 @@ def loop(n_iterations: int, n_select: int, n_pool: int) -> dict[str, Any]:
         end = time.time()
         worker = worker_usage()
     finally:
-        verdi("daemon", "stop")
+        verdi("daemon", "stop", "--timeout", "120")
     if not node.is_finished_ok:
         raise SystemExit(f"the loop ended with {node.exit_status}: {node.exit_message}")
     iterations = len(node.outputs.history["iterations"])

@@ -375,7 +375,7 @@ def by_iteration(
     axes.set_xlim(min(iterations) - 0.5, max(iterations) + 0.5)
     axes.set_xlabel("iteration")
     axes.set_ylabel(label)
-    return legend_above(axes)
+    return legend_above(axes, n_columns=min(len(lines), 3))
 
 
 def stacked_bars(
@@ -420,14 +420,16 @@ def stacked_bars(
     return axes
 
 
-def legend_above(axes: Axes, handles: Sequence[Artist] | None = None) -> Axes:
+def legend_above(
+    axes: Axes, handles: Sequence[Artist] | None = None, *, n_columns: int | None = None
+) -> Axes:
     """Put the legend above the Axes, where it hides nothing."""
     shown = axes.get_legend_handles_labels()[0] if handles is None else list(handles)
     axes.legend(
         handles=shown,
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        ncols=len(shown) if len(shown) <= 6 else 4,
+        ncols=n_columns or (len(shown) if len(shown) <= 6 else 4),
         borderaxespad=0.1,
         borderpad=0.2,
         handlelength=1.2,

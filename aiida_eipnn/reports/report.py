@@ -451,7 +451,7 @@ def panel_figure(history: History) -> str:
         figures.by_iteration(axes[0], numbers, covered, "errors within the interval, %", wanted)
         ranking = {"rank correlation": line("spearman"), "gain by rejection": line("rejection")}
         figures.by_iteration(axes[1], numbers, ranking, "1 is perfect")
-        off = {"ENCE": line("ence"), "miscalibration area": line("miscalibration_area")}
+        off = {"ENCE": line("ence"), "miscal. area": line("miscalibration_area")}
         figures.by_iteration(axes[2], numbers, off, "0 is perfect")
 
     return str(figures.draw("panel", paint, n_axes=3, height=3.2))
@@ -465,7 +465,7 @@ def _coverage(items: Sequence[Iteration]) -> tuple[dict[str, list[float]], dict[
         for level in panels[0].coverage
     }
     wanted = {f"{100 * float(level):.0f} %": 100 * float(level) for level in panels[0].coverage}
-    for name, field in (("conf. atoms", "conformal"), ("conf. worst", "conformal_worst")):
+    for name, field in (("atoms", "conformal"), ("worst atom", "conformal_worst")):
         found = [getattr(item, field) for item in items]
         if any(found):
             lines[name] = [100 * item.coverage if item else np.nan for item in found]
