@@ -85,7 +85,7 @@ exit $code
 
 POLL_SECONDS = 0.5
 # A loop in which nothing changes for so long hangs.
-STUCK_SECONDS = 120.0
+STUCK_SECONDS = 600.0
 
 
 def small_pool(n: int, n_hopeless: int) -> Configurations:

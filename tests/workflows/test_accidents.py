@@ -179,7 +179,7 @@ def site(tmp_path, monkeypatch):
 
     def call(*command, check=True):
         words = [str(word) for word in command]
-        done = run(words, env=variables, capture_output=True, text=True, timeout=300, check=False)
+        done = run(words, env=variables, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0 or not check, done.stdout + done.stderr
         return done.stdout
 
@@ -213,7 +213,7 @@ def kill(victims):
     psutil.wait_procs(victims, timeout=10)
 
 
-def wait_until(condition, seconds=150):
+def wait_until(condition, seconds=900):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "it hangs"
