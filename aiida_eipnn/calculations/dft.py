@@ -178,15 +178,21 @@ def level_of_theory(
     parameters: Dict, kpoints_distance: Float, parity: Bool, **pseudos: Data
 ) -> Dict:
     """Return the fingerprint of a DFT calculation: labels may be mixed only where it is equal."""
-    system = parameters.get_dict().get("SYSTEM", {})
-    level: dict[str, Any] = {
+    mesh = {"kpoints_distance": kpoints_distance.value, "kpoints_force_parity": parity.value}
+    return Dict(with_fingerprint(level_of(parameters.get_dict(), pseudos, mesh)))
+
+
+def level_of(
+    parameters: Mapping[str, Any], pseudos: Mapping[str, Data], mesh: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the level of theory of pw.x with these parameters, pseudopotentials and k-points."""
+    system = parameters.get("SYSTEM", {})
+    return {
         "code": "quantumespresso.pw",
         "pseudos": {kind: pseudo.base.attributes.get("md5") for kind, pseudo in pseudos.items()},
-        "kpoints_distance": kpoints_distance.value,
-        "kpoints_force_parity": parity.value,
+        **mesh,
+        **{key: value for key, value in system.items() if key not in NOT_THE_LEVEL},
     }
-    level |= {key: value for key, value in system.items() if key not in NOT_THE_LEVEL}
-    return Dict(with_fingerprint(level))
 
 
 def with_fingerprint(level: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,6 +278,27 @@ def failure_of(retrieved: FolderData) -> str:
         caller = creator.caller
         return f"pw.x: {caller.process_label} exit {caller.exit_status}: {caller.exit_message}"
     return f"pw.x exit {creator.exit_status}: {creator.exit_message or 'no message'}"
+
+
+@calcfunction
+def take_runs(
+    configurations: ConfigurationsData, choice: ChoiceData, level: Dict, **runs: Data
+) -> dict[str, Any]:
+    """Take runs of pw.x that are there already, and say what of the choice is left to label.
+
+    ``runs`` are those of `gather_dft_labels`: one that failed is a row with its reason, and not run
+    again. The output ``rest`` holds what no run is of, if anything is left.
+    """
+    ids = choice.ids()
+    here = np.isin(ids, [name.partition("_")[2] for name in runs])
+    sets = configurations.value()
+    chosen = sets.take(sets.rows_of(ids[here]))
+    rows = [_label(chosen.take([row]), name, runs) for row, name in enumerate(ids[here])]
+    left = Choice(ids=ids[~here], scores=choice.value().scores[~here])
+    return {
+        "labels": LabelsData.from_value(join_labels(rows), level=level.get_dict()),
+        **({"rest": ChoiceData.from_value(left, strategy="rest")} if len(left.ids) else {}),
+    }
 
 
 @calcfunction

@@ -27,6 +27,7 @@ from aiida_eipnn.reports.points import (
     called,
     inputs_of,
     label_process,
+    loops_of,
     outputs_of,
     read_points,
 )
@@ -315,14 +316,20 @@ def unexplained_inputs(committee: CommitteeData, loop: ProcessNode) -> list[Node
     committee
         Where to walk back from.
     loop
-        The top-level loop; its inputs are what the user gave.
+        The top-level loop; its inputs, and those of the loops that it continues, are what the user
+        gave, but for what it took from these.
 
     Returns
     -------
     list
         Empty for a complete lineage.
     """
-    of_user = {node.pk for node in inputs_of(loop.pk).values()}
+    of_user = {
+        node.pk
+        for pk in loops_of(loop.pk)
+        for label, node in inputs_of(pk).items()
+        if not label.startswith("previous__")
+    }
     unexplained: dict[int, Node] = {}
     seen: set[int] = set()
     waiting: list[Node] = [committee]
@@ -368,7 +375,9 @@ def _classification(committee: CommitteeData, loop: ProcessNode) -> CalcJobNode 
 def _test_process(loop: ProcessNode | None) -> int | None:
     if loop is None:
         return None
-    return next((call.pk for call in called(loop.pk) if call.label == f"dft_{TEST}"), None)
+    # A loop that continues another one has its test set.
+    calls = [call for pk in reversed(loops_of(loop.pk)) for call in called(pk)]
+    return next((call.pk for call in calls if call.label == f"dft_{TEST}"), None)
 
 
 def _stage(training: CalcJobNode) -> TrainingStage:
