@@ -266,7 +266,12 @@ def stress_of(trajectory: ArrayData) -> FloatArray:
     """
     if "stress" not in trajectory.get_arraynames():
         return np.full(6, np.nan)
-    tensor = -np.asarray(trajectory.get_array("stress")[-1], dtype=float) * GPa
+    return voigt_stress(trajectory.get_array("stress")[-1])
+
+
+def voigt_stress(pressure: Any) -> FloatArray:
+    """Return a tensor, ``(3, 3)`` in GPa as pw.x writes it, in eV/Å³ in ASE's sign and order."""
+    tensor = -np.asarray(pressure, dtype=float) * GPa
     return tensor[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
 
 
@@ -355,14 +360,18 @@ def compare_levels(given: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the one level of theory that is declared; ``ValueError`` says where they differ."""
     levels = [dict(level) for level in given if level]
     for level in levels[1:]:
-        differing = {
-            key: (levels[0].get(key), level.get(key))
-            for key in sorted({*levels[0], *level})
-            if levels[0].get(key) != level.get(key) and key != FINGERPRINT
-        }
-        if differing:
+        if differing := differences(levels[0], level):
             raise ValueError(
                 f"these labels are of different levels of theory, they differ in {differing}; "
                 "label again with one set-up, or train on one of the sets only"
             )
     return levels[0] if levels else {}
+
+
+def differences(level: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what two levels of theory differ in, by key."""
+    return {
+        key: (level.get(key), other.get(key))
+        for key in sorted({*level, *other})
+        if level.get(key) != other.get(key) and key != FINGERPRINT
+    }

@@ -139,6 +139,11 @@ def load(identifier: str, profile: str | None, hint: str = LOOPS) -> "Node":
         If there is no such profile or no such node; ``hint`` says where to look.
     """
     use_profile(profile)
+    return load_stored(identifier, hint)
+
+
+def load_stored(identifier: str, hint: str) -> "Node":
+    """Return the node with this PK or UUID of the profile that is loaded; see :func:`load`."""
     from aiida.common.exceptions import MultipleObjectsError, NotExistent
     from aiida.orm import load_node
 

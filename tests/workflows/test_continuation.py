@@ -1,23 +1,20 @@
 """A loop goes on where another one ended or broke; DFT is not repeated."""
 
 import copy
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from aiida.engine import run_get_node
 from aiida.manage.caching import enable_caching
-from aiida.orm import CalcJobNode, load_node
+from aiida.orm import CalcJobNode
 
 from aiida_eipnn.data.configurations import ConfigurationsData
-from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.reports.history import read_history
 from aiida_eipnn.reports.lineage import trace, unexplained_inputs
 from aiida_eipnn.reports.points import PointState
 from aiida_eipnn.reports.report import write_report
 from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
 from aiida_eipnn.workflows.builder import Codes, Start
-from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, DftLaneWorkChain
 
 PW = "aiida.calculations:quantumespresso.pw"
 # Two-atom silicon with an easy gate; a committee of one network pre-trained in no time.
@@ -49,9 +46,9 @@ def builder(kim, torch, pw_code, job_code, pseudo_family, small_loop):
 
 @pytest.fixture
 def whole(builder):
-    """An uninterrupted loop of three iterations."""
+    """An uninterrupted loop of two iterations."""
     if "loop" not in WHOLE:
-        _, WHOLE["loop"] = run_get_node(builder(stop={"max_iterations": 3}))
+        _, WHOLE["loop"] = run_get_node(builder(stop={"max_iterations": 2}))
     node = WHOLE["loop"]
     assert node.is_finished_ok, node.exit_message
     return node
@@ -79,30 +76,30 @@ def same_choices(one, other):
 
 def test_a_finished_loop_goes_on_as_if_it_had_had_the_larger_budget(whole, builder, tmp_path):
     with enable_caching():
-        _, first = run_get_node(builder(stop={"max_iterations": 2}))
+        _, first = run_get_node(builder(stop={"max_iterations": 1}))
     assert first.outputs.history["stop"]["reason"] == "max_iterations"
 
-    second = go_on(first, overrides={"stop": {"max_iterations": 3}})
+    second = go_on(first, overrides={"stop": {"max_iterations": 2}})
 
-    same_choices(second.outputs.iterations.i002.choice, whole.outputs.iterations.i002.choice)
-    assert second.outputs.history["iterations"][:2] == first.outputs.history["iterations"]
-    assert [item["iteration"] for item in second.outputs.history["iterations"]] == [1, 2, 3]
-    errors = [loop.outputs.history["iterations"][2]["committee"] for loop in (second, whole)]
+    same_choices(second.outputs.iterations.i001.choice, whole.outputs.iterations.i001.choice)
+    assert second.outputs.history["iterations"][:1] == first.outputs.history["iterations"]
+    assert [item["iteration"] for item in second.outputs.history["iterations"]] == [1, 2]
+    errors = [loop.outputs.history["iterations"][1]["committee"] for loop in (second, whole)]
     assert errors[0]["forces_mae"] == pytest.approx(errors[1]["forces_mae"], rel=1e-6)
     # Of DFT, EIP labels and trainings only what was not there was made.
-    assert len(jobs(second)) == len(second.outputs.iterations.i002.choice)
+    assert len(jobs(second)) == len(second.outputs.iterations.i001.choice)
     assert not jobs(second, "aiida.calculations:eipnn.label")
     assert len(jobs(second, "aiida.calculations:eipnn.train")) == 2
     assert second.outputs.pretrained.uuid == first.outputs.pretrained.uuid
 
     history = read_history(second)
-    assert history.batches == ("test", "initial", "i001", "i002")
-    assert [item.number for item in history.assessed] == [1, 2, 3]
+    assert history.batches == ("test", "initial", "i001")
+    assert [item.number for item in history.assessed] == [1, 2]
     assert {point.id for point in history.points} == {
         point.id for point in read_history(whole).points
     }
     lineage = trace(second)
-    assert {point.batch for point in lineage.points} == {"initial", "i001", "i002"}
+    assert {point.batch for point in lineage.points} == {"initial", "i001"}
     assert len(lineage.test_points) == 3
     runs = {node.uuid for loop in (first, second) for node in jobs(loop)}
     done = [point for point in lineage.points if point.state is PointState.DONE]
