@@ -348,10 +348,11 @@ def with_steps(
     energy, forces = _array(arrays, "energy"), _array(arrays, "forces")
     if not len(energy):
         return replace(run, reason=NO_STEP)
-    if len(forces) != len(energy):
-        return replace(run, reason=NO_FORCES)
-    geometries = list(_geometries(arrays, last, calculation))
     info = facts.get("convergence_info") or {}
+    is_converged = info.get("scf_conv", {}).get("convergence_achieved", True)
+    if len(forces) != len(energy):
+        return replace(run, reason=NO_FORCES if is_converged else NOT_CONVERGED)
+    geometries = list(_geometries(arrays, last, calculation))
     n = min(len(energy), len(geometries))
     if calculation == "vc-relax" and len(energy) == len(geometries) + 1:
         # The last one is of a fresh basis at the relaxed cell. Where the relaxation did not come
@@ -359,7 +360,7 @@ def with_steps(
         if info.get("opt_conv", {}).get("convergence_achieved"):
             geometries.append(last)
             n += 1
-    elif not info.get("scf_conv", {}).get("convergence_achieved", True):
+    elif not is_converged:
         n -= 1
     stress = _stresses(arrays, len(energy), calculation)
     steps = []
@@ -538,7 +539,7 @@ def _agree(level: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _conflict(run: Run, atoms: Atoms, earlier: tuple[Atoms, str, str]) -> str:
-    """Return why a geometry that came before cannot be believed; empty where its energy is equal."""
+    """Return why a geometry that came before is not believed; empty where its energy is equal."""
     energies = [item.calc.results["energy"] for item in (earlier[0], atoms)]
     if abs(energies[0] - energies[1]) <= SAME_ENERGY * len(atoms):
         return ""

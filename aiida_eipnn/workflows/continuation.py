@@ -119,6 +119,11 @@ def must_train(previous: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
     return name not in previous.get("choices", {}) and "labels" in known
 
 
+def last_name(previous: Mapping[str, Any]) -> str:
+    """Return the name of the last iteration of a previous loop that has one."""
+    return _iteration(previous["history"])
+
+
 def runs_of(runs: Mapping[str, Data], choice: ChoiceData) -> dict[str, Data]:
     """Return those of the runs that are of a choice."""
     ids = set(choice.ids().tolist())
