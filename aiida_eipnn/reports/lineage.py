@@ -27,6 +27,7 @@ from aiida_eipnn.reports.points import (
     called,
     inputs_of,
     label_process,
+    loop_outputs,
     loops_of,
     outputs_of,
     read_points,
@@ -196,7 +197,7 @@ def trace(node: Node) -> Lineage:
             point
             for name, node in labels.items()
             for point in (
-                read_points(label_pks[name], name) if name in label_pks else given(node, name)
+                read_points(label_pks[name], name, node) if name in label_pks else given(node, name)
             )
         ),
         test_points=read_points(test_pk, TEST) if test_pk is not None else (),
@@ -220,7 +221,7 @@ def committee_of(node: Node) -> CommitteeData:
     if isinstance(node, CommitteeData):
         return node
     require_loop(node, "a committee or a loop")
-    outputs = outputs_of(node.pk)
+    outputs = loop_outputs(node.pk)
     names = sorted(
         label for label in outputs if label.startswith("iterations__i") and "__committee" in label
     )

@@ -25,6 +25,9 @@ TERMINATED = ("finished", "excepted", "killed")
 CALLS = {"type": {"in": ["call_calc", "call_work"]}}
 POINT = "dft_"
 
+# What a loop emits when it ends.
+LAST = ("committee", "selection", "predictions", "history")
+
 PROCESS_FIELDS = (
     "id",
     "uuid",
@@ -208,8 +211,13 @@ def loops_of(pk: int) -> list[int]:
 
 
 def loop_outputs(pk: int) -> dict[str, Data]:
-    """Return the outputs of a loop and of those that it continues, the newest by each label."""
-    return {label: node for loop in loops_of(pk) for label, node in outputs_of(loop).items()}
+    """Return the outputs of a loop and of those that it continues, the newest by each label.
+
+    What a loop ended with counts only of the last one.
+    """
+    *earlier, last = loops_of(pk)
+    found = {label: node for loop in earlier for label, node in outputs_of(loop).items()}
+    return {**{key: node for key, node in found.items() if key not in LAST}, **outputs_of(last)}
 
 
 def known_labels(pk: int) -> list[tuple[ConfigurationsData, LabelsData]]:
@@ -222,7 +230,9 @@ def known_labels(pk: int) -> list[tuple[ConfigurationsData, LabelsData]]:
     ]
 
 
-def read_points(label_pk: int, batch: str) -> tuple[DftPoint, ...]:
+def read_points(
+    label_pk: int, batch: str, labels: LabelsData | None = None
+) -> tuple[DftPoint, ...]:
     """Return the DFT points of a DftLabelWorkChain, finished or not, in the order of choice.
 
     Parameters
@@ -231,12 +241,14 @@ def read_points(label_pk: int, batch: str) -> tuple[DftPoint, ...]:
         PK of the DftLabelWorkChain.
     batch
         What to call the points.
+    labels
+        What the gate left of its labels; by default what it returned.
     """
     inputs = inputs_of(label_pk)
     choice, pool = inputs["choice"], inputs["configurations"]
     bases = _bases(label_pk)
     runs = _runs([base.pk for base in bases.values()])
-    labels = outputs_of(label_pk).get("labels")
+    labels = outputs_of(label_pk).get("labels") if labels is None else labels
     reasons, energies = _reasons(labels), _energies(labels)
     parent = call_of(label_pk)
     return tuple(
@@ -261,7 +273,13 @@ def chosen_facts(choice: ChoiceData, pool: ConfigurationsData) -> list[dict[str,
 
 
 def label_process(labels: Node) -> int | None:
-    """Return the PK of the DftLabelWorkChain that returned these labels, if one did."""
+    """Return the PK of the DftLabelWorkChain that returned these labels, if one did.
+
+    Of labels that the gate left it is the one that returned those the gate was given.
+    """
+    creator = labels.creator
+    if creator is not None and creator.process_label == "refuse_dft_labels":
+        return label_process(creator.inputs.labels)
     query = QueryBuilder()
     query.append(LabelsData, filters={"id": labels.pk}, tag="labels")
     query.append(
@@ -321,7 +339,7 @@ def _bases_of_given_runs(label_pk: int) -> dict[str, Call]:
     query.append(CalcJobNode, with_outgoing="result", tag="run")
     query.append(WorkChainNode, with_outgoing="run", project=list(PROCESS_FIELDS))
     # runs__labelled_<id> or runs__failed_<id>
-    return {row[0].rpartition("_")[2]: _call("", row[1:]) for row in query.all()}
+    return {row[-1].rpartition("_")[2]: _call(row[-1], row[:-1]) for row in query.all()}
 
 
 def _runs(base_pks: list[int]) -> dict[int, list[PwRun]]:

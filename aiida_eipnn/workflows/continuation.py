@@ -206,6 +206,8 @@ def finished_runs(labelling: ProcessNode) -> Iterator[tuple[str, Data]]:
     """
     for _, lane in _calls(labelling):
         for label, base in _calls(lane):
+            if not label.startswith("dft_"):
+                continue
             name = label.removeprefix("dft_")
             if (trajectory := _trajectory(base)) is not None:
                 yield f"{LABELLED}{name}", trajectory

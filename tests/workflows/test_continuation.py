@@ -1,13 +1,17 @@
 """A loop goes on where another one ended or broke; DFT is not repeated."""
 
 import copy
+import re
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from aiida.common.links import LinkType
 from aiida.engine import run_get_node
 from aiida.manage.caching import enable_caching
-from aiida.orm import CalcJobNode, QueryBuilder, WorkChainNode
+from aiida.orm import CalcJobNode, QueryBuilder, WorkChainNode, load_node
 
 from aiida_eipnn.calculations import loop as loop_functions
 from aiida_eipnn.cli.dry_run import n_labelled
@@ -17,12 +21,14 @@ from aiida_eipnn.reports.history import read_history
 from aiida_eipnn.reports.lineage import trace, unexplained_inputs
 from aiida_eipnn.reports.points import PointState
 from aiida_eipnn.reports.report import write_report
+from aiida_eipnn.science.configurations import configuration_id
 from aiida_eipnn.science.labels import checksum
 from aiida_eipnn.workflows import label_dft
 from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
 from aiida_eipnn.workflows.builder import Codes, Start
 from aiida_eipnn.workflows.label_dft import pw_inputs
 
+ROOT = Path(__file__).parents[2]
 PW = "aiida.calculations:quantumespresso.pw"
 # Two-atom silicon with an easy gate; a committee of one network pre-trained in no time.
 FAST = {"pretrain": {"steps": 20}, "train_scratch": False, "acquisition": {"n_select": 2}}
@@ -149,7 +155,10 @@ def test_what_pw_had_finished_is_taken_when_a_loop_broke_over_its_labels(
         _, second = run_get_node(made)
 
     assert second.is_finished_ok, second.exit_message
-    first, again = ({run.inputs.structure.uuid for run in jobs(loop)} for loop in (broken, second))
+    first, again = (
+        {configuration_id(run.inputs.structure.get_ase()) for run in jobs(loop)}
+        for loop in (broken, second)
+    )
     assert len(again) == 4  # one of the test set, and the three to begin with
     assert not first & again
     for name in ("test_labels", "initial_labels"):
@@ -253,3 +262,32 @@ def test_a_loop_that_seems_to_run_is_continued_only_if_it_is_said_to_be_lost(who
     made = ActiveLearningWorkChain.get_builder_continue(lost, is_lost=True)
     assert made.pool.uuid == whole.inputs.pool.uuid
     assert "test" not in dict(made.previous.choices)
+
+
+def test_the_command_of_the_page_says_what_would_be_done(whole, tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "howto" / "continue.md").read_text()
+    command, changes, code = (
+        re.search(rf"```{language}\n(.*?)```", page, re.DOTALL)[1]
+        for language in ("bash", "yaml", "python")
+    )
+    monkeypatch.chdir(tmp_path)
+    Path("more.yaml").write_text(changes)
+    words = [str(whole.pk) if word == "PK" else word for word in command.split()]
+    assert words[:3] == ["verdi", "run", "workflows/active_learning.py"]
+
+    monkeypatch.setattr(sys, "argv", [*words[2:], "--dry-run"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / words[2]), run_name="__main__")
+    assert stop.value.code == 0
+    # Six are there, and two that were chosen; ten at the end of each of four iterations.
+    assert "DFT points: 48 at most" in (shown := capsys.readouterr().out)
+    assert "8 of them are there already" in shown
+    assert "nothing was stored" in shown
+
+    monkeypatch.setattr(sys, "argv", [*words[2:], "--pool", "pool.xyz"])
+    with pytest.raises(SystemExit, match="--pool cannot be given with --continue"):
+        runpy.run_path(str(ROOT / words[2]), run_name="__main__")
+
+    names = {"PK": whole.pk, "load_node": load_node}
+    exec(code, {**names, "ActiveLearningWorkChain": ActiveLearningWorkChain}, names)
+    assert names["builder"].stop["max_iterations"] == 6
