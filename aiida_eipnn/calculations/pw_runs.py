@@ -3,6 +3,7 @@
 aiida-quantumespresso reads the XML and made the trajectories, ASE reads the standard output.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -146,7 +147,8 @@ def run_of(calculation: CalcJobNode) -> Run:
     arrays = {name: trajectory.get_array(name) for name in trajectory.get_arraynames()}
     facts = calculation.outputs.output_parameters.get_dict()
     control = calculation.inputs.parameters.get_dict().get("CONTROL", {})
-    last = calculation.outputs.get("output_structure", structure)
+    outputs = calculation.outputs
+    last = outputs.output_structure if "output_structure" in outputs else structure
     found = with_steps(known, arrays, facts, control.get("calculation", "scf"), last.get_ase())
     if not found.steps and not calculation.is_finished_ok:
         # What aiida-quantumespresso says of a failure is more than what the files say.
@@ -210,13 +212,20 @@ def runs_of_files(paths: Mapping[str, Path]) -> list[Run]:
     kinds = {name: pw_mark(path) for name, path in paths.items()}
     xml, seen = [], set()
     for name in (name for name, kind in kinds.items() if kind == PW_XML):
-        content = paths[name].read_bytes()
-        if content not in seen:
-            seen.add(content)
-            xml.append(run_of_xml(paths[name], name))
+        digest = hashlib.sha256(paths[name].read_bytes()).digest()
+        if digest not in seen:
+            seen.add(digest)
+            if digest not in _READ:
+                _READ[digest] = run_of_xml(paths[name], name)
+            xml.append(replace(_READ[digest], name=name))
     names = [name for name, kind in kinds.items() if kind == PW_STDOUT]
     others = [run_of_stdout(paths[name], name) for name in names]
     return [*xml, *(run for run in others if not _is_told(run, xml))]
+
+
+# XML that this process has read, by its digest: all of it is read before anything is stored, then
+# again by the calcfunction, and to check one file against the schema takes a third of a second.
+_READ: dict[bytes, Run] = {}
 
 
 def with_facts(run: Run, facts: Mapping[str, Any]) -> Run:
