@@ -132,7 +132,9 @@ def join_runs(**parts: Data) -> dict[str, Any]:
 
 
 def run_of(calculation: CalcJobNode) -> Run:
-    """Return what a PwCalculation says."""
+    """Return what a PwCalculation says; of one that left nothing, only why."""
+    if not {"output_trajectory", "retrieved"} & set(calculation.outputs):
+        return Run(name=str(calculation.pk), reason=_why(calculation))
     structure = calculation.inputs.structure
     start = structure.get_ase()
     known = Run(

@@ -560,8 +560,7 @@ def origin_lines(trace: "Trace") -> list[str]:
     if trace.point is not None:
         return lines + run_lines(trace, trace.point)
     if trace.md5:
-        folder = "" if trace.file == source.file_name else f"{source.file_name}, "
-        stored = f"{folder}node {source.file_pk}, read by {source.process_pk}"
+        stored = f"{trace.file_kind} {source.file_pk}, read by {source.process_pk}"
         lines.append(f"file           {trace.file} md5 {trace.md5} ({stored})")
         return lines
     made = f", made by {trace.process_uuid}" if trace.process_uuid else ""

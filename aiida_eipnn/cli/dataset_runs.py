@@ -74,7 +74,7 @@ def import_runs(
     return [*_several(parts), *lines[:-1]]
 
 
-def find_calculations(nodes: Iterable[str], groups: Iterable[str]) -> list[CalcJobNode]:
+def find_calculations(nodes: Sequence[str], groups: Sequence[str]) -> list[CalcJobNode]:
     """Return PwCalculations: those named, those of groups, and those that work chains of both ran.
 
     Raises
@@ -83,11 +83,12 @@ def find_calculations(nodes: Iterable[str], groups: Iterable[str]) -> list[CalcJ
         If there is no such node or group, or if no run of pw.x is among them.
     """
     found: dict[int, CalcJobNode] = {}
-    given = [load_stored(name, PROCESSES) for name in nodes]
-    given += [node for name in groups for node in _group(name).nodes]
-    for node in given:
+    named = [load_stored(name, PROCESSES) for name in nodes]
+    members = [node for name in groups for node in _group(name).nodes]
+    for number, node in enumerate([*named, *members]):
         runs = [run for run in _descendants(node) if run.process_type == PW]
-        if not runs and node in given[: len(list(nodes))]:
+        # A group may hold other nodes too.
+        if not runs and number < len(named):
             kind = getattr(node, "process_label", None) or type(node).__name__
             raise ValueError(f"node {node.pk} is a {kind} without a run of pw.x; {PROCESSES}")
         found |= {run.pk: run for run in runs}

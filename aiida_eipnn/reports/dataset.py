@@ -220,8 +220,8 @@ class Trace:
         The dataset that was asked.
     origin
         The dataset that the label came from: another one where a loop took it from there.
-    file, md5
-        The file, and its MD5; empty where there is none.
+    file, md5, file_kind
+        The file, its MD5, and the class of the node that has it; empty where there is none.
     point
         The DFT point; ``None`` where the label came from a file or from outside.
     stored_pk, process_uuid
@@ -240,6 +240,7 @@ class Trace:
     origin: Dataset
     file: str = ""
     md5: str = ""
+    file_kind: str = ""
     point: DftPoint | None = None
     stored_pk: int | None = None
     process_uuid: str = ""
@@ -636,12 +637,13 @@ def _origin(dataset: Dataset, name: str) -> dict[str, Any]:
 def _file_facts(dataset: Dataset, name: str) -> dict[str, str]:
     """Return which file a label is from, and its MD5, as fields of :class:`Trace`."""
     file = load_node(dataset.source.file_pk)
+    kind = {"file_kind": type(file).__name__}
     if isinstance(file, SinglefileData):
-        return {"file": file.filename, "md5": md5_of(file.get_content(mode="rb"))}
+        return {"file": file.filename, "md5": md5_of(file.get_content(mode="rb")), **kind}
     reader = load_node(dataset.source.process_pk)
     path = reader.outputs.labels.base.attributes.get("files")[name]
     content = file.base.repository.get_object_content(path, mode="rb")
-    return {"file": path, "md5": md5_of(content)}
+    return {"file": path, "md5": md5_of(content), **kind}
 
 
 def _run_facts(dataset: Dataset, name: str) -> dict[str, Any]:

@@ -272,6 +272,16 @@ def test_a_run_that_failed_is_a_row_with_the_reason(calculations):
     assert "pw.x exit 410" in result.stderr
 
 
+def test_a_run_that_left_nothing_is_reported(aiida_profile):
+    from aiida.orm import CalcJobNode
+
+    node = CalcJobNode(process_type="aiida.calculations:quantumespresso.pw")
+    node.base.attributes.set_many({"process_label": "PwCalculation", "process_state": "killed"})
+    result = dataset("import", "-N", node.store().pk, expect=1)
+    assert f"{node.pk}: pw.x was killed" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
