@@ -183,7 +183,8 @@ def read_made(loop: ProcessNode) -> Made:
         made.others |= _last_iteration(outputs, _iteration(made.others["history"]))
     runs = _below(given, f"{PREVIOUS}__runs__")
     for label, call in calls:
-        if label.startswith("dft_") and label.removeprefix("dft_") in made.choices:
+        batch = label.removeprefix("dft_")
+        if label.startswith("dft_") and batch in made.choices and batch not in made.labels:
             runs |= dict(finished_runs(call))
     open_ids = {
         str(name)

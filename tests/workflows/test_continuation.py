@@ -21,7 +21,6 @@ from aiida_eipnn.reports.history import read_history
 from aiida_eipnn.reports.lineage import trace, unexplained_inputs
 from aiida_eipnn.reports.points import PointState
 from aiida_eipnn.reports.report import write_report
-from aiida_eipnn.science.configurations import configuration_id
 from aiida_eipnn.science.labels import checksum
 from aiida_eipnn.workflows import label_dft
 from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
@@ -156,7 +155,10 @@ def test_what_pw_had_finished_is_taken_when_a_loop_broke_over_its_labels(
 
     assert second.is_finished_ok, second.exit_message
     first, again = (
-        {configuration_id(run.inputs.structure.get_ase()) for run in jobs(loop)}
+        {
+            run.caller.base.links.get_incoming(link_type=LinkType.CALL_WORK).one().link_label
+            for run in jobs(loop)
+        }
         for loop in (broken, second)
     )
     assert len(again) == 4  # one of the test set, and the three to begin with
