@@ -3,12 +3,13 @@
 verdi run workflows/active_learning.py --protocol demo
 verdi run workflows/active_learning.py --protocol fast --pool pool.xyz --eip ID --eip ID
 verdi run workflows/active_learning.py --protocol fast --stored labelled.xyz  # without pw.x
+verdi run workflows/active_learning.py --continue PK --overrides more.yaml
 verdi run -- workflows/active_learning.py --help
 """
 
 from pathlib import Path
 
-from aiida.orm import StructureData
+from aiida.orm import StructureData, WorkChainNode
 from ase.io import read
 
 from aiida_eipnn.cli import launch
@@ -22,6 +23,7 @@ options = launch.parser(__doc__)
 launch.add_pw_code(options)
 launch.add_job_code(options)
 launch.add_protocol(options)
+options.set_defaults(protocol=None)  # demo, but --continue takes none
 options.add_argument("--structure", type=Path, help="seed structure (any format of ASE)")
 options.add_argument("--pool", type=Path, help="extended XYZ file with a pool of your own")
 options.add_argument("--known", type=Path, help="extended XYZ file with DFT labels you have")
@@ -29,6 +31,12 @@ options.add_argument(
     "--stored", type=Path, help="extended XYZ file with DFT labels to look up: pw.x is not run"
 )
 options.add_argument("--eip", action="append", default=[], help="name of an EIP; repeat for each")
+options.add_argument(
+    "--continue", dest="loop", metavar="PK", help="go on where this loop ended or broke"
+)
+options.add_argument(
+    "--lost", action="store_true", help="--continue, though the loop seems to run: nothing runs it"
+)
 options.add_argument("--report", type=Path, help="write the report here when it is done")
 options.add_argument(
     "--again", action="store_true", help="run it even if a loop with these inputs has finished"
@@ -38,30 +46,38 @@ options.add_argument(
 )
 given = options.parse_args()
 
-if given.structure:
-    structures = [StructureData(ase=launch.checked(read, given.structure))]
-else:
-    structures = launch.silicon() if not (given.pool or given.stored) else []
-stored = launch.labelled_of(given.stored) if given.stored else (None, None)
 known = launch.labelled_of(given.known) if given.known else (None, None)
-builder = launch.checked(
-    lambda: ActiveLearningWorkChain.get_builder_from_protocol(
-        Codes(
-            job=launch.code_of(given.job_code),
-            pw=None if given.stored else launch.code_of(given.pw_code),
-        ),
-        Start(
-            structures=structures,
-            pool=launch.configurations_of(given.pool) if given.pool else stored[0],
-            eips=given.eip,
-            known_configurations=known[0],
-            known_labels=known[1],
-            stored_labels=stored[1],
-        ),
-        protocol=given.protocol,
-        overrides=launch.overrides_of(given.overrides),
+overrides = launch.overrides_of(given.overrides)
+if given.loop:
+    launch.refuse_beside(given, "--continue", "structure", "pool", "stored", "eip", "protocol")
+    earlier = launch.node_of(given.loop, WorkChainNode)
+    builder = launch.checked(
+        ActiveLearningWorkChain.get_builder_continue, earlier, overrides, *known, given.lost
     )
-)
+else:
+    if given.structure:
+        structures = [StructureData(ase=launch.checked(read, given.structure))]
+    else:
+        structures = launch.silicon() if not (given.pool or given.stored) else []
+    stored = launch.labelled_of(given.stored) if given.stored else (None, None)
+    builder = launch.checked(
+        lambda: ActiveLearningWorkChain.get_builder_from_protocol(
+            Codes(
+                job=launch.code_of(given.job_code),
+                pw=None if given.stored else launch.code_of(given.pw_code),
+            ),
+            Start(
+                structures=structures,
+                pool=launch.configurations_of(given.pool) if given.pool else stored[0],
+                eips=given.eip,
+                known_configurations=known[0],
+                known_labels=known[1],
+                stored_labels=stored[1],
+            ),
+            protocol=given.protocol or "demo",
+            overrides=overrides,
+        )
+    )
 if given.dry_run:
     print(launch.checked(describe_loop, builder))
     raise SystemExit(0)

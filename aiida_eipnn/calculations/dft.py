@@ -179,15 +179,21 @@ def level_of_theory(
     parameters: Dict, kpoints_distance: Float, parity: Bool, **pseudos: Data
 ) -> Dict:
     """Return the fingerprint of a DFT calculation: labels may be mixed only where it is equal."""
-    system = parameters.get_dict().get("SYSTEM", {})
-    level: dict[str, Any] = {
+    mesh = {"kpoints_distance": kpoints_distance.value, "kpoints_force_parity": parity.value}
+    return Dict(with_fingerprint(level_of(parameters.get_dict(), pseudos, mesh)))
+
+
+def level_of(
+    parameters: Mapping[str, Any], pseudos: Mapping[str, Data], mesh: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the level of theory of pw.x with these parameters, pseudopotentials and k-points."""
+    system = parameters.get("SYSTEM", {})
+    return {
         "code": "quantumespresso.pw",
         "pseudos": {kind: pseudo.base.attributes.get("md5") for kind, pseudo in pseudos.items()},
-        "kpoints_distance": kpoints_distance.value,
-        "kpoints_force_parity": parity.value,
+        **mesh,
+        **{key: value for key, value in system.items() if key not in NOT_THE_LEVEL},
     }
-    level |= {key: value for key, value in system.items() if key not in NOT_THE_LEVEL}
-    return Dict(with_fingerprint(level))
 
 
 def with_fingerprint(level: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,7 +298,12 @@ def stress_of(trajectory: ArrayData) -> FloatArray:
     """
     if "stress" not in trajectory.get_arraynames():
         return np.full(6, np.nan)
-    tensor = -np.asarray(trajectory.get_array("stress")[-1], dtype=float) * GPa
+    return voigt_stress(trajectory.get_array("stress")[-1])
+
+
+def voigt_stress(pressure: Any) -> FloatArray:
+    """Return a tensor, ``(3, 3)`` in GPa as pw.x writes it, in eV/Å³ in ASE's sign and order."""
+    tensor = -np.asarray(pressure, dtype=float) * GPa
     return tensor[[0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]]
 
 
@@ -304,6 +315,27 @@ def failure_of(retrieved: FolderData) -> str:
         caller = creator.caller
         return f"pw.x: {caller.process_label} exit {caller.exit_status}: {caller.exit_message}"
     return f"pw.x exit {creator.exit_status}: {creator.exit_message or 'no message'}"
+
+
+@calcfunction
+def take_runs(
+    configurations: ConfigurationsData, choice: ChoiceData, level: Dict, **runs: Data
+) -> dict[str, Any]:
+    """Take runs of pw.x that are there already, and say what of the choice is left to label.
+
+    ``runs`` are those of `gather_dft_labels`: one that failed is a row with its reason, and not run
+    again. The output ``rest`` holds what no run is of, if anything is left.
+    """
+    ids = choice.ids()
+    here = np.isin(ids, [name.partition("_")[2] for name in runs])
+    sets = configurations.value()
+    chosen = sets.take(sets.rows_of(ids[here]))
+    rows = [_label(chosen.take([row]), name, runs) for row, name in enumerate(ids[here])]
+    left = Choice(ids=ids[~here], scores=choice.value().scores[~here])
+    return {
+        "labels": LabelsData.from_value(join_labels(rows), level=level.get_dict()),
+        **({"rest": ChoiceData.from_value(left, strategy="rest")} if len(left.ids) else {}),
+    }
 
 
 @calcfunction
@@ -363,14 +395,18 @@ def compare_levels(given: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the one level of theory that is declared; ``ValueError`` says where they differ."""
     levels = [dict(level) for level in given if level]
     for level in levels[1:]:
-        differing = {
-            key: (levels[0].get(key), level.get(key))
-            for key in sorted({*levels[0], *level})
-            if levels[0].get(key) != level.get(key) and key != FINGERPRINT
-        }
-        if differing:
+        if differing := differences(levels[0], level):
             raise ValueError(
                 f"these labels are of different levels of theory, they differ in {differing}; "
                 "label again with one set-up, or train on one of the sets only"
             )
     return levels[0] if levels else {}
+
+
+def differences(level: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what two levels of theory differ in, by key."""
+    return {
+        key: (level.get(key), other.get(key))
+        for key in sorted({*level, *other})
+        if level.get(key) != other.get(key) and key != FINGERPRINT
+    }

@@ -152,6 +152,33 @@ def check_given_labels(
 
 
 @calcfunction
+def add_known(old: LabelsData, new: LabelsData) -> dict[str, Any]:
+    """Return known ``labels`` with new ones behind them, and the ``choice`` that all of them are.
+
+    Raises
+    ------
+    ValueError
+        If the levels of theory differ.
+    """
+    level = same_level([old, new])
+    labels = _with_new(old.value(), new.value())
+    return {
+        "labels": LabelsData.from_value(labels, level=level),
+        "choice": ChoiceData.from_value(Choice.from_ids(labels.ids), strategy=KNOWN),
+    }
+
+
+@calcfunction
+def add_eip_labels(old: LabelsData, new: LabelsData) -> LabelsData:
+    """Return EIP labels with those of configurations that were not among them."""
+    return LabelsData.from_value(_with_new(old.value(), new.value()), level={})
+
+
+def _with_new(old: Labels, new: Labels) -> Labels:
+    return join_labels([old, new.take(np.flatnonzero(~np.isin(new.ids, old.ids)))])
+
+
+@calcfunction
 def refuse_dft_labels(
     pool: ConfigurationsData, labels: LabelsData, eip_labels: LabelsData, **known: LabelsData
 ) -> LabelsData:
@@ -350,24 +377,18 @@ def assess(
     settings = acquisition.AcquisitionParameters.from_dict(parameters.get_dict())
     previous = more["previous"]["iterations"] if "previous" in more else []
     scale = _error_scale(more, len(previous))
-    rows = acquisition.within_window(
-        _candidates(predicted, taken), predicted.uncertainty, settings, scale
-    )
-    candidates = predicted.uncertainty[rows]
     test = test_labels.value().labelled()
     accuracy = prediction_errors(test, predicted)
     bounds, calibration = upper_bounds(test, predicted), _calibration(test, predicted)
     record = IterationRecord(
         iteration=len(previous) + 1,
         n_dft_labels=_n_paid(taken),
-        n_candidates=len(candidates),
+        **_candidate_facts(predicted, taken, settings, scale),
         core_hours=sum(node.core_seconds for node in [test_labels, *trained_on]) / 3600,
         energy_mae=accuracy.energy_mae,
         forces_mae=accuracy.forces_mae,
         energy_mae_high=bounds.energy_mae,
         forces_mae_high=bounds.forces_mae,
-        max_uncertainty=float(candidates.max()) if len(candidates) else None,
-        mean_uncertainty=float(candidates.mean()) if len(candidates) else None,
         uncertainty_scale=None if calibration is None else float(calibration["scale"]),
     )
     details: dict[str, Any] = {
@@ -385,20 +406,71 @@ def assess(
             details[name] = prediction_errors(test, more[name].value()).as_dict()
     if "verdict" in more:
         details["verdict"] = more["verdict"].get_dict()
-    names = IterationRecord.__slots__
-    earlier = [
-        IterationRecord(**{name: item[name] for name in names if name in item}) for item in previous
-    ]
-    found = stop_reason([*earlier, record], StopCriteria.from_dict(stop.get_dict()))
-    fields = {name: getattr(record, name) for name in names}
+    fields = {name: getattr(record, name) for name in IterationRecord.__slots__}
+    return Dict(_history([*previous, {**fields, **details}], stop.get_dict()))
+
+
+@calcfunction
+def reconsider(
+    history: Dict, predictions: PredictionsData, parameters: Dict, stop: Dict, **taken: ChoiceData
+) -> Dict:
+    """Return a history whose last iteration is judged by other ``parameters`` and ``stop``.
+
+    What was measured stays; the candidates are counted, and a reason to stop is looked for, anew.
+    """
     return Dict(
-        finite(
-            {
-                "iterations": [*previous, {**fields, **details}],
-                "stop": {"reason": str(found.reason), "text": found.text} if found else None,
-            }
+        reconsidered(
+            history.get_dict(),
+            predictions.value(),
+            parameters.get_dict(),
+            stop.get_dict(),
+            {key.removeprefix(TAKEN): node for key, node in taken.items()},
         )
     )
+
+
+def reconsidered(
+    history: Mapping[str, Any],
+    predicted: Predictions,
+    parameters: Mapping[str, Any],
+    stop: Mapping[str, Any],
+    choices: Mapping[str, ChoiceData],
+) -> dict[str, Any]:
+    """Return what :func:`reconsider` does, of plain values."""
+    settings = acquisition.AcquisitionParameters.from_dict(parameters)
+    *earlier, last = history["iterations"]
+    facts = _candidate_facts(predicted, choices, settings, last.get("error_scale"))
+    return _history([*earlier, {**last, **facts}], stop)
+
+
+def _candidate_facts(
+    predicted: Predictions,
+    taken: Mapping[str, ChoiceData],
+    settings: acquisition.AcquisitionParameters,
+    scale: float | None,
+) -> dict[str, Any]:
+    """Return how many candidates there are, and how uncertain, as fields of IterationRecord."""
+    rows = acquisition.within_window(
+        _candidates(predicted, taken), predicted.uncertainty, settings, scale
+    )
+    found = predicted.uncertainty[rows]
+    return {
+        "n_candidates": len(found),
+        "max_uncertainty": float(found.max()) if len(found) else None,
+        "mean_uncertainty": float(found.mean()) if len(found) else None,
+    }
+
+
+def _history(records: list[dict[str, Any]], stop: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a history: the records, and why to stop, or ``None`` to go on."""
+    names = IterationRecord.__slots__
+    measured = [
+        IterationRecord(**{name: item[name] for name in names if name in item}) for item in records
+    ]
+    found = stop_reason(measured, StopCriteria.from_dict(stop))
+    reason = {"reason": str(found.reason), "text": found.text} if found else None
+    content: dict[str, Any] = finite({"iterations": records, "stop": reason})
+    return content
 
 
 def _candidates(predicted: Predictions, taken: Mapping[str, ChoiceData]) -> IntArray:

@@ -33,7 +33,18 @@ def cmd_dataset() -> None:
 
 @cmd_dataset.command("import")
 @click.argument(
-    "path", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path)
+    "path", metavar="[PATH]", required=False, type=click.Path(exists=True, path_type=Path)
+)
+@click.option(
+    "-N",
+    "--node",
+    "nodes",
+    metavar="PK",
+    multiple=True,
+    help="A PwCalculation, or a work chain that ran some; repeat it for each.",
+)
+@click.option(
+    "-G", "--group", "groups", metavar="LABEL", multiple=True, help="A group of those; repeat it."
 )
 @click.option(
     "--level",
@@ -42,33 +53,48 @@ def cmd_dataset() -> None:
     multiple=True,
     help="Level of theory; repeat it for code, functional, cutoff, k-points, pseudopotentials.",
 )
-@click.option("--label", metavar="NAME", help="What to call the dataset.  [default: the file]")
+@click.option("--label", metavar="NAME", help="What to call the dataset.  [default: its source]")
 @click.option(
     "--eips", metavar="A,B", help="EIPs for the gate to judge by.  [default: the protocol's]"
 )
 @click.option("--no-gate", is_flag=True, help="Store the labels as they are, unchecked.")
 @profile_option
 def cmd_import(
-    path: Path,
+    path: Path | None,
+    nodes: tuple[str, ...],
+    groups: tuple[str, ...],
     facts: tuple[str, ...],
     label: str | None,
     eips: str | None,
     no_gate: bool,
     profile: str | None,
 ) -> None:
-    """Store the DFT labels of a file as a dataset, once the gate has checked them.
+    """Store DFT labels as a dataset, once the gate has checked them.
 
-    FILE is any file that ASE reads, extended XYZ for instance, with energy (eV, total) and forces
-    (eV/Å) of each frame under the bare keys or under dft_energy and dft_forces.
+    PATH is a file that ASE reads, extended XYZ for instance, with energy (eV, total) and forces
+    (eV/Å) of each frame under the bare keys or under dft_energy and dft_forces; its level of theory
+    must be given. Or it is output of pw.x: an XML file, standard output, or a folder with many of
+    these at any depth. Instead of PATH, -N and -G name calculations of the profile. Runs of pw.x
+    say their level of theory themselves; what --level adds must fit.
     """
-    level = parse_level(facts)
+    if (path is None) == (not nodes and not groups):
+        raise ValueError("give a file, a folder, or calculations of the profile (-N, -G): one kind")
     if eips and no_gate:
         raise ValueError("--eips and --no-gate exclude one another: without a gate no EIP is asked")
+    if path is None or is_pw_output(path):
+        use_profile(profile)
+        from aiida_eipnn.cli import dataset_runs
+
+        level = parse_level(facts) if facts else {}
+        lines = dataset_runs.import_runs(path, [*nodes], [*groups], level, label, eips, not no_gate)
+        click.echo("\n".join(lines))
+        return
+    level = parse_level(facts)
     use_profile(profile)
     from aiida_eipnn.reports.dataset import datasets_of_file
 
     if known := datasets_of_file(path.read_bytes(), level):
-        click.echo("\n".join(known_lines(path, known[0])))
+        click.echo("\n".join(known_lines(path.name, known[0])))
         return
     names = check(path, eips) if not no_gate else []
     dataset = store(path, level, names, label or path.name)
@@ -78,7 +104,9 @@ def cmd_import(
 @cmd_dataset.command("list")
 @click.option("--element", metavar="SYMBOL", help="Those that hold this element.")
 @click.option("--level", metavar="FINGERPRINT", help="Those whose level of theory begins so.")
-@click.option("--source", type=click.Choice(["file", "loop", "dft"]), help="Those from there.")
+@click.option(
+    "--source", type=click.Choice(["file", "runs", "loop", "dft"]), help="Those from there."
+)
 @click.option("--iteration", metavar="NAME", help="Those asked for then: test, initial, i001, ...")
 @profile_option
 def cmd_list(
@@ -220,15 +248,31 @@ def check(path: Path, eips: str | None) -> list[str]:
     ValueError
         If the whole set has wrong units or signs, or if no EIP can judge.
     """
-    from aiida_eipnn.science.gate import refuse_labels
     from aiida_eipnn.science.io import read_labelled
 
-    configurations, labels = read_labelled(path)
+    return check_labels(path, *read_labelled(path), eips)
+
+
+def check_labels(
+    what: object, configurations: "Configurations", labels: "Labels", eips: str | None
+) -> list[str]:
+    """Hold labels against EIPs as :func:`check` does; ``what`` is how an error names them."""
+    from aiida_eipnn.science.gate import refuse_labels
+
     names, judged = ask_eips(configurations, eips)
     _, report = refuse_labels(configurations, labels, judged)
     if report.problem:
-        raise ValueError(f"{path}: {report.problem}; nothing was stored")
+        raise ValueError(f"{what}: {report.problem}; nothing was stored")
     return names
+
+
+def is_pw_output(path: Path) -> bool:
+    """Return whether a path is a folder or a file that pw.x wrote."""
+    if path.is_dir():
+        return True
+    from aiida_eipnn.science.io import pw_mark
+
+    return pw_mark(path) is not None
 
 
 def ask_eips(configurations: "Configurations", eips: str | None) -> "tuple[list[str], Labels]":
@@ -257,28 +301,37 @@ def ask_eips(configurations: "Configurations", eips: str | None) -> "tuple[list[
 
 def store(path: Path, level: Mapping[str, Any], eips: Sequence[str], label: str) -> "Dataset":
     """Read the file into the database, through the gate if there are EIPs to judge by."""
-    from aiida.orm import Dict, List, SinglefileData
+    from aiida.orm import Dict, SinglefileData
 
-    from aiida_eipnn.calculations.dataset import label_here, read_dataset
+    from aiida_eipnn.calculations.dataset import read_dataset
+
+    made = read_dataset(SinglefileData(path.absolute()), Dict(dict(level)))
+    return pass_gate(path, made, eips, label)
+
+
+def pass_gate(what: object, made: Mapping[str, Any], eips: Sequence[str], label: str) -> "Dataset":
+    """Send labels that were read through the gate, if there are EIPs to judge by, and name them."""
+    from aiida.orm import List
+
+    from aiida_eipnn.calculations.dataset import label_here
     from aiida_eipnn.calculations.loop import check_given_labels
     from aiida_eipnn.reports.dataset import find_dataset
 
-    made = read_dataset(SinglefileData(path.absolute()), Dict(dict(level)))
     configurations, labels = made["configurations"], made["labels"]
     if eips:
         judged = label_here(configurations, List(list(eips)))
         checked, node = check_given_labels.run_get_node(configurations, labels, judged)
         if not node.is_finished_ok:
-            raise ValueError(f"{path}: {node.exit_message}; see `verdi process show {node.pk}`")
+            raise ValueError(f"{what}: {node.exit_message}; see `verdi process show {node.pk}`")
         labels = checked["labels"]
     labels.label = label
     return find_dataset(labels)
 
 
-def known_lines(path: Path, dataset: "Dataset") -> list[str]:
-    """Say which dataset a file is already."""
+def known_lines(what: str, dataset: "Dataset") -> list[str]:
+    """Say which dataset a file, or runs, are already."""
     return [
-        f"{path.name} at this level of theory is dataset {dataset.pk} already; nothing was stored",
+        f"{what} at this level of theory is dataset {dataset.pk} already; nothing was stored",
         f"  name         {dataset.name}",
         f"  gate         {gate_text(dataset)}",
     ]
@@ -288,9 +341,10 @@ def import_lines(dataset: "Dataset") -> list[str]:
     """Say what was imported, what was refused, and what is elsewhere too."""
     return [
         f"dataset {dataset.pk}: {dataset.n_labels} labels of {'-'.join(dataset.elements)} from "
-        f"{dataset.source.file_name}",
+        f"{dataset.source.file_name or dataset.source.text}",
         *fact_lines(dataset),
         *missing_lines(dataset.labels().failures()),
+        *unread_lines(dataset.unread),
         *shared_lines(dataset),
     ]
 
@@ -334,6 +388,7 @@ def show_lines(dataset: "Dataset", facts: "Facts") -> list[str]:
         "",
         *statistics(facts),
         *missing_lines(dataset.labels().failures()),
+        *unread_lines(dataset.unread),
         *shared_lines(dataset),
     ]
 
@@ -407,6 +462,16 @@ def missing_lines(failures: Sequence["Failure"]) -> list[str]:
     more = len(lines) - MOST_ROWS
     rest = [f"  and {more} more reasons"] if more > 0 else []
     return ["", f"rows without a label ({len(failures)})", *lines[:MOST_ROWS], *rest]
+
+
+def unread_lines(reasons: Mapping[str, str]) -> list[str]:
+    """Return which runs of pw.x gave no label and no configuration, and why."""
+    if not reasons:
+        return []
+    lines = [f"  {name}: {reason}" for name, reason in sorted(reasons.items())]
+    more = len(lines) - MOST_ROWS
+    rest = [f"  and {more} more"] if more > 0 else []
+    return ["", f"runs without a label ({len(reasons)})", *lines[:MOST_ROWS], *rest]
 
 
 def shared_lines(dataset: "Dataset") -> list[str]:
@@ -495,8 +560,8 @@ def origin_lines(trace: "Trace") -> list[str]:
     if trace.point is not None:
         return lines + run_lines(trace, trace.point)
     if trace.md5:
-        stored = f"SinglefileData {source.file_pk}, read by {source.process_pk}"
-        lines.append(f"file           {source.file_name} md5 {trace.md5} ({stored})")
+        stored = f"{trace.file_kind} {source.file_pk}, read by {source.process_pk}"
+        lines.append(f"file           {trace.file} md5 {trace.md5} ({stored})")
         return lines
     made = f", made by {trace.process_uuid}" if trace.process_uuid else ""
     return [*lines, f"taken from     labels {trace.stored_pk}, given by the user{made}"]
@@ -510,6 +575,11 @@ def run_lines(trace: "Trace", point: "DftPoint") -> list[str]:
     lines = [
         f"pw.x           {run}",
         f"code           {trace.code} {trace.code_version}".rstrip(),
+    ]
+    if source.kind == "runs":
+        above = [f"work chain     {point.base_pk}"] if point.base_pk else []
+        return [*lines, *above, f"read by        {source.process_pk}"]
+    lines += [
         f"work chain     {chain}DftLabelWorkChain {source.process_pk}",
     ]
     if source.loop_pk is None:

@@ -6,10 +6,12 @@ from typing import Any
 from aiida.engine import ProcessBuilder
 from aiida.orm import Dict, List, Node, StructureData
 
+from aiida_eipnn.calculations.loop import FREE
 from aiida_eipnn.reports.dft_cost import CostRate, cost_rate
 from aiida_eipnn.science.configurations import Configurations, join_configurations
 from aiida_eipnn.science.convergence import StopCriteria
 from aiida_eipnn.science.dft_cost import cost_units
+from aiida_eipnn.workflows.continuation import last_name, must_train
 from aiida_eipnn.workflows.label_dft import runs_pw
 
 _HOUR = 3600.0
@@ -37,10 +39,25 @@ def dft_points(builder: ProcessBuilder) -> tuple[int, int, int, int]:
     criteria = StopCriteria.from_dict(builder.stop.get_dict())
     test, initial = int(split["test"]), int(split.get("initial", 0))
     total = test + initial + batch * (criteria.max_iterations - 1)
+    previous = dict(builder.previous)
+    if "history" in previous:
+        chosen = {name: node for name, node in previous["choices"].items() if name not in FREE}
+        n_batches = criteria.max_iterations - len(previous["history"]["iterations"])
+        if must_train(previous, dict(builder.known)) or last_name(previous) in chosen:
+            n_batches -= 1
+        total = sum(len(node) for node in chosen.values()) + batch * max(n_batches, 0)
     if criteria.dft_budget is not None:
         # The last batch is cut to what is left; test and first points are paid for in any case.
         total = min(total, max(criteria.dft_budget, test + initial))
     return test, initial, batch, total
+
+
+def n_labelled(builder: ProcessBuilder) -> int:
+    """Return for how many DFT points a previous loop has the label, or why there is none."""
+    previous = dict(builder.previous)
+    labels = {name: node for name, node in previous.get("labels", {}).items() if name not in FREE}
+    n_rows = sum(node.base.attributes.get("n_configurations") for node in labels.values())
+    return int(n_rows) + len(previous.get("runs", {}))
 
 
 def _pool(builder: ProcessBuilder) -> Iterator[str]:
@@ -58,17 +75,19 @@ def _pool(builder: ProcessBuilder) -> Iterator[str]:
 
 def _dft(builder: ProcessBuilder) -> Iterator[str]:
     test, initial, batch, total = dft_points(builder)
+    there = n_labelled(builder)
     iterations = StopCriteria.from_dict(builder.stop.get_dict()).max_iterations
     yield (
         f"DFT points: {total} at most ({test} to test on, {initial} to begin with, "
         f"{batch} in each iteration after the first of {iterations})"
+        + (f", {there} of them are there already" if there else "")
     )
     if not runs_pw(builder.dft):
         yield "DFT cost: none, labels are looked up"
         return
     known = _labelled_by_dft(builder)
     units = float(cost_units(known.n_atoms, known.cells).mean())
-    yield f"DFT cost: {_cost(cost_rate(known.symbols), units, total, known.symbols)}"
+    yield f"DFT cost: {_cost(cost_rate(known.symbols), units, total - there, known.symbols)}"
 
 
 def _cost(rate: CostRate | None, units: float, total: int, symbols: Sequence[str]) -> str:

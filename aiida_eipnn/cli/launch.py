@@ -67,6 +67,12 @@ def add_protocol(options: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_beside(options: argparse.Namespace, option: str, *names: str) -> None:
+    """Exit with one line if any of the options ``names`` is given beside ``option``."""
+    if given := [f"--{name}" for name in names if getattr(options, name)]:
+        raise SystemExit(f"{', '.join(given)} cannot be given with {option}: the loop has its own")
+
+
 def code_of(name: str) -> AbstractCode:
     """Return the code ``name``; exit with one line if there is none."""
     try:

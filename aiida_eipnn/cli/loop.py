@@ -142,6 +142,11 @@ def load(identifier: str, profile: str | None, hint: str = LOOPS) -> "Node":
         If there is no such profile or no such node; ``hint`` says where to look.
     """
     use_profile(profile)
+    return load_stored(identifier, hint)
+
+
+def load_stored(identifier: str, hint: str) -> "Node":
+    """Return the node with this PK or UUID of the profile that is loaded; see :func:`load`."""
     from aiida.common.exceptions import MultipleObjectsError, NotExistent
     from aiida.orm import load_node
 
@@ -333,23 +338,21 @@ def seeds_text(seeds: Any) -> str:
 
 def write_dataset(node: "Node", path: Path) -> list[str]:
     """Write the configurations of a loop with every label that there is; return the keys."""
-    from aiida_eipnn.reports.points import inputs_of, latest, outputs_of
+    from aiida_eipnn.reports.points import inputs_of, known_labels, latest, loop_outputs
     from aiida_eipnn.science.configurations import join_configurations
     from aiida_eipnn.science.io import source_key, write_labelled
 
-    inputs, outputs = inputs_of(node.pk), outputs_of(node.pk)
-    sets = [latest(outputs, inputs, "pool")]
-    if "known__configurations" in inputs:
-        sets.append(inputs["known__configurations"])
-    labels = [*dft_labels(inputs, outputs)]
+    inputs, outputs, known = inputs_of(node.pk), loop_outputs(node.pk), known_labels(node.pk)
+    sets = [latest(outputs, inputs, "pool"), *(configurations for configurations, _ in known)]
+    labels = [*dft_labels([node.value() for _, node in known], outputs)]
     if (eip_labels := latest(outputs, {}, "eip_labels")) is not None:
         labels.append(eip_labels.value())
     write_labelled(path, join_configurations([item.value() for item in sets]), labels)
     return [source_key(str(name)) for part in labels for name in part.sources]
 
 
-def dft_labels(inputs: dict[str, Any], outputs: dict[str, Any]) -> "list[Labels]":
-    """Return the DFT labels of a loop, those made and those given, as one table if there are any.
+def dft_labels(known: "list[Labels]", outputs: dict[str, Any]) -> "list[Labels]":
+    """Return the DFT labels of a loop, those made and those known, as one table if there are any.
 
     Where a configuration was labelled here and given too, the label made here counts.
     """
@@ -361,10 +364,7 @@ def dft_labels(inputs: dict[str, Any], outputs: dict[str, Any]) -> "list[Labels]
         for name in sorted(outputs)
         if name in names or (name.startswith("iterations__") and name.endswith("__labels"))
     ]
-    if "known__labels" in inputs:
-        known = inputs["known__labels"].value()
-        here = {str(name) for part in made for name in part.ids}
-        made.append(
-            known.take([row for row, name in enumerate(known.ids) if str(name) not in here])
-        )
+    for part in known:
+        here = {str(name) for item in made for name in item.ids}
+        made.append(part.take([row for row, name in enumerate(part.ids) if str(name) not in here]))
     return [join_labels(made)] if made else []

@@ -1,13 +1,15 @@
 """Datasets of DFT labels: which there are, where they come from, what is in them.
 
-A dataset is a node of labels that :func:`~.calculations.dataset.read_dataset` read from a file or
-a DftLabelWorkChain returned; where the gate checked these, it is what the gate left.
+A dataset is a node of labels that :func:`~.calculations.dataset.read_dataset` read from a file,
+:func:`~.calculations.pw_runs.read_pw_output` from output of pw.x, or
+:func:`~.calculations.pw_runs.read_runs` from PwCalculations, or that a DftLabelWorkChain returned;
+where the gate checked these, it is what the gate left.
 """
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from aiida.orm import (
     CalcFunctionNode,
     CalcJobNode,
     Data,
+    FolderData,
     Node,
     QueryBuilder,
     SinglefileData,
@@ -33,17 +36,22 @@ from aiida_eipnn.reports.points import CALLS, POINT, DftPoint, inputs_of, read_p
 from aiida_eipnn.science.arrays import FloatArray, StrArray
 from aiida_eipnn.science.configurations import Configurations, join_configurations
 from aiida_eipnn.science.gate import SAME_ENERGY
-from aiida_eipnn.science.labels import Labels, join_labels
+from aiida_eipnn.science.labels import Labels, checksum, join_labels
 
-READ = "read_dataset"
+READ, READ_OUTPUT = "read_dataset", "read_pw_output"
+READ_RUNS, JOIN_RUNS = "read_runs", "join_runs"
 DFT_LABELS = "DftLabelWorkChain"
 CHECKS = ("check_given_labels", "refuse_dft_labels")
 
 
 class Kind(StrEnum):
-    """Where a dataset comes from: a file, a loop, or a DftLabelWorkChain outside of any loop."""
+    """Where a dataset comes from.
+
+    Files, PwCalculations of the profile, a loop, or a DftLabelWorkChain outside of any loop.
+    """
 
     FILE = "file"
+    RUNS = "runs"
     LOOP = "loop"
     DFT = "dft"
 
@@ -57,9 +65,9 @@ class Source:
     kind
         Of what kind it is.
     process_pk
-        The calcfunction that read the file, or the DftLabelWorkChain.
+        The calcfunction that read the file or the runs, or the DftLabelWorkChain.
     file_pk, file_name
-        The file; ``None`` and empty where there is none.
+        The file, or the folder of files of pw.x; ``None`` and empty where there is none.
     loop_pk
         The loop that asked for the labels; ``None`` where none did.
     batch
@@ -78,6 +86,8 @@ class Source:
         """For people."""
         if self.kind is Kind.FILE:
             return f"file {self.file_name}"
+        if self.kind is Kind.RUNS:
+            return f"runs of pw.x, read by {self.process_pk}"
         if self.kind is Kind.LOOP:
             return f"loop {self.loop_pk} {self.batch}"
         return f"{DFT_LABELS} {self.process_pk}"
@@ -105,6 +115,8 @@ class Dataset:
         What the gate found; empty where it was not asked.
     n_copies
         Frames of the file that repeat an earlier one and are left out.
+    unread
+        Files of pw.x that gave no label, and why.
     """
 
     pk: int
@@ -119,6 +131,7 @@ class Dataset:
     level: dict[str, Any]
     gate: str = ""
     n_copies: int = 0
+    unread: dict[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -207,8 +220,8 @@ class Trace:
         The dataset that was asked.
     origin
         The dataset that the label came from: another one where a loop took it from there.
-    md5
-        Of the file; empty where there is none.
+    file, md5, file_kind
+        The file, its MD5, and the class of the node that has it; empty where there is none.
     point
         The DFT point; ``None`` where the label came from a file or from outside.
     stored_pk, process_uuid
@@ -225,7 +238,9 @@ class Trace:
     reason: str
     dataset: Dataset
     origin: Dataset
+    file: str = ""
     md5: str = ""
+    file_kind: str = ""
     point: DftPoint | None = None
     stored_pk: int | None = None
     process_uuid: str = ""
@@ -280,13 +295,28 @@ def datasets_of_file(content: bytes, level: dict[str, Any]) -> list[Dataset]:
         for dataset in find_datasets()
         if dataset.fingerprint == fingerprint
         and dataset.source.file_pk is not None
-        and file_md5(dataset.source.file_pk) == md5
+        and isinstance(file := load_node(dataset.source.file_pk), SinglefileData)
+        and md5_of(file.get_content(mode="rb")) == md5
     ]
 
 
-def file_md5(pk: int) -> str:
-    """Return the MD5 of a stored file."""
-    return md5_of(load_node(pk).get_content(mode="rb"))
+def datasets_of_runs(level: dict[str, Any], labels: Labels) -> list[Dataset]:
+    """Return the datasets read from runs of pw.x that say the same at this level of theory."""
+    fingerprint, wanted = with_fingerprint(level)[FINGERPRINT], checksum(labels)
+    entries = [
+        *_read_from_files(READ_OUTPUT, FolderData, "label"),
+        *_read_from_runs(),
+    ]
+    nodes = _nodes({labels_pk for labels_pk, _, _ in entries})
+    same = {
+        pk
+        for pk, node in nodes.items()
+        if node.level.get(FINGERPRINT) == fingerprint
+        and node.base.attributes.get("n_configurations") == len(labels)
+        and checksum(node.value()) == wanted
+    }
+    found = [entry for entry in _entries() if entry.raw_pk in same]
+    return [_dataset(entry, _nodes({entry.pk, entry.raw_pk})) for entry in found]
 
 
 def md5_of(content: bytes) -> str:
@@ -386,7 +416,12 @@ def trace_row(dataset: Dataset, prefix: str) -> Trace:
 
 def _entries() -> list[_Entry]:
     checked = _checked()
-    made = [*_read_from_files(), *_returned_by_dft()]
+    made = [
+        *_read_from_files(READ, SinglefileData, "attributes.filename"),
+        *_read_from_files(READ_OUTPUT, FolderData, "label"),
+        *_read_from_runs(),
+        *_returned_by_dft(),
+    ]
     entries = {
         # The gate of the same caller: that of the import, or that of the loop which asked.
         raw_pk: _Entry(
@@ -397,26 +432,43 @@ def _entries() -> list[_Entry]:
     return sorted(entries.values())
 
 
-def _read_from_files() -> list[tuple[int, int, Source]]:
-    """Return labels, configurations and source of what was read from files."""
+def _read_from_files(function: str, kind: type[Data], name: str) -> list[tuple[int, int, Source]]:
+    """Return labels, configurations and source of what a calcfunction read from files."""
     query = QueryBuilder()
-    query.append(
-        CalcFunctionNode,
-        filters={"attributes.process_label": READ, "attributes.exit_status": 0},
-        tag="reader",
-        project="id",
-    )
+    query.append(CalcFunctionNode, filters=_readers(function), tag="reader", project="id")
     query.append(LabelsData, with_incoming="reader", project="id")
     query.append(ConfigurationsData, with_incoming="reader", project="id")
-    query.append(SinglefileData, with_outgoing="reader", project=["id", "attributes.filename"])
+    query.append(kind, with_outgoing="reader", project=["id", name])
     return [
         (
             labels,
             configurations,
-            Source(kind=Kind.FILE, process_pk=reader, file_pk=file, file_name=name),
+            Source(kind=Kind.FILE, process_pk=reader, file_pk=file, file_name=file_name),
         )
-        for reader, labels, configurations, file, name in query.all()
+        for reader, labels, configurations, file, file_name in query.all()
     ]
+
+
+def _read_from_runs() -> list[tuple[int, int, Source]]:
+    """Return labels, configurations and source of what was read from PwCalculations."""
+    parts = QueryBuilder()
+    parts.append(LabelsData, tag="part", project="id")
+    parts.append(CalcFunctionNode, with_incoming="part", filters=_readers(JOIN_RUNS))
+    joined = set(parts.all(flat=True))
+    query = QueryBuilder()
+    readers = {"or": [_readers(READ_RUNS), _readers(JOIN_RUNS)]}
+    query.append(CalcFunctionNode, filters=readers, tag="reader", project="id")
+    query.append(LabelsData, with_incoming="reader", project="id")
+    query.append(ConfigurationsData, with_incoming="reader", project="id")
+    return [
+        (labels, configurations, Source(kind=Kind.RUNS, process_pk=reader))
+        for reader, labels, configurations in query.all()
+        if labels not in joined
+    ]
+
+
+def _readers(function: str) -> dict[str, Any]:
+    return {"attributes.process_label": function, "attributes.exit_status": 0}
 
 
 def _returned_by_dft() -> list[tuple[int, int, Source]]:
@@ -513,6 +565,7 @@ def _dataset(entry: _Entry, nodes: dict[int, LabelsData]) -> Dataset:
         level={key: value for key, value in node.level.items() if key != FINGERPRINT},
         gate=f"{gate['verdict']}; {gate['text']}" if gate else "",
         n_copies=nodes[entry.raw_pk].base.attributes.get("n_copies", 0),
+        unread=nodes[entry.raw_pk].base.attributes.get("unread", {}),
     )
 
 
@@ -569,7 +622,9 @@ def _origin(dataset: Dataset, name: str) -> dict[str, Any]:
     """Return where the label of a configuration comes from, as fields of :class:`Trace`."""
     source = dataset.source
     if source.file_pk is not None:
-        return {"origin": dataset, "md5": file_md5(source.file_pk)}
+        return {"origin": dataset, **_file_facts(dataset, name)}
+    if source.kind is Kind.RUNS:
+        return {"origin": dataset, **_run_facts(dataset, name)}
     inputs = inputs_of(source.process_pk)
     stored = inputs.get("stored")
     if stored is not None and name in _energies(stored.pk):
@@ -577,6 +632,36 @@ def _origin(dataset: Dataset, name: str) -> dict[str, Any]:
     points = read_points(source.process_pk, source.batch)
     point = next(point for point in points if point.id == name)
     return {"origin": dataset, "point": point, **_code_facts(inputs, point)}
+
+
+def _file_facts(dataset: Dataset, name: str) -> dict[str, str]:
+    """Return which file a label is from, and its MD5, as fields of :class:`Trace`."""
+    file = load_node(dataset.source.file_pk)
+    kind = {"file_kind": type(file).__name__}
+    if isinstance(file, SinglefileData):
+        return {"file": file.filename, "md5": md5_of(file.get_content(mode="rb")), **kind}
+    reader = load_node(dataset.source.process_pk)
+    path = reader.outputs.labels.base.attributes.get("files")[name]
+    content = file.base.repository.get_object_content(path, mode="rb")
+    return {"file": path, "md5": md5_of(content), **kind}
+
+
+def _run_facts(dataset: Dataset, name: str) -> dict[str, Any]:
+    """Return which PwCalculation a label is of, as fields of :class:`Trace`."""
+    labels = dataset.labels()
+    uuid = str(labels.origins[labels.rows_of([name])[0]])
+    run: CalcJobNode = load_node(uuid)
+    caller = run.caller
+    point = DftPoint(
+        id=name,
+        batch="",
+        config_type="",
+        n_atoms=0,
+        pw_pk=run.pk,
+        pw_uuid=uuid,
+        base_pk=None if caller is None else caller.pk,
+    )
+    return {"point": point, **_code_facts({"pw_base__pw__code": run.inputs.code}, point)}
 
 
 def _stored_origin(dataset: Dataset, stored: LabelsData, name: str) -> dict[str, Any]:

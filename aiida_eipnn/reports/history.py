@@ -23,7 +23,8 @@ from aiida_eipnn.reports.points import (
     chosen_facts,
     inputs_of,
     latest,
-    outputs_of,
+    loop_outputs,
+    loops_of,
     read_points,
 )
 from aiida_eipnn.science.convergence import StopCriteria
@@ -169,7 +170,9 @@ class History:
     n_eip_labels, n_eip_failures
         EIP labels made, and not made.
     calls
-        What the loop called, in order.
+        What the loop called, in order, after what those called that it continues.
+    continues
+        PKs of the loops that it continues, the first one first.
     iterations
         The turns of the loop that started.
     points
@@ -192,6 +195,7 @@ class History:
     n_eip_labels: int | None
     n_eip_failures: int | None
     calls: tuple[Call, ...]
+    continues: tuple[int, ...] = ()
     iterations: tuple[Iteration, ...]
     points: tuple[DftPoint, ...]
     stop_reason: str | None
@@ -274,9 +278,13 @@ def read_history(node: ProcessNode) -> History:
         If it is not a loop.
     """
     require_loop(node)
-    own, calls = call_of(node.pk), called(node.pk)
-    inputs, outputs = inputs_of(node.pk), outputs_of(node.pk)
-    points = [point for call in calls for point in _points(call)]
+    own, inputs, outputs = call_of(node.pk), inputs_of(node.pk), loop_outputs(node.pk)
+    loops = loops_of(node.pk)
+    calls_by_loop = {loop: called(loop) for loop in loops}
+    calls = [call for made in calls_by_loop.values() for call in made]
+    own_calls = calls_by_loop[node.pk]
+    # What a loop asked for and did not get, the one that continues it asked for again.
+    points = {point.id: point for call in calls for point in _points(call)}
     records, stop = _records(outputs)
     pool, eip_labels = (latest(outputs, inputs, name) for name in ("pool", "eip_labels"))
     return History(
@@ -286,7 +294,7 @@ def read_history(node: ProcessNode) -> History:
         exit_status=own.exit_status,
         exit_message=own.exit_message,
         started=own.started,
-        changed=max([own.changed, *(call.changed for call in calls)]),
+        changed=max([own.changed, *(call.changed for call in own_calls)]),
         max_iterations=StopCriteria.from_dict(inputs["stop"].get_dict()).max_iterations,
         elements=tuple(pool.base.attributes.get("elements")) if pool else (),
         n_pool=len(pool) if pool else None,
@@ -294,8 +302,9 @@ def read_history(node: ProcessNode) -> History:
         n_eip_labels=_fact(eip_labels, "n_labels"),
         n_eip_failures=_fact(eip_labels, "n_failures"),
         calls=tuple(calls),
-        iterations=_iterations(calls, outputs, records, pool),
-        points=tuple(points),
+        continues=tuple(loops[:-1]),
+        iterations=_iterations(calls_by_loop, outputs, records, pool),
+        points=tuple(points.values()),
         stop_reason=stop.get("reason"),
         stop_text=stop.get("text"),
     )
@@ -364,25 +373,32 @@ def _records(outputs: Mapping[str, Data]) -> tuple[dict[int, dict[str, Any]], di
 
 
 def _iterations(
-    calls: Iterable[Call],
+    calls_by_loop: Mapping[int, list[Call]],
     outputs: Mapping[str, Data],
     records: Mapping[int, Mapping[str, Any]],
     pool: Data | None,
 ) -> tuple[Iteration, ...]:
-    """Return the iterations; each one begins by calling ``classify``."""
-    calls = list(calls)
-    starts = [call.started for call in calls if call.label == "classify"]
-    ends = [*starts[1:], max((call.changed for call in calls), default=None)]
+    """Return the iterations; each one begins by calling ``classify``.
+
+    One that broke while it trained was begun again by the loop that continues it: that counts.
+    """
+    spans: dict[int, float] = {}
+    for loop, calls in calls_by_loop.items():
+        starts = [call.started for call in calls if call.label == "classify"]
+        ends = [*starts[1:], max((call.changed for call in calls), default=None)]
+        first = _first_iteration(loop)
+        for number, (start, end) in enumerate(zip(starts, ends, strict=False), start=first):
+            spans[number] = (end - start).total_seconds()
     return tuple(
-        _iteration(
-            number,
-            iteration_outputs(outputs, number),
-            records.get(number, {}),
-            pool,
-            (end - start).total_seconds(),
-        )
-        for number, (start, end) in enumerate(zip(starts, ends, strict=False), start=1)
+        _iteration(number, iteration_outputs(outputs, number), records.get(number, {}), pool, span)
+        for number, span in sorted(spans.items())
     )
+
+
+def _first_iteration(loop: int) -> int:
+    """Return the number of the first iteration that a loop trains."""
+    previous = inputs_of(loop).get("previous__history")
+    return 1 if previous is None else len(previous["iterations"]) + 1
 
 
 def _iteration(

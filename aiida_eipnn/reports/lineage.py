@@ -27,6 +27,8 @@ from aiida_eipnn.reports.points import (
     called,
     inputs_of,
     label_process,
+    loop_outputs,
+    loops_of,
     outputs_of,
     read_points,
 )
@@ -196,7 +198,7 @@ def trace(node: Node) -> Lineage:
             point
             for name, node in labels.items()
             for point in (
-                read_points(label_pks[name], name) if name in label_pks else given(node, name)
+                read_points(label_pks[name], name, node) if name in label_pks else given(node, name)
             )
         ),
         test_points=read_points(test_pk, TEST) if test_pk is not None else (),
@@ -220,7 +222,7 @@ def committee_of(node: Node) -> CommitteeData:
     if isinstance(node, CommitteeData):
         return node
     require_loop(node, "a committee or a loop")
-    outputs = outputs_of(node.pk)
+    outputs = loop_outputs(node.pk)
     names = sorted(
         label for label in outputs if label.startswith("iterations__i") and "__committee" in label
     )
@@ -316,14 +318,20 @@ def unexplained_inputs(committee: CommitteeData, loop: ProcessNode) -> list[Node
     committee
         Where to walk back from.
     loop
-        The top-level loop; its inputs are what the user gave.
+        The top-level loop; its inputs, and those of the loops that it continues, are what the user
+        gave, but for what it took from these.
 
     Returns
     -------
     list
         Empty for a complete lineage.
     """
-    of_user = {node.pk for node in inputs_of(loop.pk).values()}
+    of_user = {
+        node.pk
+        for pk in loops_of(loop.pk)
+        for label, node in inputs_of(pk).items()
+        if not label.startswith("previous__")
+    }
     unexplained: dict[int, Node] = {}
     seen: set[int] = set()
     waiting: list[Node] = [committee]
@@ -369,7 +377,9 @@ def _classification(committee: CommitteeData, loop: ProcessNode) -> CalcJobNode 
 def _test_process(loop: ProcessNode | None) -> int | None:
     if loop is None:
         return None
-    return next((call.pk for call in called(loop.pk) if call.label == f"dft_{TEST}"), None)
+    # A loop that continues another one has its test set.
+    calls = [call for pk in reversed(loops_of(loop.pk)) for call in called(pk)]
+    return next((call.pk for call in calls if call.label == f"dft_{TEST}"), None)
 
 
 def _stage(training: CalcJobNode) -> TrainingStage:

@@ -30,6 +30,9 @@ TERMINATED = ("finished", "excepted", "killed")
 CALLS = {"type": {"in": ["call_calc", "call_work"]}}
 POINT = "dft_"
 
+# What a loop emits when it ends.
+LAST = ("committee", "selection", "predictions", "history")
+
 PROCESS_FIELDS = (
     "id",
     "uuid",
@@ -206,7 +209,41 @@ def inputs_of(pk: int) -> dict[str, Data]:
     return {label: node for node, label in query.all()}
 
 
-def read_points(label_pk: int, batch: str) -> tuple[DftPoint, ...]:
+def loops_of(pk: int) -> list[int]:
+    """Return the PKs of a loop and of those that it continues, the first one first."""
+    found = [pk]
+    while (previous := inputs_of(found[0]).get("previous__loop")) is not None:
+        query = QueryBuilder()
+        query.append(WorkChainNode, filters={"uuid": previous.value}, project="id")
+        if (earlier := query.first(flat=True)) is None:
+            break  # It was not imported with the other one.
+        found.insert(0, earlier)
+    return found
+
+
+def loop_outputs(pk: int) -> dict[str, Data]:
+    """Return the outputs of a loop and of those that it continues, the newest by each label.
+
+    What a loop ended with counts only of the last one.
+    """
+    *earlier, last = loops_of(pk)
+    found = {label: node for loop in earlier for label, node in outputs_of(loop).items()}
+    return {**{key: node for key, node in found.items() if key not in LAST}, **outputs_of(last)}
+
+
+def known_labels(pk: int) -> list[tuple[ConfigurationsData, LabelsData]]:
+    """Return the known labels that a loop, or one that it continues, was given."""
+    given = [inputs_of(loop) for loop in loops_of(pk)]
+    return [
+        (inputs["known__configurations"], inputs["known__labels"])
+        for inputs in given
+        if "known__labels" in inputs
+    ]
+
+
+def read_points(
+    label_pk: int, batch: str, labels: LabelsData | None = None
+) -> tuple[DftPoint, ...]:
     """Return the DFT points of a DftLabelWorkChain, finished or not, in the order of choice.
 
     Parameters
@@ -215,15 +252,18 @@ def read_points(label_pk: int, batch: str) -> tuple[DftPoint, ...]:
         PK of the DftLabelWorkChain.
     batch
         What to call the points.
+    labels
+        What the gate left of its labels; by default what it returned.
     """
     inputs = inputs_of(label_pk)
     choice, pool = inputs["choice"], inputs["configurations"]
     bases = _bases(label_pk)
     runs = _runs([base.pk for base in bases.values()])
-    reasons = _reasons(outputs_of(label_pk).get("labels"))
+    labels = outputs_of(label_pk).get("labels") if labels is None else labels
+    reasons, energies = _reasons(labels), _energies(labels)
     parent = call_of(label_pk)
     return tuple(
-        _point(facts, batch, bases.get(facts["id"]), runs, reasons, parent)
+        _point(facts, batch, bases.get(facts["id"]), runs, reasons, energies, parent)
         for facts in chosen_facts(choice, pool)
     )
 
@@ -244,7 +284,13 @@ def chosen_facts(choice: ChoiceData, pool: ConfigurationsData) -> list[dict[str,
 
 
 def label_process(labels: Node) -> int | None:
-    """Return the PK of the DftLabelWorkChain that returned these labels, if one did."""
+    """Return the PK of the DftLabelWorkChain that returned these labels, if one did.
+
+    Of labels that the gate left it is the one that returned those the gate was given.
+    """
+    creator = labels.creator
+    if creator is not None and creator.process_label == "refuse_dft_labels":
+        return label_process(creator.inputs.labels)
     query = QueryBuilder()
     query.append(LabelsData, filters={"id": labels.pk}, tag="labels")
     query.append(
@@ -286,7 +332,25 @@ def _bases(label_pk: int) -> dict[str, Call]:
         project=list(PROCESS_FIELDS),
     )
     calls = [_call(row[-1], row[:-1]) for row in query.all()]
-    return {call.label.removeprefix(POINT): call for call in calls}
+    bases = {call.label.removeprefix(POINT): call for call in calls}
+    return {**_bases_of_given_runs(label_pk), **bases}
+
+
+def _bases_of_given_runs(label_pk: int) -> dict[str, Call]:
+    """Return the PwBaseWorkChain of each run that was given instead of made, by configuration."""
+    query = QueryBuilder()
+    query.append(WorkChainNode, filters={"id": label_pk}, tag="labels")
+    query.append(
+        Data,
+        with_outgoing="labels",
+        edge_filters={"label": {"like": "runs\\_\\_%"}},
+        edge_project="label",
+        tag="result",
+    )
+    query.append(CalcJobNode, with_outgoing="result", tag="run")
+    query.append(WorkChainNode, with_outgoing="run", project=list(PROCESS_FIELDS))
+    # runs__labelled_<id> or runs__failed_<id>
+    return {row[-1].rpartition("_")[2]: _call(row[-1], row[:-1]) for row in query.all()}
 
 
 def _runs(base_pks: list[int]) -> dict[int, list[PwRun]]:
@@ -348,17 +412,32 @@ def _reasons(labels: Data | None) -> dict[str, str] | None:
     return {failure.id: failure.reason for failure in labels.value().failures()}
 
 
+def _energies(labels: Data | None) -> dict[str, float]:
+    """Return the energy of each label, in eV, by id."""
+    if labels is None:
+        return {}
+    value = labels.value()
+    return {
+        str(name): float(energy)
+        for name, energy, ok in zip(value.ids, value.energy[:, 0], value.ok[:, 0], strict=True)
+        if ok
+    }
+
+
 def _point(
     facts: Mapping[str, Any],
     batch: str,
     base: Call | None,
     runs: Mapping[int, list[PwRun]],
     reasons: Mapping[str, str] | None,
+    energies: Mapping[str, float],
     parent: Call,
 ) -> DftPoint:
     state, reason = _outcome(facts["id"], base, reasons, parent)
     if base is None:
-        return DftPoint(batch=batch, state=state, reason=reason, **facts)
+        # A label that was there already.
+        energy = energies.get(facts["id"])
+        return DftPoint(batch=batch, state=state, reason=reason, energy=energy, **facts)
     of_base = runs.get(base.pk, [])
     last = of_base[-1] if of_base else None
     return DftPoint(
@@ -381,8 +460,8 @@ def _point(
 def _outcome(
     name: str, base: Call | None, reasons: Mapping[str, str] | None, parent: Call
 ) -> tuple[PointState, str]:
-    if reasons is not None and name in reasons:
-        return PointState.FAILED, reasons[name]
+    if reasons is not None:
+        return (PointState.FAILED, reasons[name]) if name in reasons else (PointState.DONE, "")
     if base is None:
         if parent.is_over:
             return PointState.FAILED, f"it was never run: {parent.name} {parent.pk} ended before"

@@ -14,7 +14,7 @@ from aiida_eipnn import __version__
 from aiida_eipnn.reports import evidence
 from aiida_eipnn.reports.history import History, Iteration, read_history
 from aiida_eipnn.reports.lineage import Lineage, trace
-from aiida_eipnn.reports.points import PointState, inputs_of, latest, outputs_of
+from aiida_eipnn.reports.points import PointState, inputs_of, latest, loop_outputs
 from aiida_eipnn.science.eip.names import without_kim_id
 from aiida_eipnn.science.eip.selection import NONE
 from aiida_eipnn.science.metrics import Errors
@@ -116,7 +116,7 @@ def write_report(node: ProcessNode, path: str | Path) -> Path:
 def render(node: ProcessNode) -> str:
     """Return the report of a loop as HTML."""
     history = read_history(node)
-    inputs, outputs = inputs_of(node.pk), outputs_of(node.pk)
+    inputs, outputs = inputs_of(node.pk), loop_outputs(node.pk)
     lineage = trace(node) if "pretrained" in outputs else None
     pool = latest(outputs, inputs, "pool")
     errors = evidence.read_eip_errors(history, outputs, pool)

@@ -30,6 +30,11 @@ KEY = r"[A-Za-z_][A-Za-z0-9_.-]*"
 DFT_KEYS = ("dft_energy", "dft_forces", "dft_stress")
 
 
+# What is near the beginning of a file that pw.x writes.
+PW_XML, PW_STDOUT = b"qes:espresso", b"Program PWSCF"
+PW_HEAD = 4096
+
+
 def read_configurations(path: str | Path) -> Configurations:
     """Read configurations from any file that ASE reads; labels in it are ignored.
 
@@ -147,6 +152,13 @@ def _labelled_frames(
         frames.setdefault(name, atoms)
         found.setdefault(name, label)
     return frames, found, number + 1
+
+
+def pw_mark(path: Path) -> bytes | None:
+    """Return ``PW_XML`` or ``PW_STDOUT`` where a file is what pw.x writes, else ``None``."""
+    with path.open("rb") as stream:
+        head = stream.read(PW_HEAD)
+    return next((mark for mark in (PW_XML, PW_STDOUT) if mark in head), None)
 
 
 def write_labelled(

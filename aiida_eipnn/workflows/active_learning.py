@@ -35,6 +35,12 @@ from aiida_eipnn.science.eip.label_model import LabelModelParameters
 from aiida_eipnn.science.extension import COMMITTEE, ExtensionParameters
 from aiida_eipnn.science.verdict import SCORE
 from aiida_eipnn.workflows.builder import PROTOCOLS, Codes, Start, fill_builder
+from aiida_eipnn.workflows.continuation import (
+    add_previous,
+    fill_continuation,
+    must_train,
+    runs_of,
+)
 from aiida_eipnn.workflows.label_dft import (
     DftLabelWorkChain,
     runs_pw,
@@ -53,6 +59,9 @@ STAGES = {
     "scratch": Stage.FINETUNE,
 }
 
+# What the last iteration leaves.
+LAST = ("committee", "selection", "predictions", "history")
+
 
 class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
     """Train a committee on EIP and DFT labels, with as few DFT points as it needs."""
@@ -67,21 +76,21 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
             cls.setup,
             while_(cls.should_explore)(cls.explore, cls.inspect_explore),
             cls.refuse,
-            cls.label_with_eips,
-            cls.inspect_eip_labels,
+            if_(cls.should_label_with_eips)(cls.label_with_eips, cls.inspect_eip_labels),
             cls.split,
-            cls.label_test_with_dft,
-            cls.inspect_test_labels,
+            if_(cls.should_label_test)(cls.label_test_with_dft, cls.inspect_test_labels),
             if_(cls.should_label_initial)(cls.label_initial_with_dft, cls.inspect_initial_labels),
-            cls.pretrain,
-            cls.inspect_pretrain,
+            if_(cls.should_pretrain)(cls.pretrain, cls.inspect_pretrain),
+            if_(cls.should_reconsider)(cls.reconsider),
             while_(cls.should_continue)(
-                cls.classify,
-                cls.inspect_classify,
-                cls.finetune,
-                cls.inspect_finetune,
-                while_(cls.should_evaluate)(cls.evaluate, cls.inspect_evaluate),
-                cls.assess,
+                if_(cls.should_train)(
+                    cls.classify,
+                    cls.inspect_classify,
+                    cls.finetune,
+                    cls.inspect_finetune,
+                    while_(cls.should_evaluate)(cls.evaluate, cls.inspect_evaluate),
+                    cls.assess,
+                ),
                 if_(cls.should_continue)(
                     cls.acquire,
                     cls.label_with_dft,
@@ -127,7 +136,9 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
             namespace="label",
             exclude=("job.configurations", "job.exclude", "job.checkpoint"),
         )
-        spec.expose_inputs(DftLabelWorkChain, namespace="dft", exclude=("configurations", "choice"))
+        spec.expose_inputs(
+            DftLabelWorkChain, namespace="dft", exclude=("configurations", "choice", "runs")
+        )
         spec.expose_inputs(
             TrainBaseWorkChain,
             namespace="train",
@@ -157,6 +168,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         )
         spec.input("known.configurations", valid_type=ConfigurationsData, required=False)
         spec.input("known.labels", valid_type=LabelsData, required=False)
+        add_previous(spec)
         for name, stage in STAGES.items():
             ports.add_training(spec, name, stage)
         ports.add_dict(
@@ -292,14 +304,62 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         inputs = cls.get_protocol_inputs(protocol, overrides)
         return fill_builder(cls.get_builder(), inputs, codes, start, dict(options or {}))
 
+    @classmethod
+    def get_builder_continue(
+        cls,
+        loop: ProcessNode,
+        overrides: Mapping[str, Any] | None = None,
+        known_configurations: ConfigurationsData | None = None,
+        known_labels: LabelsData | None = None,
+        is_lost: bool = False,
+    ) -> ProcessBuilder:
+        """Return a builder that goes on where a loop ended or broke, without repeating DFT.
+
+        Parameters
+        ----------
+        loop
+            The loop: finished, failed, killed, or excepted.
+        overrides
+            Values that replace those of the loop, nested as in the YAML file of the protocols.
+            What the labels depend on (``split``, ``gate``, the level of theory) cannot be changed.
+        known_configurations, known_labels
+            More configurations with DFT labels, to learn from the next training on.
+        is_lost
+            Whether the process that ran the loop is gone, though the database says that it runs.
+
+        Raises
+        ------
+        ValueError
+            If the loop runs, if it would stop at once, or if an override cannot be used.
+        """
+        given = (known_configurations, known_labels)
+        return fill_continuation(cls.get_builder(), loop, overrides or {}, given, is_lost)
+
     # The steps, in the order of the outline.
 
     def setup(self) -> None:
-        """Start counting."""
-        self.ctx.iteration = 0
-        self.ctx.labels = {}
-        self.ctx.choices = {}
+        """Start counting, from where a previous loop came to."""
         self.ctx.known = AttributeDict(self.inputs.get("known", {}))
+        self.ctx.previous = AttributeDict(self.inputs.get("previous", {}))
+        self.ctx.choices = dict(self.ctx.previous.get("choices", {}))
+        self.ctx.labels = dict(self.ctx.previous.get("labels", {}))
+        if TEST in self.ctx.labels:
+            self.ctx.test_labels = self.ctx.labels.pop(TEST)
+            self.out("test_labels", self.ctx.test_labels)
+        if INITIAL in self.ctx.labels:
+            self.out("initial_labels", self.ctx.labels[INITIAL])
+        for name in ("eip_labels", "pretrained", *LAST):
+            if name in self.ctx.previous:
+                self.ctx[name] = self.ctx.previous[name]
+        for name in ("eip_labels", "pretrained"):
+            # EIP labels of labels that the user brings are still to come.
+            if name in self.ctx and not (name == "eip_labels" and "labels" in self.ctx.known):
+                self.out(name, self.ctx[name])
+        if "predictions" in self.ctx:
+            # By these the last batch was asked for, or is to be.
+            self.ctx.asked_by = self.ctx.predictions
+        self.ctx.iteration = len(self.ctx.history["iterations"]) if "history" in self.ctx else 0
+        self.ctx.must_train = must_train(self.ctx.previous, self.ctx.known)
         if "pool" in self.inputs:
             self.ctx.pool = self.inputs.pool
 
@@ -326,18 +386,26 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         """Refuse what cannot be right, before anything is spent on it."""
         if "pool" not in self.inputs:
             self.out("pool", self.ctx.pool)
+        if REFUSED in self.ctx.choices:
+            return None
         refused, broken = self._steer("SPLIT", loop.refuse, self.ctx.pool, self.inputs.gate)
         if broken:
             return broken
-        self.ctx.choices = {REFUSED: refused}
+        self.ctx.choices[REFUSED] = refused
         if len(refused):
             self.report(f"gate: {len(refused)} configurations of the pool are refused")
         return None
+
+    def should_label_with_eips(self) -> bool:
+        """Label the pool, and labels that the user brings, unless a previous loop did."""
+        return "eip_labels" not in self.ctx or "labels" in self.ctx.known
 
     def label_with_eips(self) -> ToContext:
         """Let every EIP label the pool."""
         inputs = AttributeDict(self.exposed_inputs(LabelBaseWorkChain, namespace="label"))
         inputs.job.configurations = self._configurations()
+        if "eip_labels" in self.ctx:
+            inputs.job.configurations = {KNOWN: self.ctx.known.configurations}
         inputs.job.exclude = {REFUSED: self.ctx.choices[REFUSED]}
         self.report(
             f"EIP labels: {len(inputs.job.eips.get_list())} EIPs, "
@@ -349,7 +417,10 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         """Take the EIP labels, and hold given DFT labels against them."""
         if broken := self._broken(self.ctx.eips, "EIP_LABELS"):
             return broken
-        self.ctx.eip_labels = self.ctx.eips.outputs.labels
+        made = self.ctx.eips.outputs.labels
+        if "eip_labels" in self.ctx:
+            made = loop.add_eip_labels(self.ctx.eip_labels, made)
+        self.ctx.eip_labels = made
         self.out("eip_labels", self.ctx.eip_labels)
         facts = self.ctx.eip_labels.base.attributes
         self.report(f"EIP labels: {facts.get('n_labels')} made, {facts.get('n_failures')} failed")
@@ -361,13 +432,22 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         )
         if not node.is_finished_ok:
             return self.exit_codes.ERROR_KNOWN_LABELS.format(message=node.exit_message)
-        self.ctx.labels[KNOWN] = outputs["labels"]
-        self.ctx.choices[KNOWN] = outputs["choice"]
+        taken, broken = outputs, None
+        if KNOWN in self.ctx.labels:
+            taken, broken = self._steer(
+                "SPLIT", loop.add_known, self.ctx.labels[KNOWN], outputs["labels"]
+            )
+        if broken:
+            return broken
+        self.ctx.labels[KNOWN] = taken["labels"]
+        self.ctx.choices[KNOWN] = taken["choice"]
         self.report(f"known DFT labels: {outputs['report']['text']}")
         return None
 
     def split(self) -> ExitCode | None:
         """Hold out the test set and choose the first DFT points."""
+        if TEST in self.ctx.choices:
+            return None
         chosen, broken = self._steer(
             "SPLIT",
             loop.split_pool,
@@ -382,6 +462,10 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         self.ctx.choices.update(chosen)
         return None
 
+    def should_label_test(self) -> bool:
+        """Label the test set unless a previous loop did."""
+        return "test_labels" not in self.ctx
+
     def label_test_with_dft(self) -> ToContext:
         """Label the held-out test set."""
         return ToContext(test=self._submit_dft(TEST))
@@ -395,7 +479,8 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
 
     def should_label_initial(self) -> bool:
         """Start from DFT points of the pool, if any are asked for."""
-        return INITIAL in self.ctx.choices and len(self.ctx.choices[INITIAL]) > 0
+        is_asked = INITIAL in self.ctx.choices and len(self.ctx.choices[INITIAL]) > 0
+        return is_asked and INITIAL not in self.ctx.labels
 
     def label_initial_with_dft(self) -> ToContext:
         """Label the first DFT points."""
@@ -407,6 +492,10 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
             self.ctx.labels[INITIAL] = self._gated(self.ctx.initial.outputs.labels)
             self.out("initial_labels", self.ctx.labels[INITIAL])
         return self._broken(self.ctx.initial, "DFT_LABELS")
+
+    def should_pretrain(self) -> bool:
+        """Pre-train unless a previous loop did."""
+        return "pretrained" not in self.ctx
 
     def pretrain(self) -> ToContext:
         """Teach the networks what the EIPs say about the pool."""
@@ -425,9 +514,33 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         self.out("pretrained", self.ctx.pretrained)
         return None
 
+    def should_reconsider(self) -> bool:
+        """Judge anew what a previous loop came to, unless it chose DFT points by that."""
+        return "history" in self.ctx and self._name() not in self.ctx.choices
+
+    def reconsider(self) -> ExitCode | None:
+        """Look for a reason to stop by the criteria of now."""
+        history, broken = self._steer(
+            "ASSESS",
+            loop.reconsider,
+            self.ctx.history,
+            self.ctx.predictions,
+            self.inputs.acquisition,
+            self.inputs.stop,
+            **self._taken(),
+        )
+        if broken:
+            return broken
+        self._take_history(history)
+        return None
+
     def should_continue(self) -> bool:
         """Go on until the last assessment gave a reason to stop."""
         return "history" not in self.ctx or self.ctx.history["stop"] is None
+
+    def should_train(self) -> bool:
+        """Train unless a previous loop did, and broke or stopped after that."""
+        return bool(self.ctx.must_train)
 
     def classify(self) -> ToContext:
         """Learn which EIP to believe where."""
@@ -540,15 +653,20 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         )
         if broken:
             return broken
+        self._take_history(history)
+        return None
+
+    def _take_history(self, history: Dict) -> None:
         self.ctx.history = history
         self._emit("history", history)
         self._report_errors(history["iterations"][-1])
         if history["stop"]:
             self.report(f"stop: {history['stop']['text']}")
-        return None
 
     def acquire(self) -> ExitCode | None:
-        """Choose the next DFT points."""
+        """Choose the next DFT points, unless a previous loop did and broke over their labels."""
+        if self._name() in self.ctx.choices:
+            return None
         choice, broken = self._steer(
             "ACQUIRE",
             loop.acquire,
@@ -579,6 +697,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
             self.report(f"DFT labels: {self.ctx.asked.exit_message}")
         self.ctx.labels[self._name()] = self._gated(self.ctx.asked.outputs.labels)
         self._emit("labels", self.ctx.labels[self._name()])
+        self.ctx.must_train = True
         return None
 
     def should_extend(self) -> bool:
@@ -652,7 +771,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
 
     def results(self) -> None:
         """Emit what the last iteration made."""
-        for name in ("committee", "selection", "predictions", "history"):
+        for name in LAST:
             self.out(name, self.ctx[name])
 
     # Pieces of the steps.
@@ -682,14 +801,16 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         return {f"{loop.TAKEN}{key}": node for key, node in self.ctx.choices.items()}
 
     def _configurations(self) -> dict[str, ConfigurationsData]:
-        known = {"known": self.ctx.known.configurations} if "labels" in self.ctx.known else {}
-        return {"pool": self.ctx.pool, **known}
+        known = {KNOWN: self.ctx.known.configurations} if "labels" in self.ctx.known else {}
+        return {"pool": self.ctx.pool, **self.ctx.previous.get("known", {}), **known}
 
     def _submit_dft(self, name: str) -> ProcessNode:
         choice = self.ctx.choices[name]
         inputs = AttributeDict(self.exposed_inputs(DftLabelWorkChain, namespace="dft"))
         inputs.configurations = self.ctx.pool
         inputs.choice = choice
+        if runs := runs_of(self.ctx.previous.get("runs", {}), choice):
+            inputs.runs = runs
         self.report(f"DFT labels: {len(choice)} configurations ({name})")
         return self.submit(DftLabelWorkChain, **_named(inputs, f"dft_{name}"))
 
@@ -771,7 +892,8 @@ def _validate_inputs(inputs: Any, _: Any) -> str | None:
         return "`known` needs both configurations and labels"
     if message := _validate_size(inputs):
         return message
-    if inputs["split"].get_dict().get(INITIAL, 0) == 0 and "labels" not in inputs.get("known", {}):
+    known = {**inputs.get("known", {}), **inputs.get("previous", {})}
+    if inputs["split"].get_dict().get(INITIAL, 0) == 0 and "labels" not in known:
         return f"nothing to learn from: set split.{INITIAL} above 0, or give `known` labels"
     if message := validate_labeller(inputs["dft"]):
         return message

@@ -24,6 +24,7 @@ from aiida.orm import (
     AbstractCode,
     Bool,
     CalcJobNode,
+    Data,
     Dict,
     Float,
     Int,
@@ -48,6 +49,7 @@ from aiida_eipnn.calculations.dft import (
     mesh_of,
     parameters_name,
     prepare_runs,
+    take_runs,
 )
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
@@ -260,6 +262,14 @@ class DftLabelWorkChain(ProtocolMixin, SubmitsOnce):
             help="DFT labels that are there already and not made again; without `pw_base` nothing "
             "runs, and what they do not have is a row without a label.",
         )
+        spec.input_namespace(
+            "runs",
+            dynamic=True,
+            valid_type=Data,
+            required=False,
+            help="Runs of pw.x that are there already, by configuration: labelled_<id>, a "
+            "trajectory, or failed_<id>, retrieved files. They are taken and not run again.",
+        )
         for name in ("pw_base", "scaling"):
             spec.inputs[name].required = False
         spec.inputs["pw_base"].populate_defaults = False
@@ -329,18 +339,29 @@ class DftLabelWorkChain(ProtocolMixin, SubmitsOnce):
                 pw_base.pw.parameters, *kpoints_rule(pw_base), **pw_base.pw.pseudos
             )
             level = {"level": self.ctx.level}
-        if "stored" not in self.inputs:
-            return self.inputs.choice, None
+        choice = self._take_runs(self.inputs.choice)
+        if "stored" not in self.inputs or choice is None:
+            return choice, None
         try:
-            found = look_up(
-                self.inputs.configurations, self.inputs.choice, self.inputs.stored, **level
-            )
+            found = look_up(self.inputs.configurations, choice, self.inputs.stored, **level)
         except ValueError as error:
             return None, self.exit_codes.ERROR_STORED_LABELS.format(message=str(error))
-        self.ctx.parts = [found["labels"]]
+        self.ctx.parts.append(found["labels"])
         n_found = found["labels"].base.attributes.get("n_labels")
         self.report(f"DFT labels: {n_found} of {len(self.inputs.choice)} are stored")
         return found.get("rest"), None
+
+    def _take_runs(self, choice: ChoiceData | None) -> ChoiceData | None:
+        """Take the runs that are there already; return what they leave to label."""
+        runs = sorted(self.inputs.get("runs", {}).items())
+        for start in range(0, len(runs), MAX_NODES):
+            some = dict(runs[start : start + MAX_NODES])
+            found = take_runs(self.inputs.configurations, choice, self.ctx.level, **some)
+            self.ctx.parts.append(found["labels"])
+            choice = found.get("rest")
+        if runs:
+            self.report(f"DFT labels: {len(runs)} runs of pw.x are there already")
+        return choice
 
     def should_run_lanes(self) -> bool:
         """Go on until each lane has run."""
@@ -429,7 +450,18 @@ def _validate_inputs(inputs: Any, _: Any) -> str | None:
         return None
     if message := validate_labeller(inputs):
         return message
+    if message := _validate_runs(inputs):
+        return message
     return validate_pw(inputs["pw_base"], inputs["configurations"]) if runs_pw(inputs) else None
+
+
+def _validate_runs(inputs: Any) -> str | None:
+    runs = inputs.get("runs", {})
+    if runs and not runs_pw(inputs):
+        return "`runs` need `pw_base` beside them, which says of what level of theory they are"
+    chosen = set(inputs["choice"].ids())
+    strange = [name for name in runs if name.partition("_")[2] not in chosen]
+    return f"`runs` holds {strange[:3]}, which are not of the choice" if strange else None
 
 
 def runs_pw(inputs: Any) -> bool:

@@ -251,7 +251,7 @@ def test_a_label_made_by_the_loop_counts_before_a_given_one(make_loop):
     pool = make_loop().pool.value()
     both = pool.take([int(pool.rows_of(made.ids)[0]), 20])
 
-    (labels,) = commands.dft_labels(given_labels(both), outputs)
+    (labels,) = commands.dft_labels([given_labels(both)["known__labels"].value()], outputs)
 
     assert labels.ids.tolist() == [*made.ids, both.ids[1]]
     assert labels.energy[0, 0] == made.energy[0, 0]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from aiida.engine import run_get_node
-from aiida.orm import Bool, CalcJobNode, Dict, Float, StructureData
+from aiida.orm import Bool, CalcJobNode, Dict, Float, StructureData, WorkChainNode
 from aiida_quantumespresso.calculations.functions.create_kpoints_from_distance import (
     create_kpoints_from_distance,
 )
@@ -13,9 +13,11 @@ from aiida_eipnn.calculations.dft import deal, mesh_of, prepare_runs, same_level
 from aiida_eipnn.data.choice import Choice, ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.reports.points import read_points
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.workflows import builder
+from aiida_eipnn.workflows.continuation import finished_runs
 from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, slots_needed
 
 INPUTS = {
@@ -26,6 +28,9 @@ INPUTS = {
     "scaling": {"bands_factor": 1.25, "extra_bands": 4, "conv_thr_per_atom": 1e-7},
     "pw_base": {"kpoints_distance": 0.9, "max_iterations": 2},
 }
+
+# One run serves the tests that only look at it.
+FINISHED: dict[str, WorkChainNode] = {}
 
 
 @pytest.fixture
@@ -88,18 +93,47 @@ def test_stress_of_pw_has_the_sign_and_unit_of_ase(dft_inputs):
     assert stress[:3].mean() == pytest.approx(slope, rel=0.2)
 
 
-def test_a_failed_run_is_a_row_with_a_reason_and_the_rest_is_labelled(dft_inputs, rattled_silicon):
-    good = rattled_silicon(2)
+@pytest.fixture
+def mixed(dft_inputs, rattled_silicon):
+    """Labels of two configurations, and of one between them on which pw.x fails."""
+    if "mixed" not in FINISHED:
+        good, bad = rattled_silicon(2), overlapping()
+        together = Configurations.from_atoms([good.atoms(0), bad.atoms(0), good.atoms(1)], "mixed")
+        _, FINISHED["mixed"] = run_get_node(DftLabelWorkChain, **dft_inputs(together))
+    assert FINISHED["mixed"].is_finished_ok
+    return FINISHED["mixed"]
+
+
+def test_a_failed_run_is_a_row_with_a_reason_and_the_rest_is_labelled(mixed):
     bad = overlapping()
-    together = Configurations.from_atoms([good.atoms(0), bad.atoms(0), good.atoms(1)], "mixed")
-    outputs, node = run_get_node(DftLabelWorkChain, **dft_inputs(together))
-    assert node.is_finished_ok
-    labels = outputs["labels"].value()
+    labels = mixed.outputs.labels.value()
     assert labels.ok.sum() == 2
     (failure,) = labels.failures()
     assert failure.id == str(bad.ids[0])
     assert failure.reason
     assert np.isnan(labels.energy[labels.rows_of(bad.ids)]).all()
+
+
+def test_runs_that_are_there_are_taken_with_their_failures_and_only_the_rest_runs(mixed):
+    runs = dict(finished_runs(mixed))
+    first, bad, second = (str(name) for name in mixed.inputs.choice.ids())
+    assert set(runs) == {f"labelled_{first}", f"failed_{bad}", f"labelled_{second}"}
+    del runs[f"labelled_{second}"]
+
+    inputs = mixed.get_builder_restart()
+    inputs.runs = runs
+    outputs, node = run_get_node(inputs)
+
+    assert node.is_finished_ok, node.exit_message
+    (lane,) = (child for child in node.called if child.process_label == "DftLaneWorkChain")
+    assert lane.inputs.choice.ids().tolist() == [second]
+    again, before = outputs["labels"].value(), mixed.outputs.labels.value()
+    rows = again.rows_of(before.ids)
+    np.testing.assert_allclose(again.energy[rows], before.energy, atol=1e-5)
+    assert {item.reason for item in again.failures()} == {item.reason for item in before.failures()}
+    points = read_points(node.pk, "initial")
+    assert [point.state for point in points] == ["done", "failed", "done"]
+    assert all(point.pw_pk for point in points)
 
 
 def test_no_label_at_all_is_an_error_that_quotes_the_reason(dft_inputs):

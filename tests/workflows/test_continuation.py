@@ -1,0 +1,295 @@
+"""A loop goes on where another one ended or broke; DFT is not repeated."""
+
+import copy
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from aiida.common.links import LinkType
+from aiida.engine import run_get_node
+from aiida.manage.caching import enable_caching
+from aiida.orm import CalcJobNode, QueryBuilder, WorkChainNode, load_node
+
+from aiida_eipnn.calculations import loop as loop_functions
+from aiida_eipnn.cli.dry_run import n_labelled
+from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.reports.history import read_history
+from aiida_eipnn.reports.lineage import trace, unexplained_inputs
+from aiida_eipnn.reports.points import PointState
+from aiida_eipnn.reports.report import write_report
+from aiida_eipnn.science.labels import checksum
+from aiida_eipnn.workflows import label_dft
+from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
+from aiida_eipnn.workflows.builder import Codes, Start
+from aiida_eipnn.workflows.label_dft import pw_inputs
+
+ROOT = Path(__file__).parents[2]
+PW = "aiida.calculations:quantumespresso.pw"
+# Two-atom silicon with an easy gate; a committee of one network pre-trained in no time.
+FAST = {"pretrain": {"steps": 20}, "train_scratch": False, "acquisition": {"n_select": 2}}
+WHOLE: dict[str, object] = {}
+
+
+def merged(overrides, changes):
+    overrides = copy.deepcopy(overrides)
+    for key, value in changes.items():
+        overrides[key] = {**overrides.get(key, {}), **value} if isinstance(value, dict) else value
+    return overrides
+
+
+@pytest.fixture
+def builder(kim, torch, pw_code, job_code, pseudo_family, small_loop):
+    """Return a function that makes the builder of the small loop with the real pw.x."""
+
+    def make(**changes):
+        return ActiveLearningWorkChain.get_builder_from_protocol(
+            Codes(pw=pw_code, job=job_code),
+            Start(pool=ConfigurationsData.from_value(small_loop.pool), eips=small_loop.eips[:3]),
+            protocol="demo",
+            overrides=merged(merged(small_loop.overrides, FAST), changes),
+        )
+
+    return make
+
+
+@pytest.fixture
+def whole(builder):
+    """An uninterrupted loop of two iterations."""
+    if "loop" not in WHOLE:
+        _, WHOLE["loop"] = run_get_node(builder(stop={"max_iterations": 2}))
+    node = WHOLE["loop"]
+    assert node.is_finished_ok, node.exit_message
+    return node
+
+
+def go_on(loop, **settings):
+    """Run the continuation of a loop without any cache."""
+    _, node = run_get_node(ActiveLearningWorkChain.get_builder_continue(loop, **settings))
+    assert node.is_finished_ok, node.exit_message
+    return node
+
+
+def jobs(loop, kind=PW):
+    return [
+        node
+        for node in loop.called_descendants
+        if isinstance(node, CalcJobNode) and node.process_type == kind
+    ]
+
+
+def same_choices(one, other):
+    np.testing.assert_array_equal(one.ids(), other.ids())
+    np.testing.assert_allclose(one.value().scores, other.value().scores, rtol=1e-6)
+
+
+def test_a_finished_loop_goes_on_as_if_it_had_had_the_larger_budget(whole, builder, tmp_path):
+    first = one_iteration(builder)
+    assert first.outputs.history["stop"]["reason"] == "max_iterations"
+
+    second = go_on(first, overrides={"stop": {"max_iterations": 2}})
+
+    same_choices(second.outputs.iterations.i001.choice, whole.outputs.iterations.i001.choice)
+    assert second.outputs.history["iterations"][:1] == first.outputs.history["iterations"]
+    assert [item["iteration"] for item in second.outputs.history["iterations"]] == [1, 2]
+    errors = [loop.outputs.history["iterations"][1]["committee"] for loop in (second, whole)]
+    assert errors[0]["forces_mae"] == pytest.approx(errors[1]["forces_mae"], rel=1e-6)
+    # Of DFT, EIP labels and trainings only what was not there was made.
+    assert len(jobs(second)) == len(second.outputs.iterations.i001.choice)
+    assert not jobs(second, "aiida.calculations:eipnn.label")
+    assert len(jobs(second, "aiida.calculations:eipnn.train")) == 2
+    assert second.outputs.pretrained.uuid == first.outputs.pretrained.uuid
+
+    history = read_history(second)
+    assert history.batches == ("test", "initial", "i001")
+    assert [item.number for item in history.assessed] == [1, 2]
+    assert {point.id for point in history.points} == {
+        point.id for point in read_history(whole).points
+    }
+    lineage = trace(second)
+    assert {point.batch for point in lineage.points} == {"initial", "i001"}
+    assert len(lineage.test_points) == 3
+    runs = {node.uuid for loop in (first, second) for node in jobs(loop)}
+    done = [point for point in lineage.points if point.state is PointState.DONE]
+    assert done
+    assert {point.pw_uuid for point in done} <= runs
+    assert unexplained_inputs(second.outputs.committee, second) == []
+    write_report(second, tmp_path / "report.html")
+
+
+def one_iteration(builder):
+    """Return a loop of one iteration, of what the uninterrupted one has computed."""
+    with enable_caching():
+        _, node = run_get_node(builder(stop={"max_iterations": 1}))
+    assert node.is_finished_ok, node.exit_message
+    return node
+
+
+def test_what_pw_had_finished_is_taken_when_a_loop_broke_over_its_labels(
+    whole, builder, monkeypatch
+):
+    n_started = 0
+
+    def start(*arguments):
+        nonlocal n_started
+        n_started += 1
+        if n_started > 2:
+            raise RuntimeError("power failure")
+        return pw_inputs(*arguments)
+
+    with monkeypatch.context() as patch, enable_caching():
+        patch.setattr(label_dft, "pw_inputs", start)
+        patch.setattr(label_dft, "merge_all", lambda parts: [][len(parts)])
+        _, broken = run_get_node(builder(stop={"max_iterations": 1}))
+    assert broken.exit_status == 403
+    assert "test_labels" not in broken.outputs
+    assert len(jobs(broken)) == 2
+
+    made = ActiveLearningWorkChain.get_builder_continue(broken)
+    assert n_labelled(made) == 2
+    with enable_caching():
+        _, second = run_get_node(made)
+
+    assert second.is_finished_ok, second.exit_message
+    first, again = (
+        {
+            run.caller.base.links.get_incoming(link_type=LinkType.CALL_WORK).one().link_label
+            for run in jobs(loop)
+        }
+        for loop in (broken, second)
+    )
+    assert len(again) == 4  # one of the test set, and the three to begin with
+    assert not first & again
+    for name in ("test_labels", "initial_labels"):
+        assert checksum(second.outputs[name].value()) == checksum(whole.outputs[name].value())
+    points = read_history(second).points
+    assert len(points) == 6
+    assert all(point.pw_pk for point in points)
+
+
+def test_a_loop_that_excepted_has_its_labels_and_trains_again(whole, builder, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("disk full")
+
+    with monkeypatch.context() as patch, enable_caching():
+        patch.setattr(loop_functions, "assess", fail)
+        with pytest.raises(RuntimeError, match="disk full"):
+            run_get_node(builder(stop={"max_iterations": 2}))
+    query = QueryBuilder().append(WorkChainNode, filters={"attributes.process_state": "excepted"})
+    broken = query.order_by({WorkChainNode: {"id": "desc"}}).first(flat=True)
+    assert broken.is_excepted
+
+    with enable_caching():
+        second = go_on(broken)
+
+    same_choices(second.outputs.iterations.i001.choice, whole.outputs.iterations.i001.choice)
+    assert len(jobs(second)) == len(second.outputs.iterations.i001.choice)
+    assert [item.number for item in read_history(second).assessed] == [1, 2]
+
+
+def test_a_loop_that_could_not_choose_goes_on_with_other_settings(whole, builder):
+    wrong = {"n_select": 100, "allow_fewer": False}
+    with enable_caching():
+        _, broken = run_get_node(builder(acquisition=wrong, stop={"max_iterations": 2}))
+    assert broken.exit_status == 410
+
+    with enable_caching():
+        second = go_on(broken, overrides={"acquisition": {"n_select": 2}})
+
+    same_choices(second.outputs.iterations.i001.choice, whole.outputs.iterations.i001.choice)
+
+
+def test_labels_that_are_added_are_learnt_before_more_is_asked_for(whole, builder, small_loop):
+    first = one_iteration(builder)
+    more = whole.outputs.iterations.i001.labels
+    pool = small_loop.pool
+    known = ConfigurationsData.from_value(pool.take(pool.rows_of(more.value().ids)))
+
+    second = go_on(
+        first,
+        overrides={"stop": {"max_iterations": 2}},
+        known_configurations=known,
+        known_labels=LabelsData.from_value(more.value()),
+    )
+
+    assert not jobs(second)
+    one, two = second.outputs.history["iterations"]
+    assert two["n_training_labels"] == one["n_training_labels"] + len(more.value())
+    # They were not paid for here.
+    assert two["n_dft_labels"] == one["n_dft_labels"]
+    assert {point.batch for point in trace(second).points} == {"initial", "known"}
+
+
+def test_what_cannot_be_changed_is_refused_with_what_to_do(whole):
+    go_on = ActiveLearningWorkChain.get_builder_continue
+    more = {"stop": {"max_iterations": 5}}
+    with pytest.raises(ValueError, match="would stop at once, since iteration 2 of 2 is done"):
+        go_on(whole)
+    with pytest.raises(ValueError, match="split cannot be changed"):
+        go_on(whole, {**more, "split": {"test": 5}})
+    cutoff = {"pw_base": {"pw": {"parameters": {"SYSTEM": {"ecutwfc": 25.0}}}}}
+    with pytest.raises(ValueError, match="of different levels of theory"):
+        go_on(whole, {**more, "dft": cutoff})
+    with pytest.raises(ValueError, match="is no loop"):
+        go_on(whole.called[0])
+
+
+def test_what_is_made_again_is_what_the_overrides_change(whole):
+    def previous(**overrides):
+        changes = {"stop": {"max_iterations": 5}, **overrides}
+        return dict(ActiveLearningWorkChain.get_builder_continue(whole, changes).previous)
+
+    assert {"eip_labels", "pretrained"} <= previous().keys()
+    changed = previous(network={"width": 8})
+    assert "eip_labels" in changed
+    assert "pretrained" not in changed
+    assert not {"eip_labels", "pretrained"} & previous(label={"timeout": 9.0}).keys()
+    assert previous()["labels"]["test"].uuid == whole.outputs.test_labels.uuid
+
+
+def test_a_loop_that_seems_to_run_is_continued_only_if_it_is_said_to_be_lost(whole):
+    lost = WorkChainNode()
+    lost.base.attributes.set_many(
+        {"process_label": "ActiveLearningWorkChain", "process_state": "waiting"}
+    )
+    lost.process_type = whole.process_type
+    for entry in whole.base.links.get_incoming(link_type=LinkType.INPUT_WORK).all():
+        lost.base.links.add_incoming(entry.node, LinkType.INPUT_WORK, entry.link_label)
+    lost.store()
+    with pytest.raises(ValueError, match=r"is waiting.*--lost"):
+        ActiveLearningWorkChain.get_builder_continue(lost)
+    made = ActiveLearningWorkChain.get_builder_continue(lost, is_lost=True)
+    assert made.pool.uuid == whole.inputs.pool.uuid
+    assert "test" not in dict(made.previous.choices)
+
+
+def test_the_command_of_the_page_says_what_would_be_done(whole, tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs" / "howto" / "continue.md").read_text()
+    command, changes, code = (
+        re.search(rf"```{language}\n(.*?)```", page, re.DOTALL)[1]
+        for language in ("bash", "yaml", "python")
+    )
+    monkeypatch.chdir(tmp_path)
+    Path("more.yaml").write_text(changes)
+    words = [str(whole.pk) if word == "PK" else word for word in command.split()]
+    assert words[:3] == ["verdi", "run", "workflows/active_learning.py"]
+
+    monkeypatch.setattr(sys, "argv", [*words[2:], "--dry-run"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / words[2]), run_name="__main__")
+    assert stop.value.code == 0
+    # Six are there, and two that were chosen; ten at the end of each of four iterations.
+    assert "DFT points: 48 at most" in (shown := capsys.readouterr().out)
+    assert "8 of them are there already" in shown
+    assert "nothing was stored" in shown
+
+    monkeypatch.setattr(sys, "argv", [*words[2:], "--pool", "pool.xyz"])
+    with pytest.raises(SystemExit, match="--pool cannot be given with --continue"):
+        runpy.run_path(str(ROOT / words[2]), run_name="__main__")
+
+    names = {"PK": whole.pk, "load_node": load_node}
+    exec(code, {**names, "ActiveLearningWorkChain": ActiveLearningWorkChain}, names)
+    assert names["builder"].stop["max_iterations"] == 6
