@@ -332,8 +332,11 @@ def take_runs(
     chosen = sets.take(sets.rows_of(ids[here]))
     rows = [_label(chosen.take([row]), name, runs) for row, name in enumerate(ids[here])]
     left = Choice(ids=ids[~here], scores=choice.value().scores[~here])
+    seconds = sum(core_seconds(node.creator) for node in runs.values())
     return {
-        "labels": LabelsData.from_value(join_labels(rows), level=level.get_dict()),
+        "labels": LabelsData.from_value(
+            join_labels(rows), level=level.get_dict(), **{CORE_SECONDS: seconds}
+        ),
         **({"rest": ChoiceData.from_value(left, strategy="rest")} if len(left.ids) else {}),
     }
 

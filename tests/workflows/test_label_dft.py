@@ -134,6 +134,8 @@ def test_runs_that_are_there_are_taken_with_their_failures_and_only_the_rest_run
     points = read_points(node.pk, "initial")
     assert [point.state for point in points] == ["done", "failed", "done"]
     assert all(point.pw_pk for point in points)
+    # What was spent is spent, whoever spent it.
+    assert outputs["labels"].core_seconds > 0.5 * mixed.outputs.labels.core_seconds > 0
 
 
 def test_no_label_at_all_is_an_error_that_quotes_the_reason(dft_inputs):
