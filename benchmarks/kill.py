@@ -7,7 +7,7 @@ profile and with a daemon of its own: undisturbed; with accidents at random mome
 equal part of the life of the undisturbed loop; and undisturbed on a pool of which much cannot be
 labelled. An accident is a SIGKILL of the whole daemon (circus, broker, workers), in half of them
 also of every job that runs, as when the power is cut. After each, `aiida-eipnn recover` is the only
-thing that is done.
+thing that is done. Daemons are killed at moments that chance draws, power is cut while a job runs.
 
 `dft_repeated` counts runs of pw.x on an input for which a run had ended before; twice, from the
 provenance graph and from what a script around pw.x writes down. Caching is off: it would cover up
@@ -44,13 +44,19 @@ def draw_accidents(n: int, seed: int) -> list[dict[str, Any]]:
     """Return accidents, each at a random moment of its own part of the life of the loop.
 
     A moment is said by how many processes had ended by then, and for how long to wait after that.
+    Power is cut while a job runs: the wait begins with the next job.
     """
     rng = np.random.default_rng(seed)
     after = (np.arange(n) + rng.uniform(size=n)) * N_PROCESSES / n
     waits = rng.uniform(0, MAX_WAIT_SECONDS, size=n)
     cuts = rng.permutation(np.arange(n) % 2 == 0)
     return [
-        {"after": int(count), "wait_s": round(float(wait), 1), "power_cut": bool(cut)}
+        {
+            "after": int(count),
+            "wait_s": round(float(wait), 1),
+            "power_cut": bool(cut),
+            "at_work": bool(cut),
+        }
         for count, wait, cut in zip(after, waits, cuts, strict=True)
     ]
 
