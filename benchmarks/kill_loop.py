@@ -4,6 +4,7 @@
 """
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -401,7 +402,9 @@ def states() -> dict[str, int]:
 def run(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Run one loop to its end."""
     prepare(folder)
-    overrides = plan.get("overrides") or OVERRIDES
+    overrides = copy.deepcopy(OVERRIDES)
+    electrons = overrides["dft"]["pw_base"]["pw"]["parameters"]["ELECTRONS"]
+    electrons["electron_maxstep"] = plan.get("electron_maxstep", electrons["electron_maxstep"])
     start_daemon()
     try:
         pk = start_loop(small_pool(plan["n_pool"], plan["n_hopeless"]), overrides)

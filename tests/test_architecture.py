@@ -40,6 +40,7 @@ NEEDS_TORCH = {"aiida_eipnn.jobs.train", "aiida_eipnn.jobs.evaluate"}
 NEEDS_VESIN = {
     "aiida_eipnn.jobs.explore",
     "aiida_eipnn.jobs.label",
+    "aiida_eipnn.science.cold_start",
     "aiida_eipnn.science.descriptors",
     "aiida_eipnn.science.dynamics",
     "aiida_eipnn.science.eip.analytic",
