@@ -43,6 +43,7 @@ NEEDS_VESIN = {
     "aiida_eipnn.science.cold_start",
     "aiida_eipnn.science.descriptors",
     "aiida_eipnn.science.dynamics",
+    "aiida_eipnn.science.extension",
     "aiida_eipnn.science.eip.analytic",
     "aiida_eipnn.science.eip.batch",
     "aiida_eipnn.science.eip.candidates",
