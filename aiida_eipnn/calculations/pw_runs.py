@@ -45,6 +45,9 @@ PSEUDOS = "pseudos"
 # less than this part.
 SAME_RUN = 1e-7
 
+# Positions (Å) that differ by less are those that pw.x was given.
+SAME_POSITION = 1e-6
+
 NO_FORCES = "pw.x computed no forces: set tprnfor"
 NOT_CONVERGED = "the electronic minimization did not converge"
 NO_STEP = "pw.x left no step with an energy"
@@ -364,6 +367,9 @@ def with_steps(
     if len(forces) != len(energy):
         return replace(run, reason=NO_FORCES if is_converged else NOT_CONVERGED)
     geometries = list(_geometries(arrays, last, calculation))
+    if run.start is not None and _is_same(geometries[0], run.start):
+        # In bohr and back it differs in the last digit: an id is of the very same numbers.
+        geometries[0] = run.start
     n = min(len(energy), len(geometries))
     if calculation == "vc-relax" and len(energy) == len(geometries) + 1:
         # The last one is of a fresh basis at the relaxed cell. Where the relaxation did not come
@@ -395,6 +401,12 @@ def _geometries(arrays: Mapping[str, Any], last: Atoms, calculation: str) -> Ite
         atoms.set_cell(cells[step] if len(cells) == len(positions) else last.cell)
         atoms.set_positions(here, apply_constraint=False)
         yield atoms
+
+
+def _is_same(atoms: Atoms, other: Atoms) -> bool:
+    return np.allclose(atoms.positions, other.positions, rtol=0.0, atol=SAME_POSITION) and bool(
+        np.allclose(atoms.cell.array, other.cell.array, rtol=0.0, atol=SAME_POSITION)
+    )
 
 
 def _stresses(arrays: Mapping[str, Any], n: int, calculation: str) -> list[FloatArray | None]:
