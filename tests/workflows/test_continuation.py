@@ -4,6 +4,7 @@ import copy
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from aiida_eipnn.reports.history import read_history
 from aiida_eipnn.reports.lineage import trace, unexplained_inputs
 from aiida_eipnn.reports.points import PointState
 from aiida_eipnn.reports.report import write_report
-from aiida_eipnn.science.labels import checksum
+from aiida_eipnn.science.eip.engine import label_with_eips
 from aiida_eipnn.workflows import label_dft
 from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
 from aiida_eipnn.workflows.builder import Codes, Start
@@ -29,9 +30,19 @@ from aiida_eipnn.workflows.label_dft import pw_inputs
 
 ROOT = Path(__file__).parents[2]
 PW = "aiida.calculations:quantumespresso.pw"
-# Two-atom silicon with an easy gate; a committee of one network pre-trained in no time.
-FAST = {"pretrain": {"steps": 20}, "train_scratch": False, "acquisition": {"n_select": 2}}
-WHOLE: dict[str, object] = {}
+EIPS = ["stillinger-weber[hauch-1999]", "lennard-jones[epsilon=0.4,sigma=2.1]"]
+# Potentials in Python, labels to look up, two networks that learn next to nothing: what is asked
+# here is who asks for what.
+FAST = {
+    "n_members": 2,
+    "n_pretrained": 1,
+    "pretrain": {"steps": 10},
+    "train_scratch": False,
+    "split": {"test": 3, "initial": 3},
+    "acquisition": {"n_select": 2},
+    "extend": {"recipes": []},
+}
+WHOLE: dict[str, WorkChainNode] = {}
 
 
 def merged(overrides, changes):
@@ -42,13 +53,17 @@ def merged(overrides, changes):
 
 
 @pytest.fixture
-def builder(kim, torch, pw_code, job_code, pseudo_family, small_loop):
-    """Return a function that makes the builder of the small loop with the real pw.x."""
+def builder(torch, job_code, small_loop):
+    """Return a function that makes the builder of a small loop, without pw.x unless it is given."""
 
-    def make(**changes):
+    def make(pw=None, **changes):
+        pool = small_loop.pool
+        truth = label_with_eips(pool, ["stillinger-weber"])
+        truth = replace(truth.labelled(), sources=np.array(["dft"]))
+        stored = {} if pw else {"stored_labels": LabelsData.from_value(truth, level={"code": "x"})}
         return ActiveLearningWorkChain.get_builder_from_protocol(
-            Codes(pw=pw_code, job=job_code),
-            Start(pool=ConfigurationsData.from_value(small_loop.pool), eips=small_loop.eips[:3]),
+            Codes(pw=pw, job=job_code),
+            Start(pool=ConfigurationsData.from_value(pool), eips=EIPS, **stored),
             protocol="demo",
             overrides=merged(merged(small_loop.overrides, FAST), changes),
         )
@@ -81,6 +96,12 @@ def jobs(loop, kind=PW):
     ]
 
 
+def asked(loop):
+    """Return for what a loop asked DFT."""
+    links = loop.base.links.get_outgoing(link_type=LinkType.CALL_WORK).all_link_labels()
+    return [label for label in links if label.startswith("dft_")]
+
+
 def same_choices(one, other):
     np.testing.assert_array_equal(one.ids(), other.ids())
     np.testing.assert_allclose(one.value().scores, other.value().scores, rtol=1e-6)
@@ -98,7 +119,8 @@ def test_a_finished_loop_goes_on_as_if_it_had_had_the_larger_budget(whole, build
     errors = [loop.outputs.history["iterations"][1]["committee"] for loop in (second, whole)]
     assert errors[0]["forces_mae"] == pytest.approx(errors[1]["forces_mae"], rel=1e-6)
     # Of DFT, EIP labels and trainings only what was not there was made.
-    assert len(jobs(second)) == len(second.outputs.iterations.i001.choice)
+    assert asked(first) == ["dft_test", "dft_initial"]
+    assert asked(second) == ["dft_i001"]
     assert not jobs(second, "aiida.calculations:eipnn.label")
     assert len(jobs(second, "aiida.calculations:eipnn.train")) == 2
     assert second.outputs.pretrained.uuid == first.outputs.pretrained.uuid
@@ -112,10 +134,7 @@ def test_a_finished_loop_goes_on_as_if_it_had_had_the_larger_budget(whole, build
     lineage = trace(second)
     assert {point.batch for point in lineage.points} == {"initial", "i001"}
     assert len(lineage.test_points) == 3
-    runs = {node.uuid for loop in (first, second) for node in jobs(loop)}
-    done = [point for point in lineage.points if point.state is PointState.DONE]
-    assert done
-    assert {point.pw_uuid for point in done} <= runs
+    assert any(point.state is PointState.DONE for point in lineage.points)
     assert unexplained_inputs(second.outputs.committee, second) == []
     write_report(second, tmp_path / "report.html")
 
@@ -129,29 +148,31 @@ def one_iteration(builder):
 
 
 def test_what_pw_had_finished_is_taken_when_a_loop_broke_over_its_labels(
-    whole, builder, monkeypatch
+    builder, pw_code, pseudo_family, monkeypatch
 ):
-    n_started = 0
+    assert pseudo_family
+    started = iter(range(10))
 
     def start(*arguments):
-        nonlocal n_started
-        n_started += 1
-        if n_started > 2:
+        if next(started) == 2:
             raise RuntimeError("power failure")
         return pw_inputs(*arguments)
 
-    with monkeypatch.context() as patch, enable_caching():
+    made = builder(pw_code, split={"test": 3, "initial": 1}, stop={"max_iterations": 1})
+    with monkeypatch.context() as patch:
         patch.setattr(label_dft, "pw_inputs", start)
         patch.setattr(label_dft, "merge_all", lambda parts: [][len(parts)])
-        _, broken = run_get_node(builder(stop={"max_iterations": 1}))
+        _, broken = run_get_node(made)
     assert broken.exit_status == 403
     assert "test_labels" not in broken.outputs
     assert len(jobs(broken)) == 2
+    cutoff = {"pw_base": {"pw": {"parameters": {"SYSTEM": {"ecutwfc": 25.0}}}}}
+    with pytest.raises(ValueError, match="of different levels of theory"):
+        ActiveLearningWorkChain.get_builder_continue(broken, {"dft": cutoff})
 
     made = ActiveLearningWorkChain.get_builder_continue(broken)
     assert n_labelled(made) == 2
-    with enable_caching():
-        _, second = run_get_node(made)
+    _, second = run_get_node(made)
 
     assert second.is_finished_ok, second.exit_message
     first, again = (
@@ -161,13 +182,13 @@ def test_what_pw_had_finished_is_taken_when_a_loop_broke_over_its_labels(
         }
         for loop in (broken, second)
     )
-    assert len(again) == 4  # one of the test set, and the three to begin with
+    assert len(again) == 2  # one of the test set, and the one to begin with
     assert not first & again
-    for name in ("test_labels", "initial_labels"):
-        assert checksum(second.outputs[name].value()) == checksum(whole.outputs[name].value())
-    points = read_history(second).points
-    assert len(points) == 6
-    assert all(point.pw_pk for point in points)
+    history, lineage = read_history(second), trace(second)
+    assert {f"dft_{point.id}" for point in history.points} == first | again
+    points = [*lineage.points, *lineage.test_points]
+    runs = {run.pk for loop in (broken, second) for run in jobs(loop)}
+    assert {point.pw_pk for point in points} == runs
 
 
 def test_a_loop_that_excepted_has_its_labels_and_trains_again(whole, builder, monkeypatch):
@@ -186,7 +207,8 @@ def test_a_loop_that_excepted_has_its_labels_and_trains_again(whole, builder, mo
         second = go_on(broken)
 
     same_choices(second.outputs.iterations.i001.choice, whole.outputs.iterations.i001.choice)
-    assert len(jobs(second)) == len(second.outputs.iterations.i001.choice)
+    assert asked(broken) == ["dft_test", "dft_initial"]
+    assert asked(second) == ["dft_i001"]
     assert [item.number for item in read_history(second).assessed] == [1, 2]
 
 
@@ -206,18 +228,19 @@ def test_labels_that_are_added_are_learnt_before_more_is_asked_for(whole, builde
     first = one_iteration(builder)
     more = whole.outputs.iterations.i001.labels
     pool = small_loop.pool
-    known = ConfigurationsData.from_value(pool.take(pool.rows_of(more.value().ids)))
+    known = ConfigurationsData.from_value(pool.take(pool.rows_of(more.value().labelled().ids)))
 
     second = go_on(
         first,
         overrides={"stop": {"max_iterations": 2}},
         known_configurations=known,
-        known_labels=LabelsData.from_value(more.value()),
+        known_labels=LabelsData.from_value(more.value().labelled(), level=more.level),
     )
 
-    assert not jobs(second)
+    assert not asked(second)
     one, two = second.outputs.history["iterations"]
-    assert two["n_training_labels"] == one["n_training_labels"] + len(more.value())
+    n_more = more.base.attributes.get("n_labels")
+    assert two["n_training_labels"] == one["n_training_labels"] + n_more > one["n_training_labels"]
     # They were not paid for here.
     assert two["n_dft_labels"] == one["n_dft_labels"]
     assert {point.batch for point in trace(second).points} == {"initial", "known"}
@@ -230,9 +253,8 @@ def test_what_cannot_be_changed_is_refused_with_what_to_do(whole):
         go_on(whole)
     with pytest.raises(ValueError, match="split cannot be changed"):
         go_on(whole, {**more, "split": {"test": 5}})
-    cutoff = {"pw_base": {"pw": {"parameters": {"SYSTEM": {"ecutwfc": 25.0}}}}}
-    with pytest.raises(ValueError, match="of different levels of theory"):
-        go_on(whole, {**more, "dft": cutoff})
+    with pytest.raises(ValueError, match=r"dft\.stored cannot be changed"):
+        go_on(whole, {**more, "dft": {"stored": 1}})
     with pytest.raises(ValueError, match="is no loop"):
         go_on(whole.called[0])
 
