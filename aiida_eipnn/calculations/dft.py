@@ -27,7 +27,7 @@ from ase.units import GPa
 from aiida_eipnn.data.choice import Choice, ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import CORE_SECONDS, LabelsData
-from aiida_eipnn.science.arrays import FloatArray
+from aiida_eipnn.science.arrays import FloatArray, StrArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.dft_cost import estimate_cost
 from aiida_eipnn.science.labels import DFT, Labels, join_labels
@@ -222,9 +222,14 @@ def gather_dft_labels(
     retrieved files of one that failed. What failed is a row without a label, with its reason. The
     attribute ``core_seconds`` is what all runs took, those that were repeated and failed included.
     """
-    sets = configurations.value()
-    chosen = sets.take(sets.rows_of(choice.ids()))
-    rows = [_label(chosen.take([row]), name, runs) for row, name in enumerate(choice.ids())]
+    return _labels_of_runs(configurations.value(), choice.ids(), level, runs)
+
+
+def _labels_of_runs(
+    sets: Configurations, ids: StrArray, level: Dict, runs: Mapping[str, Data]
+) -> LabelsData:
+    chosen = sets.take(sets.rows_of(ids))
+    rows = [_label(chosen.take([row]), name, runs) for row, name in enumerate(ids)]
     seconds = sum(core_seconds(node.creator) for node in runs.values())
     return LabelsData.from_value(
         join_labels(rows), level=level.get_dict(), **{CORE_SECONDS: seconds}
@@ -247,11 +252,13 @@ def _core_seconds_of_one(run: CalcJobNode) -> float:
         return 0.0
     wall = float(run.outputs.output_parameters.get_dict().get("wall_time_seconds") or 0.0)
     options = run.get_options()
-    return wall * (n_cores(options.get("resources")) if options.get("withmpi", True) else 1)
+    return wall * n_cores(options.get("resources"), options.get("withmpi", True))
 
 
-def n_cores(resources: Mapping[str, Any] | None) -> int:
+def n_cores(resources: Mapping[str, Any] | None, withmpi: bool | None) -> int:
     """Return the MPI processes of a job; schedulers name them in more than one way."""
+    if not withmpi:
+        return 1
     given = resources or {}
     machines = given.get("num_machines") or 1
     per_machine = given.get("num_mpiprocs_per_machine") or 1
@@ -328,15 +335,9 @@ def take_runs(
     """
     ids = choice.ids()
     here = np.isin(ids, [name.partition("_")[2] for name in runs])
-    sets = configurations.value()
-    chosen = sets.take(sets.rows_of(ids[here]))
-    rows = [_label(chosen.take([row]), name, runs) for row, name in enumerate(ids[here])]
     left = Choice(ids=ids[~here], scores=choice.value().scores[~here])
-    seconds = sum(core_seconds(node.creator) for node in runs.values())
     return {
-        "labels": LabelsData.from_value(
-            join_labels(rows), level=level.get_dict(), **{CORE_SECONDS: seconds}
-        ),
+        "labels": _labels_of_runs(configurations.value(), ids[here], level, runs),
         **({"rest": ChoiceData.from_value(left, strategy="rest")} if len(left.ids) else {}),
     }
 

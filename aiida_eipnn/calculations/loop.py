@@ -55,6 +55,9 @@ FIRST, RANDOM, DISPUTED = "first", "random", "disputed"
 # Choices that the loop did not pay DFT for.
 FREE = (REFUSED, KNOWN)
 
+# What a loop ends with: that of its last iteration.
+LAST = ("committee", "selection", "predictions", "history")
+
 TAKEN = "taken_"
 LABELS = "labels_"
 
@@ -508,9 +511,8 @@ def _best_eip(
 ) -> dict[str, Any] | None:
     """Return the EIP that is best on the training labels, and its errors on the test labels."""
     # First what is labelled: a pool may be large, and this runs in the daemon.
-    labelled = np.concatenate([training.ids, test.ids])
+    labelled = np.intersect1d(np.concatenate([training.ids, test.ids]), pool.ids)
     eip_labels = eip_labels.take(np.flatnonzero(np.isin(eip_labels.ids, labelled)))
-    eip_labels = eip_labels.take(np.flatnonzero(np.isin(eip_labels.ids, pool.ids)))
     of_pool = np.isin(training.ids, eip_labels.ids)
     here = training.take(np.flatnonzero(of_pool & ~np.isin(training.ids, test.ids)))
     try:
@@ -536,15 +538,15 @@ def _calibration(test: Labels, predicted: Predictions) -> dict[str, float | int]
 
 def _error_scale(more: Mapping[str, Any], iteration: int) -> float | None:
     """Return how wrong the last committee was where it was unsure, by the batch it asked for."""
-    batch = f"{LABELS}{batch_name(iteration)}"
+    batch = f"{LABELS}{iteration_name(iteration)}"
     if "asked" not in more or batch not in more:
         return None
     return error_scale(more[batch].value(), more["asked"].value())
 
 
-def batch_name(iteration: int) -> str:
-    """Return the name of the labels that an iteration asks for."""
-    return f"i{iteration:03d}"
+def iteration_name(number: int) -> str:
+    """Return the name of an iteration, in the outputs of the loop and of what it asks for."""
+    return f"i{number:03d}"
 
 
 def _panel(test: Labels, predicted: Predictions) -> dict[str, Any]:

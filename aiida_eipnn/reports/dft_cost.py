@@ -58,7 +58,7 @@ def cost_rate(elements: Iterable[str]) -> CostRate | None:
         if symbols != wanted or not wall or "_aiida_cached_from" in (extras or {}):
             continue
         units = cost_units(np.array([len(sites)]), np.array([cell]))[0]
-        rates.append(float(wall) * (n_cores(resources) if withmpi else 1) / units)
+        rates.append(float(wall) * n_cores(resources, withmpi) / units)
     if not rates:
         return None
     low, median, high = np.quantile(rates, (0.25, 0.5, 0.75))

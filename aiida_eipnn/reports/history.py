@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from aiida.orm import Data, Node, ProcessNode, WorkChainNode
 
+from aiida_eipnn.calculations.loop import iteration_name
 from aiida_eipnn.reports.points import (
     POINT,
     Call,
@@ -328,11 +329,6 @@ def stage_text(label: str) -> str:
         if number.isdigit():
             return f"labelling the points of iteration {int(number)} with DFT"
     return STAGES.get(label, label)
-
-
-def iteration_name(number: int) -> str:
-    """Return the name of an iteration, as in the outputs of the loop."""
-    return f"i{number:03d}"
 
 
 def iteration_outputs(outputs: Mapping[str, Data], number: int) -> dict[str, Data]:

@@ -19,6 +19,7 @@ from aiida.orm import (
 )
 
 from aiida_eipnn.calculations.dft import n_cores
+from aiida_eipnn.calculations.loop import LAST
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
@@ -29,9 +30,6 @@ _EXTENDED = re.compile(r"iterations__i\d+__(pool|eip_labels)")
 TERMINATED = ("finished", "excepted", "killed")
 CALLS = {"type": {"in": ["call_calc", "call_work"]}}
 POINT = "dft_"
-
-# What a loop emits when it ends.
-LAST = ("committee", "selection", "predictions", "history")
 
 PROCESS_FIELDS = (
     "id",
@@ -379,7 +377,7 @@ def _runs(base_pks: list[int]) -> dict[int, list[PwRun]]:
                 pk=pk,
                 uuid=uuid,
                 wall_seconds=seconds,
-                cpu_seconds=seconds * (n_cores(resources) if withmpi else 1),
+                cpu_seconds=seconds * n_cores(resources, withmpi),
                 energy=energy,
                 cached=cached,
             )

@@ -145,7 +145,8 @@ class AcquisitionParameters:
             Factor that turns an uncertainty into the error to expect of the worst force.
         """
         limits = [] if self.max_uncertainty is None else [self.max_uncertainty]
-        if self.max_error is not None and error_scale is not None:
+        # A scale of 0 expects no error anywhere.
+        if self.max_error is not None and error_scale:
             limits.append(self.max_error / error_scale)
         return min(limits, default=None)
 

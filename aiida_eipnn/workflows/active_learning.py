@@ -17,6 +17,7 @@ from aiida_eipnn.calculations.loop import (
     FIRST,
     INITIAL,
     KNOWN,
+    LAST,
     RANDOM,
     REFUSED,
     TEST,
@@ -58,9 +59,6 @@ STAGES = {
     "finetune": Stage.FINETUNE,
     "scratch": Stage.FINETUNE,
 }
-
-# What the last iteration leaves.
-LAST = ("committee", "selection", "predictions", "history")
 
 
 class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
@@ -520,19 +518,13 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
 
     def reconsider(self) -> ExitCode | None:
         """Look for a reason to stop by the criteria of now."""
-        history, broken = self._steer(
-            "ASSESS",
+        return self._assess(
             loop.reconsider,
             self.ctx.history,
             self.ctx.predictions,
             self.inputs.acquisition,
             self.inputs.stop,
-            **self._taken(),
         )
-        if broken:
-            return broken
-        self._take_history(history)
-        return None
 
     def should_continue(self) -> bool:
         """Go on until the last assessment gave a reason to stop."""
@@ -639,8 +631,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
                 more["finetuned"] = self.ctx.finetuned
         if "history" in self.ctx:
             more |= {"previous": self.ctx.history, "asked": self.ctx.asked_by}
-        history, broken = self._steer(
-            "ASSESS",
+        return self._assess(
             loop.assess,
             self.ctx.pool,
             self.ctx.predictions,
@@ -649,19 +640,20 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
             self.inputs.acquisition,
             self.inputs.stop,
             **more,
-            **self._taken(),
         )
+
+    def _assess(
+        self, function: Callable[..., Any], *arguments: Data, **more: Data
+    ) -> ExitCode | None:
+        history, broken = self._steer("ASSESS", function, *arguments, **more, **self._taken())
         if broken:
             return broken
-        self._take_history(history)
-        return None
-
-    def _take_history(self, history: Dict) -> None:
         self.ctx.history = history
         self._emit("history", history)
         self._report_errors(history["iterations"][-1])
         if history["stop"]:
             self.report(f"stop: {history['stop']['text']}")
+        return None
 
     def acquire(self) -> ExitCode | None:
         """Choose the next DFT points, unless a previous loop did and broke over their labels."""
@@ -735,11 +727,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
             return
         self.ctx.extended = self.ctx.iteration
         if not self.ctx.explored.is_finished_ok:
-            explored = self.ctx.explored
-            message = explored.exit_message or explored.process_state
-            self.report(
-                f"exploring: process {explored.pk} broke, the pool stays as it is: {message}"
-            )
+            self.report(f"exploring broke, the pool stays as it is: {_why(self.ctx.explored)}")
             return
         found = loop.keep_new(self.ctx.pool, self.ctx.explored.outputs.pool, self.inputs.gate)
         refused = found.base.attributes.get("refused")
@@ -777,7 +765,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
     # Pieces of the steps.
 
     def _name(self) -> str:
-        return loop.batch_name(self.ctx.iteration)
+        return loop.iteration_name(self.ctx.iteration)
 
     def _emit(self, name: str, node: Data) -> None:
         # At once, so that a loop that breaks later still has it.
@@ -865,8 +853,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
     def _broken(self, process: ProcessNode, name: str) -> ExitCode | None:
         if process.is_finished_ok:
             return None
-        message = f"process {process.pk}: {process.exit_message or process.process_state}"
-        return self.exit_codes[f"ERROR_{name}"].format(message=message)
+        return self.exit_codes[f"ERROR_{name}"].format(message=_why(process))
 
     def _steer(
         self, name: str, function: Callable[..., Any], *arguments: Data, **more: Data
@@ -876,6 +863,11 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
             return function(*arguments, **more), None
         except (ValueError, KeyError) as error:
             return None, self.exit_codes[f"ERROR_{name}"].format(message=str(error))
+
+
+def _why(process: ProcessNode) -> str:
+    """Return which process did not end well, and why."""
+    return f"process {process.pk}: {process.exit_message or process.process_state}"
 
 
 def _named(inputs: AttributeDict, label: str) -> AttributeDict:

@@ -10,7 +10,14 @@ from aiida.orm import Bool, Data, Dict, Float, Int, List, ProcessNode, Str
 from aiida_quantumespresso.workflows.protocols.utils import recursive_merge
 
 from aiida_eipnn.calculations.dft import FAILED, LABELLED, compare_levels, level_of
-from aiida_eipnn.calculations.loop import INITIAL, KNOWN, REFUSED, TEST, reconsidered
+from aiida_eipnn.calculations.loop import (
+    INITIAL,
+    KNOWN,
+    REFUSED,
+    TEST,
+    iteration_name,
+    reconsidered,
+)
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
@@ -285,7 +292,7 @@ def _last_iteration(outputs: Mapping[str, Data], name: str) -> dict[str, Data]:
 
 
 def _iteration(history: Dict) -> str:
-    return f"i{len(history['iterations']):03d}"
+    return iteration_name(len(history["iterations"]))
 
 
 def _links(process: ProcessNode, way: str) -> dict[str, Data]:

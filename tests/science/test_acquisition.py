@@ -300,3 +300,12 @@ def test_shares_add_up_and_never_exceed_what_is_there():
         assert quota.sum() == size
         assert (quota <= available).all()
         assert (quota >= 0).all()
+
+
+def test_the_highest_uncertainty_is_the_lower_of_two_limits():
+    both = AcquisitionParameters(n_select=1, max_uncertainty=0.5, max_error=2.0)
+    assert both.most_uncertain(None) == 0.5
+    assert both.most_uncertain(8.0) == 0.25
+    assert both.most_uncertain(1.0) == 0.5
+    # Where no error is to be expected, none is too large.
+    assert AcquisitionParameters(n_select=1, max_error=2.0).most_uncertain(0.0) is None
