@@ -205,10 +205,7 @@ def error_scale(reference: Labels, predictions: Predictions) -> float | None:
     float or None
         ``None`` where fewer than ``MIN_FOR_SCALE`` have a label and a spread.
     """
-    known = reference.labelled()
-    if len(known) < MIN_FOR_SCALE:
-        return None
-    found = worst_forces(known, predictions)
+    found = worst_forces(reference.labelled(), predictions)
     used = found.spread > 0
     if used.sum() < MIN_FOR_SCALE:
         return None

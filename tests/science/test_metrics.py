@@ -208,3 +208,4 @@ def test_the_error_to_expect_is_that_of_most_configurations():
     assert error_scale(labels, said) == pytest.approx(3.0)
     # Too few say nothing.
     assert error_scale(labels.take(range(5)), said) is None
+    assert error_scale(labels.take([]), said) is None
