@@ -158,7 +158,12 @@ def test_what_pw_had_finished_is_taken_when_a_loop_broke_over_its_labels(
             raise RuntimeError("power failure")
         return pw_inputs(*arguments)
 
-    made = builder(pw_code, split={"test": 3, "initial": 1}, stop={"max_iterations": 1})
+    made = builder(
+        pw_code,
+        split={"test": 3, "initial": 1},
+        finetune={"validation_fraction": 0.0},
+        stop={"max_iterations": 1},
+    )
     with monkeypatch.context() as patch:
         patch.setattr(label_dft, "pw_inputs", start)
         patch.setattr(label_dft, "merge_all", lambda parts: [][len(parts)])
@@ -278,6 +283,7 @@ def test_a_loop_that_seems_to_run_is_continued_only_if_it_is_said_to_be_lost(who
         {"process_label": "ActiveLearningWorkChain", "process_state": "waiting"}
     )
     lost.process_type = whole.process_type
+    lost.set_metadata_inputs(whole.get_metadata_inputs())
     for entry in whole.base.links.get_incoming(link_type=LinkType.INPUT_WORK).all():
         lost.base.links.add_incoming(entry.node, LinkType.INPUT_WORK, entry.link_label)
     lost.store()
