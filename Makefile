@@ -26,7 +26,7 @@ export AIIDA_PATH := $(CURDIR)/.aiida
 export PATH := $(BIN):$(PATH)
 
 .PHONY: help install system demo setup test lint bench-label bench-label-bulk bench-training \
-  bench-injection bench-injection-full bench-committee \
+  bench-injection bench-injection-full bench-committee bench-device \
   bench-active-learning bench-active-learning-full bench-scale bench-scale-full bench-kill \
   clean
 
@@ -38,6 +38,7 @@ help:
 	@echo 'make bench-label, make bench-label-bulk   how fast EIPs label; see benchmarks/'
 	@echo 'make bench-training   how well a network learns from scratch in four minutes'
 	@echo 'make bench-committee  what a committee costs, against one member'
+	@echo 'make bench-device     how fast networks learn and predict here, on a GPU too, against mace-torch'
 	@echo 'make bench-active-learning, make bench-active-learning-full   DFT points that are worth asking for'
 	@echo 'make bench-scale, make bench-scale-full   large pools and a long loop: time, memory, nodes, disk'
 	@echo 'make bench-kill       what a loop loses when its daemon is killed ten times'
@@ -77,11 +78,11 @@ lint: install
 
 # The tests make profiles of their own; this keeps AiiDA from making a folder in the user's home.
 test: export AIIDA_PATH := $(CURDIR)/build/test/.aiida
-# Two processes of one thread each; a file's tests mostly stay together, as they share fixtures.
+# Two processes of one thread each; a file's tests stay together, as they share whole loops.
 test: export OMP_NUM_THREADS := 1
 test: lint
 	@mkdir -p $(AIIDA_PATH)
-	pytest --numprocesses 2 --dist worksteal
+	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # One thread: the tables compare CPU time.
 bench-label: export OMP_NUM_THREADS := 1
@@ -114,6 +115,9 @@ bench-kill: install
 bench-committee: export OMP_NUM_THREADS := 1
 bench-committee: install
 	python benchmarks/committee.py
+
+bench-device: install
+	python benchmarks/device.py
 
 bench-scale bench-scale-full: export OMP_NUM_THREADS := 1
 bench-scale: install

@@ -46,8 +46,22 @@ def pytest_configure():
             raise pytest.UsageError(f"EIPNN_REQUIRE names {name}, which is missing: {how}")
 
 
+# Files of whole loops come first, the longest before the others: two processes then end together.
+LONGEST = (
+    "workflows/test_active_learning.py",
+    "workflows/test_continuation.py",
+    "launch/test_scripts.py",
+    "workflows/test_accidents.py",
+    "workflows/test_restart.py",
+    "workflows/test_daemon.py",
+    "workflows/test_label_dft.py",
+)
+
+
 def pytest_collection_modifyitems(items):
-    """Mark each test by the codes that its fixtures need."""
+    """Put the longest files first, and mark each test by the codes that its fixtures need."""
+    place = {str(Path(__file__).parent / name): index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(str(item.path), len(place)))
     for item in items:
         for fixture in getattr(item, "fixturenames", ()):
             for mark in MARKED.get(fixture, ()):

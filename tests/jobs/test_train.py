@@ -308,6 +308,8 @@ def test_a_job_without_time_is_interrupted_with_a_checkpoint(pretraining):
 def test_a_killed_job_leaves_no_worker_behind_and_loses_little(tmp_path, pretraining):
     # More than anyone waits for: what ends here was ended.
     folder = pretraining(steps=10**8, n_workers=2)
+    # On one GPU the members would learn one after the other.
+    spec.write_job(folder / spec.JOB, replace(spec.read_job(folder / spec.JOB), device="cpu"))
     script = tmp_path / "run.py"
     script.write_text(RUN)
     process = subprocess.Popen([sys.executable, script, folder])

@@ -218,10 +218,12 @@ class Committee:
 
     def _predict_batch(self, batch: Batch) -> _Batch:
         results = [predict_batch(member, batch) for member in self.members]
-        with torch.no_grad():
-            first = self.members[0]
-            pooled = first.pooled(first.trunk(batch), batch.graph)
-        energy, forces, stress = (np.stack(values) for values in zip(*results, strict=True))
+        first = self.members[0]
+        pooled = first.pooled(results[0].features, batch.graph)
+        energy, forces, stress = (
+            np.stack([getattr(result, name) for result in results])
+            for name in ("energy", "forces", "stress")
+        )
         features = array_of(pooled[:, : first.trunk.n_features]).astype(np.float32)
         return _Batch(energy, forces, stress, features)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from aiida_eipnn.science.arrays import IntArray
 from aiida_eipnn.science.configurations import ragged_rows
 from aiida_eipnn.science.nn.device import ON_CPU
-from aiida_eipnn.science.nn.graph import Graph, Neighbours, batch_graph
+from aiida_eipnn.science.nn.graph import Graph, GraphTable, Neighbours
 
 # Elements up to which each one has weights of its own; more are mixed into as many channels.
 MAX_ELEMENT_CHANNELS = 4
@@ -150,6 +150,7 @@ class DescribedSet:
     ) -> None:
         self.neighbours = neighbours
         self.device = device
+        self._table = GraphTable(neighbours, device)
         self.basis = basis
         self.dtype = dtype
         small = 0 < self._bytes() <= MAX_KEPT_BYTES
@@ -160,7 +161,7 @@ class DescribedSet:
 
     def batch(self, rows: IntArray) -> Described:
         """Return the given configurations as one batch."""
-        graph = batch_graph(self.neighbours, rows, self.device)
+        graph = self._table.batch(rows)
         if self._kept is None:
             return describe(graph, self.basis, self.dtype)
         atoms = torch.as_tensor(ragged_rows(self.neighbours.offsets, rows), device=self.device)
@@ -197,7 +198,7 @@ class DescribedSet:
         pairs = torch.zeros(shape, dtype=self.dtype, device=self.device)
         density, descriptors = [], []
         for rows in self._chunks():
-            graph = batch_graph(self.neighbours, rows, self.device)
+            graph = self._table.batch(rows)
             part = describe(graph, self.basis, self.dtype)
             filled = graph.pairs < n_pairs
             pairs[graph.pairs[filled]] = part.pairs[filled]

@@ -22,7 +22,7 @@ from aiida_eipnn.science.nn.descriptor import (
     descriptor_tangent,
 )
 from aiida_eipnn.science.nn.device import ON_CPU
-from aiida_eipnn.science.nn.graph import Graph, batch_graph, find_neighbours
+from aiida_eipnn.science.nn.graph import Graph, GraphTable, find_neighbours
 from aiida_eipnn.science.nn.heads import Owners, sum_atoms
 from aiida_eipnn.science.nn.network import (
     Network,
@@ -105,9 +105,10 @@ class KeptDirections:
         shape = (n_atoms, basis.n_descriptors)
         self.descriptors = torch.empty(shape, dtype=parameters.dtype, device=device)
         self.changes = self.descriptors.new_empty(N_DIRECTIONS, *shape)
+        table = GraphTable(neighbours, device)
         for start in range(0, len(configurations), _CHUNK):
             rows = np.arange(start, min(start + _CHUNK, len(configurations)))
-            self._describe(batch_graph(neighbours, rows, device), rows, basis)
+            self._describe(table.batch(rows), rows, basis)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

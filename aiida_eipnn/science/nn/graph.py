@@ -1,11 +1,16 @@
 """Neighbours of atoms: found once for a set of configurations, cut into batches for networks."""
 
+import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from ase.geometry import complete_cell
 from torch import Tensor
 from vesin import NeighborList
 
@@ -13,6 +18,9 @@ from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations, ragged_rows
 from aiida_eipnn.science.eip.potential import symbols_of
 from aiida_eipnn.science.nn.device import ON_CPU
+
+# Fewer configurations than this are not worth a thread.
+_MIN_FOR_A_THREAD = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -87,10 +95,81 @@ class Graph(NamedTuple):
     volumes: Tensor
 
 
+class _Found(NamedTuple):
+    """Number of pairs of each atom of a configuration, then partner and vector of each pair."""
+
+    counts: IntArray
+    partners: IntArray
+    vectors: FloatArray
+
+
 class GraphBatch(NamedTuple):
     """A batch for a trunk that computes everything from the graph."""
 
     graph: Graph
+
+
+class GraphTable:
+    """All neighbours of a set, where the network is, to cut batches from.
+
+    Parameters
+    ----------
+    neighbours
+        Of the whole set.
+    device
+        Where the network is.
+    """
+
+    def __init__(self, neighbours: Neighbours, device: torch.device = ON_CPU) -> None:
+        self.neighbours = neighbours
+        self.device = device
+        # In the memory of the arrays themselves, on a CPU.
+        self._species, self._starts, self._partners, self._vectors, self._volumes = (
+            torch.as_tensor(array, device=device)
+            for array in (
+                neighbours.species,
+                neighbours.pair_offsets,
+                neighbours.partners,
+                neighbours.vectors,
+                neighbours.volumes,
+            )
+        )
+
+    def __len__(self) -> int:
+        return len(self.neighbours)
+
+    def batch(self, rows: IntArray) -> Graph:
+        """Return the given configurations as one batch."""
+        neighbours = self.neighbours
+        chosen = ragged_rows(neighbours.offsets, rows)
+        counts = neighbours.pair_offsets[chosen + 1] - neighbours.pair_offsets[chosen]
+        sizes = neighbours.n_atoms[rows]
+        before = np.repeat(np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64), sizes)
+        owners = np.repeat(np.arange(len(rows)), sizes)
+        # One copy to the device for all that depends on the atoms.
+        columns = np.stack([chosen, counts, before, owners])
+        atoms, n_pairs, first, owner = torch.as_tensor(columns, device=self.device)
+        place = torch.arange(max(1, int(counts.max(initial=0))), device=self.device)
+        filled = place < n_pairs[:, None]
+        pairs = torch.where(filled, self._starts[atoms][:, None] + place, len(self._partners))
+        partners, vectors = self._at(pairs, filled)
+        return Graph(
+            species=self._species[atoms],
+            owner=owner,
+            n_atoms=torch.as_tensor(sizes, device=self.device),
+            pairs=pairs,
+            partners=torch.where(filled, partners + first[:, None], 0),
+            vectors=vectors,
+            volumes=self._volumes[torch.as_tensor(rows, device=self.device)],
+        )
+
+    def _at(self, pairs: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
+        """Return partners and vectors of pairs, zero where the place is empty."""
+        if not len(self._partners):
+            return torch.zeros_like(pairs), self._vectors.new_zeros(*pairs.shape, 3)
+        there = torch.where(filled, pairs, 0)
+        vectors = torch.where(filled[..., None], self._vectors[there], 0.0)
+        return self._partners[there], vectors
 
 
 class GraphSet:
@@ -98,14 +177,14 @@ class GraphSet:
 
     def __init__(self, neighbours: Neighbours, device: torch.device = ON_CPU) -> None:
         self.neighbours = neighbours
-        self.device = device
+        self._table = GraphTable(neighbours, device)
 
     def __len__(self) -> int:
         return len(self.neighbours)
 
     def batch(self, rows: IntArray) -> GraphBatch:
         """Return the given configurations as one batch."""
-        return GraphBatch(batch_graph(self.neighbours, rows, self.device))
+        return GraphBatch(self._table.batch(rows))
 
 
 def find_neighbours(
@@ -113,21 +192,29 @@ def find_neighbours(
 ) -> Neighbours:
     """Find all neighbours closer than ``cutoff`` (in Å).
 
+    As many threads search as torch computes with: for a network on a GPU this is the longest part.
+
     Raises
     ------
     ValueError
         If an element is not among ``elements``, or if two atoms are in the same place.
     """
     species = species_of(configurations, elements)
-    finder = NeighborList(cutoff=cutoff, full_list=True)
-    parts = [_find(finder, configurations, row) for row in range(len(configurations))]
-    counts = [np.zeros(0, np.int64), *(part[0] for part in parts)]
+    n_threads = min(torch.get_num_threads(), math.ceil(len(configurations) / _MIN_FOR_A_THREAD))
+    chunks = np.array_split(np.arange(len(configurations)), max(1, n_threads))
+    search = partial(_find_all, configurations, cutoff)
+    if n_threads > 1:
+        with ThreadPoolExecutor(n_threads) as threads:
+            parts = list(chain.from_iterable(threads.map(search, chunks)))
+    else:
+        parts = search(chunks[0])
+    counts = [np.zeros(0, np.int64), *(part.counts for part in parts)]
     return Neighbours(
         species=species,
         offsets=configurations.offsets,
         pair_offsets=np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64),
-        partners=np.concatenate([np.zeros(0, np.int64), *(part[1] for part in parts)]),
-        vectors=np.concatenate([np.zeros((0, 3)), *(part[2] for part in parts)]),
+        partners=np.concatenate([np.zeros(0, np.int64), *(part.partners for part in parts)]),
+        vectors=np.concatenate([np.zeros((0, 3)), *(part.vectors for part in parts)]),
         volumes=np.where(
             configurations.pbc.all(axis=1), np.abs(np.linalg.det(configurations.cells)), np.nan
         ),
@@ -151,50 +238,18 @@ def species_of(configurations: Configurations, elements: Sequence[int]) -> IntAr
     return np.searchsorted(known, configurations.numbers).astype(np.int64)
 
 
-def batch_graph(neighbours: Neighbours, rows: IntArray, device: torch.device = ON_CPU) -> Graph:
-    """Return the given configurations as one batch, on a device."""
-    atoms = ragged_rows(neighbours.offsets, rows)
-    n_atoms = neighbours.n_atoms[rows]
-    owner = np.repeat(np.arange(len(rows)), n_atoms)
-    starts = np.concatenate([[0], np.cumsum(n_atoms)[:-1]]).astype(np.int64)
-    pairs = _places(neighbours.pair_offsets, atoms, n_pairs=len(neighbours.partners))
-    filled = pairs < len(neighbours.partners)
-    partners = np.zeros(pairs.shape, dtype=np.int64)
-    vectors = np.zeros((*pairs.shape, 3))
-    there = pairs[filled]
-    partners[filled] = neighbours.partners[there]
-    vectors[filled] = neighbours.vectors[there]
-    partners = np.where(filled, partners + starts[owner][:, None], 0)
-    # In the order of the fields.
-    arrays = (
-        neighbours.species[atoms],
-        owner,
-        n_atoms,
-        pairs,
-        partners,
-        vectors,
-        neighbours.volumes[rows],
-    )
-    return Graph(*(torch.as_tensor(array, device=device) for array in arrays))
+def _find_all(configurations: Configurations, cutoff: float, rows: IntArray) -> list[_Found]:
+    finder = NeighborList(cutoff=cutoff, full_list=True)
+    return [_find(finder, configurations, row) for row in rows.tolist()]
 
 
-def _places(pair_offsets: IntArray, atoms: IntArray, *, n_pairs: int) -> IntArray:
-    """Return the pairs of each atom, filled up to the same number with ``n_pairs``."""
-    counts = pair_offsets[atoms + 1] - pair_offsets[atoms]
-    place = np.arange(max(1, int(counts.max(initial=0))))
-    return np.where(place < counts[:, None], pair_offsets[atoms][:, None] + place, n_pairs)
-
-
-def _find(
-    finder: NeighborList, configurations: Configurations, row: int
-) -> tuple[IntArray, IntArray, FloatArray]:
-    """Return number of pairs of each atom, then partner and vector of each pair."""
-    atoms = configurations.atoms(row)
+def _find(finder: NeighborList, configurations: Configurations, row: int) -> _Found:
+    atoms = slice(*configurations.offsets[row : row + 2].tolist())
     first, second, shift, vector = finder.compute(
-        points=atoms.positions,
+        points=configurations.positions[atoms],
         # vesin's second name for an ASE cell is "box"; rows are cell vectors there too.
-        box=atoms.cell.complete().array,
-        periodic=atoms.pbc,
+        box=complete_cell(configurations.cells[row]),
+        periodic=configurations.pbc[row],
         quantities="ijSD",
     )
     if not vector.any(axis=1).all():
@@ -203,5 +258,6 @@ def _find(
         )
     # The order that vesin finds pairs in is its own affair, but sums must not depend on it.
     order = np.lexsort((*shift.T, second, first))
-    counts = np.bincount(first.astype(np.int64), minlength=len(atoms))
-    return counts, second[order].astype(np.int64), vector[order]
+    n_atoms = atoms.stop - atoms.start
+    counts = np.bincount(first.astype(np.int64), minlength=n_atoms)
+    return _Found(counts, second[order].astype(np.int64), vector[order])

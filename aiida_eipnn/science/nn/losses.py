@@ -22,9 +22,9 @@ def huber(residual: Tensor, delta: float) -> Tensor:
     return nn.functional.huber_loss(residual, torch.zeros_like(residual), delta=delta)
 
 
-def absolute(residual: Tensor) -> tuple[float, int]:
+def absolute(residual: Tensor) -> tuple[Tensor, int]:
     """Return the sum of absolute values, and how many there are."""
-    return float(residual.detach().abs().sum()), residual.numel()
+    return residual.detach().abs().sum(), residual.numel()
 
 
 def virial_error(virial: Tensor, stress: FloatArray, batch: Batch) -> Tensor:

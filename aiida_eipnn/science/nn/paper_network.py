@@ -20,8 +20,8 @@ from aiida_eipnn.science.configurations import Configurations, ragged_rows
 from aiida_eipnn.science.nn.descriptor import Basis, Described, DescribedSet, descriptors_of
 from aiida_eipnn.science.nn.graph import (
     Graph,
+    GraphTable,
     Neighbours,
-    batch_graph,
     find_neighbours,
     species_of,
 )
@@ -84,7 +84,7 @@ class PaperSet:
     def batch(self, rows: IntArray) -> PaperBatch:
         """Return the given configurations as one batch."""
         described = None if self.described is None else self.described.batch(rows)
-        graph = batch_graph(self.neighbours, rows) if described is None else described.graph
+        graph = GraphTable(self.neighbours).batch(rows) if described is None else described.graph
         offsets = self.neighbours.offsets
         n_nodes, n_atoms = np.diff(offsets)[rows], self.n_atoms[rows]
         place = np.arange(n_nodes.sum()) - np.repeat(np.cumsum(n_nodes) - n_nodes, n_nodes)

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
@@ -198,22 +199,26 @@ def energy_head(network: Network) -> str:
 
 
 class BatchPrediction(NamedTuple):
-    """Energies in eV, forces in eV/Å and stresses in eV/Å³ of a batch."""
+    """Energies in eV, forces in eV/Å, stresses in eV/Å³ and features of atoms of a batch."""
 
     energy: FloatArray
     forces: FloatArray
     stress: FloatArray
+    features: Tensor
 
 
 def predict_batch(network: Network, batch: Batch) -> BatchPrediction:
     """Return what the head that speaks for the network predicts."""
     batch = with_gradient(batch)
     row = network.heads.row(energy_head(network))
-    energy = network.energies(network.trunk(batch), batch.graph)[:, row]
+    features = network.trunk(batch)
+    energy = network.energies(features, batch.graph)[:, row]
     slopes = derivatives(energy, batch, trainable=False)
     total = energy.detach() + network.heads.references(batch.graph)[:, row]
     stress = slopes.virial / batch.graph.volumes[:, None]
-    return BatchPrediction(array_of(total), array_of(slopes.forces), array_of(stress))
+    return BatchPrediction(
+        array_of(total), array_of(slopes.forces), array_of(stress), features.detach()
+    )
 
 
 def copy_head(network: Network, name: str, source: Network, source_name: str) -> None:

@@ -179,7 +179,7 @@ class Loss(NamedTuple):
     """Loss of a step, and sum and count of each quantity whose mean over the epoch is reported."""
 
     value: Tensor
-    sums: dict[str, tuple[float, int]]
+    sums: Mapping[str, tuple[Tensor | float, int]]
 
 
 class Task(Protocol):
@@ -354,15 +354,16 @@ def _take_step(
     state.optimiser.zero_grad()
     with mixed_precision(state.network, parameters.mixed_precision):
         loss = task.loss(state.network, rows, Step(progress, rng))
-        value = float(loss.value.detach())
-        if not math.isfinite(value):
-            raise Diverged(f"the loss became {value} in epoch {state.epoch + 1}")
         # Without naming them, torch would differentiate by the positions too.
         loss.value.backward(inputs=list(_trained(state.network).values()))  # type: ignore[no-untyped-call]
     _descend(state, parameters, progress)
+    # Only now: asking a GPU for a number waits for all that it was told to do before.
+    value = float(loss.value.detach())
+    if not math.isfinite(value):
+        raise Diverged(f"the loss became {value} in epoch {state.epoch + 1}")
     for name, (total, count) in {**loss.sums, "loss": (value * len(rows), len(rows))}.items():
         before = state.sums.get(name, (0.0, 0))
-        state.sums[name] = (before[0] + total, before[1] + count)
+        state.sums[name] = (before[0] + float(total), before[1] + count)
     state.step += 1
     state.seconds += time.monotonic() - start
 
