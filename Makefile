@@ -14,6 +14,9 @@ BIN := $(CURDIR)/$(VENV)/bin
 # The extras that a checkout gets: everything, with the tools of `make test`.
 EXTRAS := all,mace,tests,lint
 # Python compiles the modules that are used when they are: pip would compile all, for a minute more.
+# Where this is set, as in many containers, it keeps nothing: each job would compile torch again, in
+# ten seconds instead of two.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_OPTIONS := --quiet --quiet --no-compile --disable-pip-version-check
 TORCH := torch==2.13.0
 KIMPY := kimpy==2.1.4
