@@ -87,7 +87,19 @@ def _dft(builder: ProcessBuilder) -> Iterator[str]:
         return
     known = _labelled_by_dft(builder)
     units = float(cost_units(known.n_atoms, known.cells).mean())
-    yield f"DFT cost: {_cost(cost_rate(known.symbols), units, total - there, known.symbols)}"
+    rate = cost_rate(known.symbols)
+    yield f"DFT cost: {_cost(rate, units, total - there, known.symbols)}"
+    budget = StopCriteria.from_dict(builder.stop.get_dict()).core_hours_budget
+    if budget is not None and rate is not None:
+        yield _within(budget, rate.median * units / _HOUR, (test + initial, total))
+
+
+def _within(budget: float, each: float, points: tuple[int, int]) -> str:
+    """Return how many of at least and at most so many points a budget in core hours pays for."""
+    least, most = points
+    # The first points are paid for in any case: only then does the loop know what a label costs.
+    paid = min(max(int(budget // each), least), most)
+    return f"budget: {budget:.3g} core hours, enough for about {paid} of these points"
 
 
 def _cost(rate: CostRate | None, units: float, total: int, symbols: Sequence[str]) -> str:

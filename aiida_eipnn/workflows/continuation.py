@@ -53,7 +53,7 @@ PATHS: dict[str, tuple[str, ...]] = {
 }
 FLAGS = ("train_scratch", "use_pseudo_labels")
 COUNTS = ("n_members", "n_pretrained")
-CHANGEABLE = (*PATHS, *FLAGS, *COUNTS, "eips", "dft")
+CHANGEABLE = (*PATHS, *FLAGS, *COUNTS, "eips", "extend", "dft")
 
 # What EIP labels and pre-trained networks depend on: where it is changed they are made again.
 BEHIND_EIP_LABELS = (("label", "job", "eips"), PATHS["label"])
@@ -357,6 +357,8 @@ def _override(inputs: Inputs, name: str, value: Any, pool: ConfigurationsData | 
     elif name == "eips" and pool is not None:
         found = default_eips(value, pool.base.attributes.get("elements"))
         inputs["label"]["job"]["eips"] = List(found)
+    elif name == "extend":
+        _override_extend(inputs, value)
     elif name == "dft":
         _override_dft(inputs["dft"], value)
     else:
@@ -364,6 +366,21 @@ def _override(inputs: Inputs, name: str, value: Any, pool: ConfigurationsData | 
             f"{name} cannot be changed in a loop that goes on, since what is there depends on it; "
             f"these can: {', '.join(CHANGEABLE)}. To change it, start a new loop and give it the "
             "labels as known ones"
+        )
+
+
+def _override_extend(inputs: Inputs, value: Mapping[str, Any]) -> None:
+    """Replace the recipes of the exploration after each batch; none of them ends it."""
+    if set(value) != {"recipes"}:
+        raise ValueError(f"of extend, recipes can be changed in a loop that goes on: {dict(value)}")
+    if not value["recipes"]:
+        inputs.pop("extend", None)
+    elif "extend" in inputs:
+        inputs["extend"]["recipes"] = List(list(value["recipes"]))
+    else:
+        raise ValueError(
+            "the loop explored nothing between its batches, so it does not know from where; give "
+            "`extend` to a new loop, and the labels of this one as known ones"
         )
 
 

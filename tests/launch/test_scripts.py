@@ -209,6 +209,13 @@ def test_a_dry_run_estimates_the_cost_by_the_runs_of_the_profile(
     # Two-atom cells of about 40 Å³ each: five points take what five runs took.
     hours = float(re.search(r"about (\S+) core hours", text).group(1))
     assert hours == pytest.approx(5 * rate.median * 4 * 40 / 3600, rel=0.2)
+    assert "budget" not in text
+    # As much as forty of them take, then as little as one: four are paid for in any case.
+    long = {"stop": {"max_iterations": 50, "core_hours_budget": 8 * hours}}
+    found = re.search(r"enough for about (\d+) of these points", described(**long))
+    assert int(found.group(1)) in (39, 40, 41)
+    long["stop"]["core_hours_budget"] = hours / 5
+    assert "enough for about 4 of these points" in described(**long)
 
 
 def test_a_dry_run_refuses_what_a_run_would(described):

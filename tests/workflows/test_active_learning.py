@@ -130,6 +130,18 @@ def test_what_the_committee_finds_joins_the_pool(loop):
     assert records[1]["n_candidates"] == records[0]["n_candidates"] + 2
 
 
+def test_a_continuation_may_explore_otherwise_or_no_more(loop):
+    more = {"stop": {"max_iterations": 5}}
+    go_on = ActiveLearningWorkChain.get_builder_continue
+    recipes = [{"config_type": "md", "count": 7}]
+    made = go_on(loop, {**more, "extend": {"recipes": recipes}})
+    assert made.extend.recipes.get_list() == recipes
+    assert made.extend.eip.uuid == loop.inputs.extend.eip.uuid
+    assert "extend" not in go_on(loop, {**more, "extend": {"recipes": []}})._inputs(prune=True)
+    with pytest.raises(ValueError, match="recipes can be changed"):
+        go_on(loop, {**more, "extend": {"seed": 1}})
+
+
 def test_labels_grow_by_what_was_asked_for(loop):
     first, second = (record["n_dft_labels"] for record in loop.outputs.history["iterations"])
     assert second - first == 1

@@ -260,6 +260,8 @@ def test_what_cannot_be_changed_is_refused_with_what_to_do(whole):
         go_on(whole, {**more, "split": {"test": 5}})
     with pytest.raises(ValueError, match=r"dft\.stored cannot be changed"):
         go_on(whole, {**more, "dft": {"stored": 1}})
+    with pytest.raises(ValueError, match="explored nothing between its batches"):
+        go_on(whole, {**more, "extend": {"recipes": [{"config_type": "md", "count": 7}]}})
     with pytest.raises(ValueError, match="is no loop"):
         go_on(whole.called[0])
 
