@@ -30,7 +30,7 @@ export PATH := $(BIN):$(PATH)
 
 .PHONY: help install system demo setup test lint bench-label bench-label-bulk bench-training \
   bench-injection bench-injection-full bench-committee bench-device \
-  bench-active-learning bench-active-learning-full bench-scale bench-scale-full bench-kill \
+  bench-active-learning bench-active-learning-full bench-workchain bench-scale bench-scale-full bench-kill \
   clean
 
 help:
@@ -43,6 +43,7 @@ help:
 	@echo 'make bench-committee  what a committee costs, against one member'
 	@echo 'make bench-device     how fast networks learn and predict here, on a GPU too, against mace-torch'
 	@echo 'make bench-active-learning, make bench-active-learning-full   DFT points that are worth asking for'
+	@echo 'make bench-workchain  whether a loop on AiiDA asks for what the same loop without it asks for'
 	@echo 'make bench-scale, make bench-scale-full   large pools and a long loop: time, memory, nodes, disk'
 	@echo 'make bench-kill       what a loop loses when its daemon is killed ten times'
 	@echo 'make bench-injection, make bench-injection-full   what EIPs are worth to a network'
@@ -110,6 +111,10 @@ bench-active-learning: install
 
 bench-active-learning-full: install
 	python benchmarks/active_learning.py
+
+bench-workchain: export OMP_NUM_THREADS := 1
+bench-workchain: install
+	python benchmarks/workchain_arm.py
 
 bench-kill: export OMP_NUM_THREADS := 1
 bench-kill: install

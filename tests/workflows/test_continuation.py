@@ -53,17 +53,22 @@ def merged(overrides, changes):
 
 
 @pytest.fixture
-def builder(torch, job_code, small_loop):
+def stored(small_loop):
+    """Return what stands for DFT labels."""
+    truth = label_with_eips(small_loop.pool, ["stillinger-weber"])
+    return replace(truth.labelled(), sources=np.array(["dft"]))
+
+
+@pytest.fixture
+def builder(torch, job_code, small_loop, stored):
     """Return a function that makes the builder of a small loop, without pw.x unless it is given."""
 
     def make(pw=None, **changes):
         pool = small_loop.pool
-        truth = label_with_eips(pool, ["stillinger-weber"])
-        truth = replace(truth.labelled(), sources=np.array(["dft"]))
-        stored = {} if pw else {"stored_labels": LabelsData.from_value(truth, level={"code": "x"})}
+        known = {} if pw else {"stored_labels": LabelsData.from_value(stored, level={"code": "x"})}
         return ActiveLearningWorkChain.get_builder_from_protocol(
             Codes(pw=pw, job=job_code),
-            Start(pool=ConfigurationsData.from_value(pool), eips=EIPS, **stored),
+            Start(pool=ConfigurationsData.from_value(pool), eips=EIPS, **known),
             protocol="demo",
             overrides=merged(merged(small_loop.overrides, FAST), changes),
         )
@@ -105,6 +110,17 @@ def asked(loop):
 def same_choices(one, other):
     np.testing.assert_array_equal(one.ids(), other.ids())
     np.testing.assert_allclose(one.value().scores, other.value().scores, rtol=1e-6)
+
+
+def test_the_science_layer_alone_asks_for_the_same(whole, stored, small_loop, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import workchain_arm
+
+    expected = workchain_arm.choices_of_workchain(whole)
+    settings = workchain_arm.settings_of(whole.inputs)
+    found = workchain_arm.choices_of_science(small_loop.pool, stored, settings)
+    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in expected]
+    assert [len(ids) for ids in found] == [2]
 
 
 def test_a_finished_loop_goes_on_as_if_it_had_had_the_larger_budget(whole, builder, tmp_path):
