@@ -317,7 +317,7 @@ def nodes_of_pw() -> float | None:
             DftLabelWorkChain.get_builder_from_protocol(
                 load_code("pw@localhost"),
                 small,
-                ChoiceData.from_value(Choice.from_ids(small.ids()[:n]), strategy="random"),
+                ChoiceData.from_value(Choice.from_ids(small.value().ids[:n]), strategy="random"),
                 protocol="demo",
                 overrides={
                     "dft": {

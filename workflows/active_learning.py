@@ -19,9 +19,13 @@ from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
 from aiida_eipnn.workflows.builder import Codes, Start
 from aiida_eipnn.workflows.label_dft import slots_needed
 
+# What a loop that goes on has of its own.
+OWN = ("structure", "pool", "stored", "eip", "protocol", "code", "options")
+
 options = launch.parser(__doc__)
 launch.add_pw_code(options)
 launch.add_job_code(options)
+launch.add_places(options)
 launch.add_protocol(options)
 options.set_defaults(protocol=None)  # demo, but --continue takes none
 options.add_argument("--structure", type=Path, help="seed structure (any format of ASE)")
@@ -49,7 +53,7 @@ given = options.parse_args()
 known = launch.labelled_of(given.known) if given.known else (None, None)
 overrides = launch.overrides_of(given.overrides)
 if given.loop:
-    launch.refuse_beside(given, "--continue", "structure", "pool", "stored", "eip", "protocol")
+    launch.refuse_beside(given, "--continue", *OWN)
     earlier = launch.node_of(given.loop, WorkChainNode)
     builder = launch.checked(
         ActiveLearningWorkChain.get_builder_continue, earlier, overrides, *known, given.lost
@@ -59,12 +63,14 @@ else:
         structures = [StructureData(ase=launch.checked(read, given.structure))]
     else:
         structures = launch.silicon() if not (given.pool or given.stored) else []
+    stages = launch.stage_codes(given.code)
     stored = launch.labelled_of(given.stored) if given.stored else (None, None)
     builder = launch.checked(
         lambda: ActiveLearningWorkChain.get_builder_from_protocol(
             Codes(
                 job=launch.code_of(given.job_code),
-                pw=None if given.stored else launch.code_of(given.pw_code),
+                pw=None if given.stored or "dft" in stages else launch.code_of(given.pw_code),
+                stages=stages,
             ),
             Start(
                 structures=structures,
@@ -76,6 +82,7 @@ else:
             ),
             protocol=given.protocol or "demo",
             overrides=overrides,
+            options=launch.overrides_of(given.options, "options"),
         )
     )
 if given.dry_run:

@@ -1,7 +1,7 @@
 """What the launch scripts share: their options, and how a builder is run or submitted."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.reports.progress import show_progress
 from aiida_eipnn.science.io import read_configurations, read_labelled
+from aiida_eipnn.workflows.builder import STAGES
 
 # Work chains that run here ask after their children so often. The second that AiiDA waits makes two
 # for each DFT point: more than all the rest where pw.x comes from the cache.
@@ -67,6 +68,36 @@ def add_protocol(options: argparse.ArgumentParser) -> None:
     )
 
 
+def add_places(options: argparse.ArgumentParser) -> None:
+    """Add where single stages run, and how."""
+    options.add_argument(
+        "--code",
+        action="append",
+        default=[],
+        metavar="STAGE=CODE",
+        help=f"code of one stage ({', '.join(STAGES)}); repeat for each",
+    )
+    options.add_argument(
+        "--options",
+        type=Path,
+        help="YAML file with metadata.options of all jobs (queue_name, account, resources, ...), "
+        "and below the name of a stage those of its jobs",
+    )
+
+
+def stage_codes(given: Sequence[str]) -> dict[str, AbstractCode]:
+    """Return the codes of single stages; exit with one line if one cannot be read."""
+    found = {}
+    for item in given:
+        stage, equals, name = item.partition("=")
+        if not equals or stage not in STAGES:
+            raise SystemExit(
+                f"--code takes STAGE=CODE with one of {', '.join(STAGES)}, not {item!r}"
+            )
+        found[stage] = code_of(name)
+    return found
+
+
 def refuse_beside(options: argparse.Namespace, option: str, *names: str) -> None:
     """Exit with one line if any of the options ``names`` is given beside ``option``."""
     if given := [f"--{name}" for name in names if getattr(options, name)]:
@@ -95,14 +126,14 @@ def node_of(identifier: str, kind: type[Data]) -> Data:
     return node
 
 
-def overrides_of(path: Path | None) -> dict[str, Any]:
-    """Return the values of a YAML file."""
+def overrides_of(path: Path | None, what: str = "overrides") -> dict[str, Any]:
+    """Return the values of a YAML file; exit with one line if it cannot be read."""
     if path is None:
         return {}
     try:
         return dict(yaml.safe_load(path.read_text()) or {})
     except (OSError, yaml.YAMLError, ValueError) as error:
-        raise SystemExit(f"cannot read the overrides in {path}: {error}") from error
+        raise SystemExit(f"cannot read the {what} in {path}: {error}") from error
 
 
 def configurations_of(path: Path) -> ConfigurationsData:
@@ -120,10 +151,10 @@ def labelled_of(path: Path) -> tuple[ConfigurationsData, LabelsData]:
 
 
 def checked(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what ``call`` returns; a ``ValueError`` is for the user: one line, no traceback."""
+    """Return what ``call`` returns; bad input is for the user: one line, no traceback."""
     try:
         return call(*arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise SystemExit(str(error)) from error
 
 

@@ -292,7 +292,8 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         overrides
             Values that replace those of the protocol, nested as in its YAML file.
         options
-            ``metadata.options`` for every job: queue, account, walltime.
+            ``metadata.options`` for every job (queue, account, walltime), and below ``explore``,
+            ``label``, ``dft``, ``train``, ``evaluate`` those of the jobs of one stage.
 
         Raises
         ------

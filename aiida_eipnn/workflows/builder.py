@@ -1,7 +1,7 @@
 """From a protocol to the inputs of the loop."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ PROTOCOLS = Path(__file__).parent / "protocols" / "active_learning.yaml"
 
 TRAININGS = ("pretrain", "classify", "finetune", "scratch")
 
+# What may run in places of its own, each on its computer and in its queue.
+EXPLORE, LABEL, DFT, TRAIN, EVALUATE = "explore", "label", "dft", "train", "evaluate"
+STAGES = (EXPLORE, LABEL, DFT, TRAIN, EVALUATE)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codes:
@@ -38,10 +42,32 @@ class Codes:
         Runs ``eipnn-job``.
     pw
         Runs pw.x; not needed where all DFT labels are stored.
+    stages
+        Codes of single stages instead of these: of ``explore``, ``label``, ``train``, ``evaluate``
+        one that runs ``eipnn-job``, of ``dft`` one that runs pw.x.
+
+    Raises
+    ------
+    ValueError
+        If there is no such stage.
     """
 
     job: AbstractCode
     pw: AbstractCode | None = None
+    stages: Mapping[str, AbstractCode] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.stages) - set(STAGES)):
+            raise ValueError(f"there are no stages {unknown} with a code, only {list(STAGES)}")
+
+    def of(self, stage: str) -> AbstractCode:
+        """Return the code of a stage that ``eipnn-job`` runs."""
+        return self.stages.get(stage, self.job)
+
+    @property
+    def dft(self) -> AbstractCode | None:
+        """The code that runs pw.x, if there is one."""
+        return self.stages.get(DFT, self.pw)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,22 +116,28 @@ def fill_builder(
     start: Start,
     options: Mapping[str, Any],
 ) -> ProcessBuilder:
-    """Fill in every input of the loop."""
+    """Fill in every input of the loop; see :func:`options_of` for ``options``."""
+    of = {stage: options_of(stage, options) for stage in STAGES}
     if start.pool is not None:
         builder.pool = start.pool
     else:
-        builder.explore = explore_inputs(inputs, codes.job, start.structures, start.eips, options)
+        builder.explore = explore_inputs(
+            inputs, codes.of(EXPLORE), start.structures, start.eips, of[EXPLORE]
+        )
     if inputs["extend"]["recipes"]:
-        builder.extend = extend_inputs(inputs, codes.job, start, options)
+        builder.extend = extend_inputs(inputs, codes.of(EXPLORE), start, of[EXPLORE])
     if start.known_labels is not None:
         builder.known = {
             "configurations": start.known_configurations,
             "labels": start.known_labels,
         }
-    builder.label.job = label_inputs(inputs, codes.job, start.elements, start.eips, options)
-    builder.dft = labeller_inputs(inputs["dft"], codes.pw, start, options)
-    builder.train.job = train_inputs(inputs, codes.job, options)
-    builder.evaluate = {"parameters": Dict(inputs["evaluate"]), **_job(codes.job, options)}
+    builder.label.job = label_inputs(inputs, codes.of(LABEL), start.elements, start.eips, of[LABEL])
+    builder.dft = labeller_inputs(inputs["dft"], codes.dft, start, of[DFT])
+    builder.train.job = train_inputs(inputs, codes.of(TRAIN), of[TRAIN])
+    builder.evaluate = {
+        "parameters": Dict(inputs["evaluate"]),
+        **_job(codes.of(EVALUATE), of[EVALUATE]),
+    }
     for name in (*TRAININGS, "split", "label_model", "gate", "acquisition", "extension", "stop"):
         builder[name] = Dict(inputs[name])
     builder.seed = Int(inputs["seed"])
@@ -114,6 +146,29 @@ def fill_builder(
     builder.train_scratch = inputs["train_scratch"]
     builder.use_pseudo_labels = inputs["use_pseudo_labels"]
     return builder
+
+
+def options_of(stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``metadata.options`` of a stage: those for all, and over them its own.
+
+    Parameters
+    ----------
+    stage
+        One of ``explore``, ``label``, ``dft``, ``train``, ``evaluate``.
+    options
+        Options for every job, and below the name of a stage those of its jobs alone.
+
+    Raises
+    ------
+    TypeError
+        If what is below the name of a stage are no options.
+    """
+    own = options.get(stage) or {}
+    if not isinstance(own, Mapping):
+        raise TypeError(f"options of {stage} are given by name, not as {own!r}")
+    common = {name: value for name, value in options.items() if name not in STAGES}
+    merged: dict[str, Any] = recursive_merge(common, dict(own))
+    return merged
 
 
 def labeller_inputs(
@@ -157,7 +212,7 @@ def dft_inputs(
             StructureData(ase=all_elements(elements)),
             protocol=inputs["protocol"],
             overrides=_with_cutoffs(inputs, elements),
-            options={**ONE_CORE, **options},
+            options={**ONE_CORE, **_with_mpi(options)},
         )
     except (ValueError, NotExistent) as error:
         family = inputs["pw_base"]["pseudo_family"]
@@ -174,6 +229,14 @@ def dft_inputs(
         "n_lanes": Int(inputs["n_lanes"]),
         "min_success_fraction": Float(inputs["min_success_fraction"]),
     }
+
+
+def _with_mpi(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Let pw.x run by MPI where it gets several processes, unless the options say otherwise."""
+    resources = options.get("resources", {})
+    names = ("num_machines", "num_mpiprocs_per_machine", "tot_num_mpiprocs")
+    several = any(int(resources.get(name) or 1) > 1 for name in names)
+    return {"withmpi": True, **options} if several else dict(options)
 
 
 def _with_cutoffs(inputs: Mapping[str, Any], elements: Sequence[str]) -> dict[str, Any]:

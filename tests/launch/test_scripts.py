@@ -136,17 +136,23 @@ def test_the_whole_loop_and_its_report(kim, torch, job_code, pw_code, files, run
 
 
 def test_a_dry_run_says_what_would_be_done_and_stores_nothing(
-    kim, job_code, pw_code, pseudo_family, files, run
+    kim, job_code, pw_code, pseudo_family, files, run, capsys
 ):
+    (files / "options.yaml").write_text("account: me\ntrain: {queue_name: gpu}\n")
     before = QueryBuilder().append(Node).count()
     with pytest.raises(SystemExit) as stop:
         run(
             "active_learning.py",
             *("--pool", files / "pool.xyz", "--eip", SW, "--eip", EDIP, "--dry-run"),
             *("--overrides", files / "overrides.yaml"),
-            *("--job-code", job_code.full_label, "--pw-code", pw_code.full_label),
+            *("--job-code", job_code.full_label, "--pw-code", "nobody@nowhere"),
+            *("--code", f"dft={pw_code.full_label}", "--options", files / "options.yaml"),
         )
     assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "train.job.metadata.options.queue_name: gpu" in printed
+    assert "label.job.metadata.options.queue_name" not in printed
+    assert "label.job.metadata.options.account: me" in printed
     assert QueryBuilder().append(Node).count() == before
 
 
@@ -246,6 +252,9 @@ def test_a_loop_on_the_labels_of_a_file_needs_no_pw(
         (["--protocol", "heroic"], "heroic"),
         (["--pool", "missing.xyz"], "missing.xyz"),
         (["--overrides", "missing.yaml"], "cannot read the overrides"),
+        (["--options", "missing.yaml"], "cannot read the options"),
+        (["--code", "gpu"], "--code takes STAGE=CODE"),
+        (["--code", "train=nobody@nowhere"], "no code 'nobody@nowhere'"),
     ],
 )
 def test_a_wrong_option_is_one_clear_line(run, job_code, pw_code, pseudo_family, arguments, words):

@@ -334,6 +334,58 @@ def test_training_may_go_to_a_gpu_of_another_computer(builder, aiida_code_instal
     assert made.label.job.code.pk == job_code.pk
 
 
+def test_each_stage_may_run_in_a_place_of_its_own(
+    pw_code, job_code, aiida_code_installed, pseudo_family, small_loop
+):
+    gpu = aiida_code_installed(filepath_executable=str(job_code.filepath_executable), label="gpu")
+
+    def made(options, **stages):
+        return ActiveLearningWorkChain.get_builder_from_protocol(
+            Codes(pw=pw_code, job=job_code, stages=stages),
+            Start(structures=[StructureData(ase=bulk("Si"))]),
+            protocol="fast",
+            overrides={"dft": small_loop.overrides["dft"]},
+            options=options,
+        )
+
+    options = {
+        "account": "me",
+        "max_wallclock_seconds": 600,
+        "train": {"queue_name": "gpu", "max_wallclock_seconds": 7200},
+        "dft": {"queue_name": "cpu", "resources": {"num_mpiprocs_per_machine": 16}},
+        "explore": {"queue_name": "long"},
+    }
+    loop = made(options, train=gpu)
+    places = {
+        "label": loop.label.job,
+        "train": loop.train.job,
+        "evaluate": loop.evaluate,
+        "explore": loop.explore,
+        "extend": loop.extend,
+        "dft": loop.dft.pw_base.pw,
+    }
+    found = {name: place.metadata.options for name, place in places.items()}
+    assert {name: options.get("queue_name") for name, options in found.items()} == {
+        **dict.fromkeys(("label", "evaluate")),
+        **dict.fromkeys(("explore", "extend"), "long"),
+        "train": "gpu",
+        "dft": "cpu",
+    }
+    assert {options["account"] for options in found.values()} == {"me"}
+    assert found["train"]["max_wallclock_seconds"] == 7200
+    assert found["label"]["max_wallclock_seconds"] == 600
+    assert found["dft"]["resources"] == {"num_machines": 1, "num_mpiprocs_per_machine": 16}
+    # Several processes want MPI, and one does not.
+    assert found["dft"]["withmpi"]
+    assert not made({}).dft.pw_base.pw.metadata.options.withmpi
+    assert loop.train.job.code.pk == gpu.pk
+    assert loop.label.job.code.pk == job_code.pk
+    with pytest.raises(ValueError, match=r"no stages \['training'\]"):
+        made({}, training=gpu)
+    with pytest.raises(TypeError, match="options of train are given by name"):
+        made({"train": "gpu"})
+
+
 def test_a_loop_on_stored_labels_needs_no_pw(kim, torch, job_code, small_loop, tmp_path):
     from aiida_eipnn.reports.report import write_report
     from aiida_eipnn.science.eip.engine import label_with_eips
