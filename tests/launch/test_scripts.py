@@ -53,7 +53,9 @@ def files(tmp_path, rattled_silicon, pseudo_family):
         },
         "network": {"n_radial": 4, "l_max": 2, "width": 8, "depth": 1},
         "explore": {"recipes": [{"config_type": "rattled", "count": 6}]},
-        **{name: {"steps": 12} for name in ("pretrain", "classify", "finetune", "scratch")},
+        **{name: {"steps": 12} for name in ("pretrain", "classify", "finetune")},
+        # Loops with a twin are in tests/workflows.
+        "train_scratch": False,
         "split": {"test": 2, "initial": 2},
         "acquisition": {"n_select": 1},
         "stop": {"max_iterations": 2},
@@ -235,10 +237,13 @@ def test_a_loop_on_the_labels_of_a_file_needs_no_pw(
     pool = rattled_silicon(10)
     stored = replace(label_with_eips(pool, [SW]), sources=np.array(["dft"]))
     write_labelled(files / "labelled.xyz", pool, [stored])
+    overrides = yaml.safe_load((files / "overrides.yaml").read_text())
+    short = overrides | {"stop": {"max_iterations": 1}}
+    (files / "short.yaml").write_text(yaml.safe_dump(short))
     printed = run(
         "active_learning.py",
         *("--stored", files / "labelled.xyz", "--eip", SW, "--eip", EDIP),
-        *("--overrides", files / "overrides.yaml", "--report", files / "report.html"),
+        *("--overrides", files / "short.yaml", "--report", files / "report.html"),
         *("--job-code", job_code.full_label),
     )
     assert "finished" in printed

@@ -1,7 +1,6 @@
 """The loop on two-atom silicon with the real pw.x, KIM and torch."""
 
 import copy
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -384,36 +383,6 @@ def test_each_stage_may_run_in_a_place_of_its_own(
         made({}, training=gpu)
     with pytest.raises(TypeError, match="options of train are given by name"):
         made({"train": "gpu"})
-
-
-def test_a_loop_on_stored_labels_needs_no_pw(kim, torch, job_code, small_loop, tmp_path):
-    from aiida_eipnn.reports.report import write_report
-    from aiida_eipnn.science.eip.engine import label_with_eips
-
-    pool = small_loop.pool
-    stored = label_with_eips(pool, small_loop.eips[:1])
-    stored = stored.take(np.flatnonzero(stored.ok[:, 0]))
-    stored = replace(stored, sources=np.array(["dft"]))
-    made = ActiveLearningWorkChain.get_builder_from_protocol(
-        Codes(job=job_code),
-        Start(
-            pool=ConfigurationsData.from_value(pool),
-            eips=small_loop.eips[1:],
-            stored_labels=LabelsData.from_value(stored),
-        ),
-        protocol="demo",
-        overrides={**small_loop.overrides, "stop": {"max_iterations": 1}},
-    )
-    outputs, node = run_get_node(made)
-    assert node.is_finished_ok, node.exit_message
-    assert not calculations_of(node, "quantumespresso.pw")
-    record = outputs["history"]["iterations"][0]
-    # Three were asked for; the hopeless ones have no stored label.
-    assert 1 <= record["n_training_labels"] <= 3
-    assert record["committee"]["forces_mae"] > 0
-    report = tmp_path / "report.html"
-    write_report(node, report)
-    assert "meV/Å" in report.read_text()
 
 
 def test_a_loop_without_anything_to_label_with_is_refused(job_code, small_loop):

@@ -112,6 +112,17 @@ def same_choices(one, other):
     np.testing.assert_allclose(one.value().scores, other.value().scores, rtol=1e-6)
 
 
+def test_a_loop_on_stored_labels_needs_no_pw(whole, tmp_path):
+    assert not jobs(whole)
+    record = whole.outputs.history["iterations"][0]
+    # Three were asked for; the hopeless ones have no stored label.
+    assert 1 <= record["n_training_labels"] <= 3
+    assert record["committee"]["forces_mae"] > 0
+    report = tmp_path / "report.html"
+    write_report(whole, report)
+    assert "meV/Å" in report.read_text()
+
+
 def test_the_science_layer_alone_asks_for_the_same(whole, stored, small_loop, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import workchain_arm
