@@ -368,7 +368,6 @@ def loop(n_iterations: int, n_select: int, n_pool: int) -> dict[str, Any]:
         "outside_jobs_s_per_iteration": round((end - start - in_jobs) / iterations, 1),
         "nodes": QueryBuilder().append(Node).count() - before,
         "nodes_per_iteration": nodes_by_iteration(node),
-        **profile_size(),
         "process_list_idle_s": round(float(np.median(idle)), 2),
         **{
             f"{name}_{kind}": round(float(number), 2)
@@ -381,6 +380,8 @@ def loop(n_iterations: int, n_select: int, n_pool: int) -> dict[str, Any]:
         },
         **worker,
     }
+    # Last of all, for it closes the profile.
+    found |= profile_size()
     print(f"loop      {found}", flush=True)
     return found
 
@@ -440,10 +441,15 @@ def covered(jobs: list[dict[str, float]]) -> float:
 
 
 def profile_size() -> dict[str, float]:
-    """Return size of the database and of the repository, as they are and packed."""
+    """Return size of the database and of the repository, as they are and packed.
+
+    The profile is closed: AiiDA packs one that nobody uses.
+    """
+    from aiida.manage import get_manager
     from aiida.manage.configuration import get_profile
 
     folder = Path(get_profile().storage_config["filepath"])
+    get_manager().unload_profile()
     found = {}
     for name in ("", "packed_"):
         if name:
@@ -499,7 +505,9 @@ def loop_builder(
 def verdi(*arguments: str) -> None:
     """Run a command of AiiDA."""
     command = [str(Path(sys.executable).with_name("verdi")), *arguments]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {done.stdout}{done.stderr}")
 
 
 def timed(call: Any, *arguments: Any) -> float:
