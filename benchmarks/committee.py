@@ -212,7 +212,8 @@ def main() -> None:
             found = measure(name, SETS[name], seed, with_own=not given.shared_only)
             print(*map(line_of, found), sep="\n", flush=True)
             rows |= {key_of(row): row for row in found}
-    content = {"members": MEMBERS, "heads": HEADS, "rows": list(rows.values())}
+    ordered = sorted(rows.values(), key=lambda row: (list(SETS).index(row["dataset"]), row["seed"]))
+    content = {"members": MEMBERS, "heads": HEADS, "rows": ordered}
     given.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
