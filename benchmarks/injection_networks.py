@@ -443,7 +443,7 @@ def run_stage(
     settings = settings_for(problem, name, training)
     stage = prepare(name, inputs, settings)
     state = trained_state(stage, settings, seed)
-    stage.finish(state.network)
+    stage.finish(state.network, seed)
     return state.network, state.n_steps
 
 

@@ -166,7 +166,7 @@ def train(
         task = stage.for_member(member)
         state = start_training(task.network(seed, member), stage_settings.training, seed)
         fit(state, task, stage_settings.training)
-        task.finish(state.network)
+        task.finish(state.network, seed)
         networks.append(state.network)
     return tuple(networks)
 

@@ -36,13 +36,14 @@ from aiida_eipnn.science.metrics import (
     upper_bounds,
     worst_forces,
 )
-from aiida_eipnn.science.predictions import Predictions
+from aiida_eipnn.science.predictions import OF_FEATURES, Predictions
 from aiida_eipnn.science.reference import best_single, fit_alignment
 from aiida_eipnn.science.uncertainty import (
     calibrate,
     calibration_scale,
     judge_conformal,
     judge_uncertainties,
+    spearman,
     uncertainty_curves,
 )
 from aiida_eipnn.science.verdict import AGREEMENT, N_HELD_OUT, SCORE, Verdict
@@ -402,6 +403,7 @@ def assess(
         "calibration": calibration,
         "error_scale": scale,
         **_panel(test, predicted),
+        "by_features": _by_features(test, predicted),
         "conformal": _conformal(test, predicted),
     }
     for name in ("scratch", "finetuned"):
@@ -566,6 +568,18 @@ def _panel(test: Labels, predicted: Predictions) -> dict[str, Any]:
         "curves": {
             name: list(values) for name, values in asdict(uncertainty_curves(sigma, wrong)).items()
         },
+    }
+
+
+def _by_features(test: Labels, predicted: Predictions) -> dict[str, float | None]:
+    """Return how well features alone rank the errors of forces on atoms, where they are told."""
+    rows = rows_of(predicted.ids, test.ids)
+    atoms = ragged_rows(predicted.offsets, rows)
+    size = np.linalg.norm(predicted.forces[atoms] - test.forces[0], axis=1)
+    told = {name: getattr(predicted, name) for name in OF_FEATURES}
+    return {
+        name: None if values is None else spearman(values[atoms].astype(np.float64), size)
+        for name, values in told.items()
     }
 
 

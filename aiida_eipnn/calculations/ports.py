@@ -79,10 +79,15 @@ def add_training(spec: CalcJobProcessSpec, name: str, stage: Stage | None) -> No
     """
 
     def validate(value: Dict | None, _: Any) -> str | None:
-        given = value.get_dict().get("stage") if value is not None else None
+        content = value.get_dict() if value is not None else {}
+        given, n_heads = content.get("stage"), content.get("n_heads", 0)
         allowed = [str(stage)] if stage else [str(item) for item in Stage]
         if given not in allowed:
             return f"{name} must name its stage: one of {allowed}, got {given!r}"
+        if not isinstance(n_heads, int) or n_heads < 0:
+            return f"n_heads of {name} must be a whole number from 0 on, not {n_heads!r}"
+        if n_heads > 1 and given != Stage.FINETUNE:
+            return f"n_heads of {name} is {n_heads}: only stage {Stage.FINETUNE} draws heads"
         return None
 
     spec.input(

@@ -17,6 +17,7 @@ ATTRIBUTES = (
     "seeds",
     "elements",
     "heads",
+    "n_drawn",
     "eips",
     "network",
     "versions",

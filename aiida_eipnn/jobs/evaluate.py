@@ -3,7 +3,8 @@
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,10 @@ from aiida_eipnn.science.arrays import save_arrays, save_parts
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.nn.committee import Committee
 from aiida_eipnn.science.nn.device import choose_device
-from aiida_eipnn.science.predictions import Predictions
+from aiida_eipnn.science.predictions import OF_FEATURES, Predictions
 
 OFFSETS = "offsets"
-OF_ATOMS = ("forces", "forces_std")
+OF_ATOMS = ("forces", "forces_std", *OF_FEATURES)
 
 
 def run(job: spec.EvaluateJob, folder: Path) -> spec.State:
@@ -47,6 +48,7 @@ def run(job: spec.EvaluateJob, folder: Path) -> spec.State:
         "n_configurations": len(configurations),
         "n_atoms": len(configurations.numbers),
         "n_members": len(committee),
+        "n_heads": committee.n_heads,
         "stage": committee.stage,
         "device": device.type,
         "uncertainty": {
@@ -66,12 +68,11 @@ def write_predictions(
     n, n_atoms = len(configurations), len(configurations.numbers)
     # Known without a prediction, and the only array that is not one part after the other.
     save_arrays(folder, {OFFSETS: configurations.offsets})
-    rows = {
-        field.name: n_atoms if field.name in OF_ATOMS else n
-        for field in fields(Predictions)
-        if field.name != OFFSETS
-    }
-    save_parts(folder, rows, (part.arrays() for part in parts))
+    arrays = (part.arrays() for part in parts)
+    first = next(arrays)
+    # Not every committee tells everything, but it does so in all parts.
+    rows = {name: n_atoms if name in OF_ATOMS else n for name in first if name != OFFSETS}
+    save_parts(folder, rows, chain([first], arrays))
 
 
 @dataclass(slots=True)

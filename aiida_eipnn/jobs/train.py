@@ -256,7 +256,7 @@ def train_member(
             LOGGER.warning("member %d at %g of the learning rate: %s", member, factor, error)
             continue
         if done:
-            stage.finish(state.network)
+            stage.finish(state.network, seed)
             save_checkpoint(path, state, mark)
         return
     raise ValueError(

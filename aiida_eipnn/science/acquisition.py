@@ -47,11 +47,19 @@ class Measure(StrEnum):
     COMMITTEE = "committee"
     LAST_LAYER = "last_layer"
     DENSITY = "density"
+    ATOM_LAST_LAYER = "atom_last_layer"
+    ATOM_DENSITY = "atom_density"
 
 
 _BY_KNOWN = {
     Measure.LAST_LAYER: last_layer_uncertainty,
     Measure.DENSITY: mahalanobis_distance,
+}
+
+# What the networks say of each atom; of a configuration the largest counts.
+_BY_ATOMS = {
+    Measure.ATOM_LAST_LAYER: "atom_energy_std",
+    Measure.ATOM_DENSITY: "strangeness",
 }
 
 
@@ -71,8 +79,10 @@ class AcquisitionParameters:
     measure
         What ``uncertainty`` and ``diverse`` call uncertain: ``committee``, the spread of the
         members' forces; ``last_layer`` and ``density``, how strange the features are to what is
-        labelled (:mod:`aiida_eipnn.science.feature_uncertainty`). The window is always one of the
-        committee.
+        labelled (:mod:`aiida_eipnn.science.feature_uncertainty`); ``atom_last_layer`` and
+        ``atom_density``, the same of its strangest atom, by what the networks learnt
+        (``atom_energy_std`` and ``strangeness`` of the predictions). The window is always one of
+        the committee.
     top_fraction
         Share of the candidates that ``diverse`` calls uncertain; never fewer than ``n_select``.
     min_uncertainty, max_uncertainty
@@ -269,8 +279,7 @@ class _Chooser(NamedTuple):
         worth = self._worth(rows)
         if choose := _BY_FEATURES.get(strategy):
             return choose(features, n, known if len(known) else None, worth)
-        measure = _BY_KNOWN.get(self.parameters.measure)
-        ranked = measure(features, known) if measure else self.predictions.uncertainty[rows]
+        ranked = self._unsure(rows, features, known)
         # A stable sort: equal uncertainties keep the order of the pool on every machine.
         order = np.argsort(-worth * ranked, kind="stable")
         if strategy == Strategy.UNCERTAINTY:
@@ -278,6 +287,13 @@ class _Chooser(NamedTuple):
         top = order[: max(n, math.ceil(self.parameters.top_fraction * len(order)))]
         unlike = standardise(self.predictions.features[rows[top]])
         return top[farthest_points(unlike, n, None, worth[top])]
+
+    def _unsure(self, rows: IntArray, features: FloatArray, known: FloatArray) -> FloatArray:
+        """Return how uncertain each of these rows is, by the measure that is asked for."""
+        measure = self.parameters.measure
+        if by_known := _BY_KNOWN.get(measure):
+            return by_known(features, known)
+        return self.predictions.largest(_BY_ATOMS.get(measure, "forces_std"))[rows]
 
     def _worth(self, rows: IntArray) -> FloatArray:
         """Return by what to multiply what each of these rows brings."""

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from aiida_eipnn.science.arrays import Arrays, FloatArray, IntArray, StrArray
 from aiida_eipnn.science.configurations import join_offsets, pick_fields
 
+# What is not in predictions of older versions, nor of networks that do not tell it.
+OF_FEATURES = ("atom_energy_std", "strangeness")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Predictions:
@@ -38,6 +41,12 @@ class Predictions:
     features
         Mean over atoms of the first member's trunk features, in single precision: they are most of
         what predictions take, and only rank. Shape ``(n, n_features)``.
+    atom_energy_std
+        Spread of the energy of each atom that labels leave to the last layer, in eV, mean of the
+        members; ``None`` where these do not tell. Shape ``(N,)``.
+    strangeness
+        Mahalanobis distance of each atom's features from those of labelled atoms of its element,
+        mean of the members, without unit; ``None`` where these do not tell. Shape ``(N,)``.
     """
 
     ids: StrArray
@@ -48,6 +57,8 @@ class Predictions:
     energy_std: FloatArray
     forces_std: FloatArray
     features: NDArray[np.float32] | FloatArray
+    atom_energy_std: NDArray[np.float32] | FloatArray | None = None
+    strangeness: NDArray[np.float32] | FloatArray | None = None
 
     def __post_init__(self) -> None:
         n, n_atoms = len(self.ids), len(self.forces)
@@ -59,6 +70,7 @@ class Predictions:
             "energy_std": (n,),
             "forces_std": (n_atoms,),
         }
+        expected |= {name: (n_atoms,) for name in OF_FEATURES if getattr(self, name) is not None}
         for name, shape in expected.items():
             if getattr(self, name).shape != shape:
                 raise ValueError(f"{name} has shape {getattr(self, name).shape}, not {shape}")
@@ -81,7 +93,28 @@ class Predictions:
         ----------
         .. [1] Zhang et al., DP-GEN, arXiv:1810.11890.
         """
-        return np.maximum.reduceat(self.forces_std, self.offsets[:-1])
+        return self.largest("forces_std")
+
+    def largest(self, name: str) -> FloatArray:
+        """Return the largest over its atoms of each configuration. Shape ``(n,)``.
+
+        Parameters
+        ----------
+        name
+            ``forces_std``, ``atom_energy_std`` or ``strangeness``.
+
+        Raises
+        ------
+        ValueError
+            If the predictions do not hold it.
+        """
+        values: FloatArray | None = getattr(self, name)
+        if values is None:
+            raise ValueError(
+                f"these predictions have no {name}: their networks were not fine-tuned on DFT "
+                "labels, or by an older version; train and evaluate again, or choose by another"
+            )
+        return np.maximum.reduceat(values, self.offsets[:-1])
 
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> Self:
@@ -89,8 +122,9 @@ class Predictions:
         return cls(**pick_fields(cls, arrays))
 
     def arrays(self) -> Arrays:
-        """Return every field by name, ready for :func:`~.arrays.save_arrays`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Return every field that is there by name, ready for :func:`~.arrays.save_arrays`."""
+        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: array for name, array in every.items() if array is not None}
 
 
 def join_predictions(parts: Sequence[Predictions]) -> Predictions:

@@ -26,6 +26,8 @@ ONE_CORE: dict[str, Any] = {
 PROTOCOLS = Path(__file__).parent / "protocols" / "active_learning.yaml"
 
 TRAININGS = ("pretrain", "classify", "finetune", "scratch")
+# Those of them that learn DFT.
+FINETUNINGS = ("finetune", "scratch")
 
 # What may run in places of its own, each on its computer and in its queue.
 EXPLORE, LABEL, DFT, TRAIN, EVALUATE = "explore", "label", "dft", "train", "evaluate"
@@ -138,6 +140,7 @@ def fill_builder(
         "parameters": Dict(inputs["evaluate"]),
         **_job(codes.of(EVALUATE), of[EVALUATE]),
     }
+    inputs = with_heads(inputs)
     for name in (*TRAININGS, "split", "label_model", "gate", "acquisition", "extension", "stop"):
         builder[name] = Dict(inputs[name])
     builder.seed = Int(inputs["seed"])
@@ -280,6 +283,14 @@ def member_seeds(seed: int, n_members: int) -> list[int]:
     """Return one seed for each member of the committee."""
     children = np.random.SeedSequence(seed).spawn(n_members)
     return [int(child.generate_state(1)[0]) for child in children]
+
+
+def with_heads(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the inputs with the number of heads in the settings of both fine-tunings."""
+    if not inputs["n_heads"]:
+        return dict(inputs)
+    heads = {"n_heads": inputs["n_heads"]}
+    return {**inputs, **{name: {**heads, **inputs[name]} for name in FINETUNINGS}}
 
 
 def _job(code: AbstractCode, options: Mapping[str, Any], n_workers: int = 1) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.data.predictions import PredictionsData
 from aiida_eipnn.data.selection import SelectionData
-from aiida_eipnn.workflows.builder import TRAININGS, default_eips, member_seeds
+from aiida_eipnn.workflows.builder import FINETUNINGS, TRAININGS, default_eips, member_seeds
 from aiida_eipnn.workflows.label_dft import kpoints_rule, last_retrieved
 
 LOOP = "ActiveLearningWorkChain"
@@ -52,7 +52,7 @@ PATHS: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in (*TRAININGS, "label_model", "acquisition", "extension", "stop")},
 }
 FLAGS = ("train_scratch", "use_pseudo_labels")
-COUNTS = ("n_members", "n_pretrained")
+COUNTS = ("n_members", "n_heads", "n_pretrained")
 CHANGEABLE = (*PATHS, *FLAGS, *COUNTS, "eips", "extend", "dft")
 
 # What EIP labels and pre-trained networks depend on: where it is changed they are made again.
@@ -348,6 +348,9 @@ def _override(inputs: Inputs, name: str, value: Any, pool: ConfigurationsData | 
         place[last] = Dict(recursive_merge(_content(place.get(last)), value))
     elif name in FLAGS:
         inputs[name] = Bool(value)
+    elif name == "n_heads":
+        for training in FINETUNINGS:
+            inputs[training] = Dict({**_content(inputs[training]), name: value})
     elif name in COUNTS:
         seeds = List(member_seeds(inputs["seed"].value, int(value)))
         if name == "n_members":

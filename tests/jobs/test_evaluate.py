@@ -13,10 +13,10 @@ from aiida_eipnn.science.arrays import load_arrays, save_arrays
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.predictions import Predictions
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
-from aiida_eipnn.science.nn.committee import Committee
-from aiida_eipnn.science.nn.network import Network, NetworkParameters
+from aiida_eipnn.science.nn.committee import Committee  # noqa: E402
+from aiida_eipnn.science.nn.network import Network, NetworkParameters  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("torch")
 
@@ -63,6 +63,34 @@ def test_the_predictions_are_those_of_the_committee(tmp_path, committee):
     metrics = json.loads((tmp_path / spec.OUTPUT / spec.METRICS).read_text())
     assert metrics["n_configurations"] == 5
     assert metrics["uncertainty"]["max"] == pytest.approx(expected.uncertainty.max())
+
+
+@pytest.fixture
+def telling_committee():
+    """One network that has heads, and knows where labelled atoms are."""
+    network = NetworkParameters(n_radial=4, l_max=1, width=8)
+    member = Network(network, (14,), ("dft",), n_drawn=3)
+    member.initialise(0)
+    rng = np.random.default_rng(0)
+    for buffer in member.feature_uncertainty.buffers():
+        buffer.copy_(torch.as_tensor(rng.normal(size=buffer.shape)))
+    return Committee(members=(member,), stage="finetune", seeds=(0,))
+
+
+def test_what_a_network_says_of_its_features_is_written_too(tmp_path, telling_committee):
+    pool = pool_of()
+    write(tmp_path, telling_committee, pool)
+
+    assert run_job(tmp_path) is State.DONE
+
+    found = Predictions.from_arrays(load_arrays(tmp_path / spec.OUTPUT / spec.PREDICTIONS))
+    expected = telling_committee.predict(pool)
+    for name in ("strangeness", "atom_energy_std", "forces_std"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5)
+        assert getattr(found, name).shape == (10,)
+        assert (getattr(found, name) > 0).all()
+    metrics = json.loads((tmp_path / spec.OUTPUT / spec.METRICS).read_text())
+    assert (metrics["n_members"], metrics["n_heads"]) == (1, 3)
 
 
 def test_a_gpu_that_is_not_there_fails_with_a_reason(tmp_path, committee, monkeypatch):

@@ -294,6 +294,40 @@ def test_an_interrupted_job_goes_on_elsewhere_and_ends_the_same(pretraining, mon
     assert (folder / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
 
 
+def test_heads_are_drawn_alike_whether_a_job_was_interrupted_or_not(tmp_path, pool, monkeypatch):
+    def finetuning(name, **settings):
+        return write(
+            tmp_path / name,
+            job_for(Stage.FINETUNE, n_heads=4, validation_fraction=0.5, **settings),
+            configurations={"pool": pool},
+            labels={"initial": labels_of(pool, DFT)},
+        )
+
+    whole, side_by_side = finetuning("whole"), finetuning("side", n_workers=2)
+    assert run_job(whole) is run_job(side_by_side) is State.DONE
+    count = iter(range(1000))
+    monkeypatch.setattr(train, "_is_late", lambda _: next(count) % 3 == 2)
+    pieces = finetuning("pieces")
+    states = []
+    while State.DONE not in states and len(states) < 30:
+        states.append(run_job(pieces))
+
+    assert len(states) > 3
+    for folder in (side_by_side, pieces):
+        assert (folder / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    committee = Committee.load(whole / spec.OUTPUT / spec.COMMITTEE)
+    assert (len(committee), committee.n_heads) == (2, 8)
+    assert not np.array_equal(*(item.feature_uncertainty.heads for item in committee.members))
+
+
+def test_heads_of_a_pretraining_are_refused(pretraining):
+    folder = pretraining(n_heads=4)
+
+    assert run_job(folder) is State.FAILED
+
+    assert "set it in stage finetune" in reason_of(folder)
+
+
 def test_a_job_without_time_is_interrupted_with_a_checkpoint(pretraining):
     folder = pretraining()
     job = replace(spec.read_job(folder / spec.JOB), max_seconds=0.0)

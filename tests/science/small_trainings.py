@@ -57,7 +57,7 @@ def train(name, inputs, settings, seed=0):
     stage = prepare(name, inputs, settings)
     state = start_training(stage.network(seed, 0), settings.training, seed)
     assert fit(state, stage, settings.training)
-    stage.finish(state.network)
+    stage.finish(state.network, seed)
     return stage, state
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -212,6 +214,24 @@ def test_what_is_strange_to_the_labelled_ones_is_picked_whatever_the_committee_s
 
     assert found.rows.tolist() == [30]
     assert found.scores.tolist() == [0.1]
+
+
+@pytest.mark.parametrize(
+    ("measure", "name"), [("atom_density", "strangeness"), ("atom_last_layer", "atom_energy_std")]
+)
+@pytest.mark.parametrize("strategy", ["uncertainty", "diverse"])
+def test_the_strangest_atom_of_a_configuration_counts(measure, name, strategy):
+    settings = AcquisitionParameters(n_select=1, strategy=strategy, measure=measure)
+    # Of the mean over two atoms the first would be the strangest.
+    told = replace(
+        predictions(np.array([9.0, 2.0, 1.0])), **{name: np.array([5.0, 5.0, 0.0, 7.0, 1.0, 1.0])}
+    )
+
+    chosen = acquire(told, np.arange(3), settings, np.random.default_rng(0))
+
+    assert chosen.rows.tolist() == [1]
+    with pytest.raises(ValueError, match=f"these predictions have no {name}"):
+        acquire(predictions(np.ones(3)), np.arange(3), settings, np.random.default_rng(0))
 
 
 def test_a_measure_by_labels_needs_labels():

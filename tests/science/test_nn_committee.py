@@ -81,16 +81,16 @@ def test_the_files_are_readable_without_pickles(tmp_path):
     assert config["elements"] == ["C", "Si"]
     assert config["heads"] == ["dft"]
     assert config["reference_energies"][1] == {"dft": {"C": -150.0, "Si": -107.0}}
-    assert config["schema_version"] == 1
+    assert config["schema_version"] == 2
     assert config["versions"]["torch"] == metadata.version("torch")
 
 
 def test_a_committee_of_a_newer_version_is_refused(tmp_path):
     committee_of().save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"schema_version": 2}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"schema_version": 3}))
 
-    with pytest.raises(ValueError, match="version 2, this program reads up to 1; update"):
+    with pytest.raises(ValueError, match="version 3, this program reads up to 2; update"):
         Committee.load(tmp_path)
 
 
@@ -102,6 +102,21 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 
     with pytest.raises(ValueError, match=r"the weights do not fit config\.json"):
         Committee.load(tmp_path)
+
+
+def test_a_committee_of_the_first_version_is_read(tmp_path):
+    committee = committee_of()
+    committee.save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["n_drawn"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"schema_version": 1}))
+    frames = Configurations.from_atoms([carbide()])
+
+    loaded = Committee.load(tmp_path)
+
+    assert loaded.n_heads == 2
+    assert loaded.predict(frames).strangeness is None
+    assert_equal_predictions(committee.predict(frames), loaded.predict(frames))
 
 
 def test_an_unknown_element_is_named():

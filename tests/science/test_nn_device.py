@@ -142,7 +142,7 @@ def test_a_training_goes_on_on_another_device(teaching, tmp_path):
         state = start_training(stage.network(0, 0), settings.training, 0)
         load_checkpoint(path, state, "same")
         assert fit(state, stage, settings.training)
-        stage.finish(state.network)
+        stage.finish(state.network, 0)
         assert state.network.device == PRETENDED
         found = committee_of(state.network).to(ON_CPU)
     assert found.members[0].device == ON_CPU

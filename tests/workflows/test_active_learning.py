@@ -319,6 +319,19 @@ def test_each_protocol_fills_every_input(pw_code, job_code, pseudo_family, proto
     assert len(made.train.job.seeds.get_list()) >= 4
 
 
+def test_the_number_of_heads_is_that_of_both_fine_tunings(builder):
+    made = builder(n_members=1, n_heads=8, scratch={"n_heads": 4})
+    assert (made.finetune["n_heads"], made.scratch["n_heads"]) == (8, 4)
+    assert len(made.train.job.seeds.get_list()) == 1
+    usual = builder()
+    for name in ("pretrain", "classify", "finetune", "scratch"):
+        assert "n_heads" not in usual[name].get_dict()
+    with pytest.raises(ValueError, match=r"n_heads of finetune must be .* not -1"):
+        builder(n_heads=-1)
+    with pytest.raises(ValueError, match="only stage finetune draws heads"):
+        builder(pretrain={"n_heads": 2})
+
+
 def test_training_may_go_to_a_gpu_of_another_computer(builder, aiida_code_installed, job_code):
     other = aiida_code_installed(filepath_executable=str(job_code.filepath_executable), label="gpu")
     made = builder(train={"device": "cuda"}, finetune={"mixed_precision": "tf32"})

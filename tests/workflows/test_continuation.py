@@ -32,9 +32,10 @@ ROOT = Path(__file__).parents[2]
 PW = "aiida.calculations:quantumespresso.pw"
 EIPS = ["stillinger-weber[hauch-1999]", "lennard-jones[epsilon=0.4,sigma=2.1]"]
 # Potentials in Python, labels to look up, two networks that learn next to nothing: what is asked
-# here is who asks for what.
+# here is who asks for what. Their heads are drawn by the seed too.
 FAST = {
     "n_members": 2,
+    "n_heads": 3,
     "n_pretrained": 1,
     "pretrain": {"steps": 10},
     "train_scratch": False,
@@ -118,6 +119,11 @@ def test_a_loop_on_stored_labels_needs_no_pw(whole, tmp_path):
     # Three were asked for; the hopeless ones have no stored label.
     assert 1 <= record["n_training_labels"] <= 3
     assert record["committee"]["forces_mae"] > 0
+    facts = (whole.outputs.committee.base.attributes.get(key) for key in ("n_members", "n_drawn"))
+    assert tuple(facts) == (2, 3)
+    assert record["calibration"]["scale"] > 0
+    assert record["by_features"].keys() == {"strangeness", "atom_energy_std"}
+    assert all(-1 <= number <= 1 for number in record["by_features"].values())
     report = tmp_path / "report.html"
     write_report(whole, report)
     assert "meV/Å" in report.read_text()
@@ -304,6 +310,16 @@ def test_what_is_made_again_is_what_the_overrides_change(whole):
     assert "pretrained" not in changed
     assert not {"eip_labels", "pretrained"} & previous(label={"timeout": 9.0}).keys()
     assert previous()["labels"]["test"].uuid == whole.outputs.test_labels.uuid
+
+
+def test_a_loop_that_goes_on_may_draw_heads(whole):
+    made = ActiveLearningWorkChain.get_builder_continue(
+        whole, {"n_heads": 8, "stop": {"max_iterations": 5}}
+    )
+
+    assert made.finetune["n_heads"] == made.scratch["n_heads"] == 8
+    assert made.finetune["stage"] == "finetune"
+    assert "n_heads" not in made.pretrain.get_dict()
 
 
 def test_a_loop_that_seems_to_run_is_continued_only_if_it_is_said_to_be_lost(whole):

@@ -12,7 +12,7 @@ from torch import Tensor
 from aiida_eipnn.science.nn.network import Network
 from aiida_eipnn.science.nn.training import TrainingState
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 _NETWORK, _AVERAGE, _OPTIMISER, _BEST = "network.", "average.", "optimiser.", "best."
 

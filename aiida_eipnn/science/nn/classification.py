@@ -74,6 +74,11 @@ class Classification:
         """The EIPs, then none."""
         return (*map(str, self.aligned.sources), NONE)
 
+    @property
+    def n_drawn(self) -> None:
+        """None: there is no head of DFT."""
+        return None
+
     def for_member(self, member: int) -> Self:
         """Return itself: all members learn from the same labels."""
         return self
@@ -102,5 +107,5 @@ class Classification:
         """Return nothing: no label is held out."""
         return {}
 
-    def finish(self, network: Network) -> None:
+    def finish(self, network: Network, seed: int) -> None:
         """Do nothing: the classifier needs the standardisation that it was trained with."""

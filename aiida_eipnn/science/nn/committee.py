@@ -14,6 +14,7 @@ import torch
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from aiida_eipnn import __version__
 from aiida_eipnn.science.arrays import FloatArray, IntArray
@@ -21,34 +22,39 @@ from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.selection import Selection, select
 from aiida_eipnn.science.labels import Labels, join_labels
 from aiida_eipnn.science.nn.device import array_of, located
-from aiida_eipnn.science.nn.graph import species_of
+from aiida_eipnn.science.nn.graph import Graph, species_of
 from aiida_eipnn.science.nn.network import (
     MACE,
     Network,
     NetworkParameters,
     describe_configurations,
 )
-from aiida_eipnn.science.nn.stage import energy_head, predict_batch
+from aiida_eipnn.science.nn.stage import energy_head, predict_heads
 from aiida_eipnn.science.nn.trunk import Batch, BatchSet
-from aiida_eipnn.science.predictions import Predictions, join_predictions
+from aiida_eipnn.science.predictions import OF_FEATURES, Predictions, join_predictions
 
-SCHEMA_VERSION = 1
+# Version 2 brought what networks say of their features: feature_uncertainty.
+SCHEMA_VERSION = 2
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
 
 
 class _Batch(NamedTuple):
-    """Predictions of ``m`` members for a batch."""
+    """Predictions of ``m`` heads for a batch, and what each atom's features say, if anything."""
 
     energy: FloatArray
     forces: FloatArray
     stress: FloatArray
     features: NDArray[np.float32]
+    of_atoms: dict[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Committee:
     """Networks that were trained alike, each from its own seed.
+
+    A network with heads that were drawn about that of DFT predicts once for each of them: the
+    spread is that of the heads of all members.
 
     Parameters
     ----------
@@ -79,6 +85,11 @@ class Committee:
 
     def __len__(self) -> int:
         return len(self.members)
+
+    @property
+    def n_heads(self) -> int:
+        """Predictions that the spread is one of: of each member one, or those of its heads."""
+        return sum(max(1, member.n_drawn) for member in self.members)
 
     @property
     def elements(self) -> tuple[int, ...]:
@@ -211,21 +222,37 @@ class Committee:
         return _summarise(configurations, self._predict_batch(batch))
 
     def _nothing(self, configurations: Configurations) -> Predictions:
-        m = len(self)
+        m = self.n_heads
         features = np.zeros((0, self.members[0].trunk.n_features), np.float32)
         by_member = np.zeros((m, 0)), np.zeros((m, 0, 3)), np.zeros((m, 0, 6))
-        return _summarise(configurations, _Batch(*by_member, features))
+        known = all(member.feature_uncertainty is not None for member in self.members)
+        of_atoms = {name: np.zeros(0, np.float32) for name in OF_FEATURES} if known else {}
+        return _summarise(configurations, _Batch(*by_member, features, of_atoms))
 
     def _predict_batch(self, batch: Batch) -> _Batch:
-        results = [predict_batch(member, batch) for member in self.members]
+        results = [predict_heads(member, batch) for member in self.members]
         first = self.members[0]
         pooled = first.pooled(results[0].features, batch.graph)
         energy, forces, stress = (
-            np.stack([getattr(result, name) for result in results])
+            np.concatenate([getattr(result, name) for result in results])
             for name in ("energy", "forces", "stress")
         )
         features = array_of(pooled[:, : first.trunk.n_features]).astype(np.float32)
-        return _Batch(energy, forces, stress, features)
+        each = [result.features for result in results]
+        return _Batch(energy, forces, stress, features, self._of_atoms(each, batch.graph))
+
+    def _of_atoms(self, features: list[Tensor], graph: Graph) -> dict[str, NDArray[np.float32]]:
+        """Return what the features of each atom say, in the mean of the members that can tell."""
+        spreads, distances = [], []
+        for member, own in zip(self.members, features, strict=True):
+            if (known := member.feature_uncertainty) is not None:
+                spreads.append(member.heads.scale * known.spreads(own))
+                distances.append(known.distances(own, graph.species))
+        return {
+            name: array_of(torch.stack(parts).mean(dim=0)).astype(np.float32)
+            for name, parts in zip(OF_FEATURES, (spreads, distances), strict=True)
+            if parts
+        }
 
     def _probabilities(self, batch: Batch) -> FloatArray:
         with torch.no_grad():
@@ -237,7 +264,7 @@ class Committee:
 
     def _config(self) -> dict[str, Any]:
         heads = self.members[0].heads
-        classifier = self.members[0].classifier
+        classifier, known = self.members[0].classifier, self.members[0].feature_uncertainty
         return {
             "schema_version": SCHEMA_VERSION,
             "stage": self.stage,
@@ -246,6 +273,7 @@ class Committee:
             "network": asdict(self.parameters),
             "heads": list(heads.names),
             "classes": list(classifier.names) if classifier else [],
+            "n_drawn": None if known is None else len(known.heads),
             "eips": list(self.eips),
             # For people: the numbers that are used are among the weights.
             "reference_energies": [_references(member) for member in self.members],
@@ -266,6 +294,7 @@ def _summarise(configurations: Configurations, parts: _Batch) -> Predictions:
         energy_std=parts.energy.std(axis=0) / configurations.n_atoms,
         forces_std=np.sqrt((deviation**2).sum(axis=2).mean(axis=0)),
         features=parts.features,
+        **parts.of_atoms,
     )
 
 
@@ -293,6 +322,7 @@ def _load_member(config: dict[str, Any], tensors: dict[str, torch.Tensor], numbe
         elements,
         config["heads"],
         config["classes"],
+        config.get("n_drawn"),
     )
     prefix = f"member_{number}."
     own = {

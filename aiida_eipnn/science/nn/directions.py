@@ -57,6 +57,25 @@ class Moved(NamedTuple):
     directions: FloatArray
 
 
+class Pooled(NamedTuple):
+    r"""Features of a batch of ``n`` configurations whose atoms move, which heads read linearly.
+
+    Parameters
+    ----------
+    mean
+        Mean over atoms. Shape ``(n, n_features)``.
+    change
+        Their change along the direction, over :math:`\sqrt{3 N}`, in 1/Å. Shape
+        ``(n, n_features)``.
+    directions
+        Shape ``(N, 3)``.
+    """
+
+    mean: Tensor
+    change: Tensor
+    directions: FloatArray
+
+
 class DirectedSet(Protocol):
     """Configurations of which each batch is moved along a random direction."""
 
@@ -131,7 +150,7 @@ class KeptDirections:
             self.descriptors[part], self.changes[drawn, part], self.species[part]
         )
         n_atoms = np.diff(self.offsets)[rows]
-        return _read(network, features, slopes, n_atoms, self.directions[drawn, atoms])
+        return _read(network, _pool(features, slopes, n_atoms, self.directions[drawn, atoms]))
 
     def _describe(self, graph: Graph, rows: IntArray, basis: Basis) -> None:
         atoms = slice(int(self.offsets[rows[0]]), int(self.offsets[rows[-1] + 1]))
@@ -160,12 +179,16 @@ class DrawnDirections:
 
     def move(self, network: Network, rows: IntArray, rng: np.random.Generator) -> Moved:
         """Return what the heads say about these configurations; differentiable by the weights."""
+        return _read(network, self.pool(network, rows, rng))
+
+    def pool(self, network: Network, rows: IntArray, rng: np.random.Generator) -> Pooled:
+        """Return what heads read of these configurations; differentiable by the weights."""
         batch = self.described.batch(rows)
         directions = rng.normal(size=(len(batch.graph.species), 3))
         tangent = tangent_of(batch.graph, directions)
         features, slopes = network.trunk.slopes(batch, tangent)
         n_atoms = self.described.neighbours.n_atoms[rows]
-        return _read(network, features, slopes, n_atoms, directions)
+        return _pool(features, slopes, n_atoms, directions)
 
 
 def directed_set(
@@ -225,24 +248,22 @@ def forces_along(
     return along
 
 
-def _read(
-    network: Network,
-    features: Tensor,
-    slopes: Tensor,
-    n_atoms: IntArray,
-    directions: FloatArray,
-) -> Moved:
-    """Read the heads of summed features: they are linear, so that is the sum of what they read."""
-    heads, device = network.heads, features.device
+def _pool(features: Tensor, slopes: Tensor, n_atoms: IntArray, directions: FloatArray) -> Pooled:
+    """Sum over atoms: heads are linear, so what they read of sums is the sum of what they read."""
+    device = features.device
     counts = torch.as_tensor(n_atoms, device=device)
     owner = torch.as_tensor(np.repeat(np.arange(len(n_atoms)), n_atoms), device=device)
     graph = Owners(owner, counts)
     size = counts.to(features.dtype)[:, None]
     mean = sum_atoms(features, graph) / size
-    change = sum_atoms(slopes, graph) / torch.sqrt(3 * size)
-    scale = heads.scale.to(features.dtype)
+    return Pooled(mean, sum_atoms(slopes, graph) / torch.sqrt(3 * size), directions)
+
+
+def _read(network: Network, pooled: Pooled) -> Moved:
+    heads = network.heads
+    scale = heads.scale.to(pooled.mean.dtype)
     return Moved(
-        energies=(mean @ heads.weight.T + heads.bias) * scale,
-        along=-(change @ heads.weight.T) * scale,
-        directions=directions,
+        energies=(pooled.mean @ heads.weight.T + heads.bias) * scale,
+        along=-(pooled.change @ heads.weight.T) * scale,
+        directions=pooled.directions,
     )

@@ -30,6 +30,8 @@ from aiida_eipnn.science.nn.directions import DrawnDirections, directed_set, for
 from aiida_eipnn.science.nn.eip_targets import eip_targets
 from aiida_eipnn.science.nn.head_start import SMALL_ENERGY, SMALL_FORCE, combine_heads
 from aiida_eipnn.science.nn.heads import CONSENSUS, DFT_HEAD
+from aiida_eipnn.science.nn.labelled_atoms import fit_density
+from aiida_eipnn.science.nn.last_layer import draw_weights, fit_last_layer
 from aiida_eipnn.science.nn.losses import absolute, huber, virial_error, weighted_huber
 from aiida_eipnn.science.nn.network import (
     Network,
@@ -208,6 +210,12 @@ class Finetuning:
         """None."""
         return ()
 
+    @property
+    def n_drawn(self) -> int:
+        """As many as the settings ask for; one is the head of DFT itself."""
+        n_heads = self.settings.training.n_heads
+        return n_heads if n_heads > 1 else 0
+
     def network(self, seed: int, member: int) -> Network:
         """Return the network that a member starts from."""
         members = self.inputs.members
@@ -264,9 +272,29 @@ class Finetuning:
             SCORE: math.log(energy_mae + SMALL_ENERGY) + math.log(forces_mae + SMALL_FORCE),
         }
 
-    def finish(self, network: Network) -> None:
-        """Fit the standardisation of the pooled features."""
+    def finish(self, network: Network, seed: int) -> None:
+        """Fit the standardisation of the pooled features, and how unsure features make it."""
         fit_pooling(network, self.statistics.described)
+        known = network.feature_uncertainty
+        if known is None:
+            return
+        rng = np.random.default_rng([seed, 4])
+        root = fit_last_layer(
+            network,
+            DrawnDirections(self.described),
+            self.configurations,
+            self.labels,
+            self.learnt,
+            self.held_out,
+            rng,
+        )
+        centres, density = fit_density(network, self.described)
+        fitted = {"last_layer": root, "centres": centres, "density": density}
+        if self.n_drawn:
+            trained = network.heads.weight[network.heads.row(DFT_HEAD)]
+            fitted["heads"] = draw_weights(array_of(trained.double()), root, self.n_drawn, rng)
+        for name, values in fitted.items():
+            getattr(known, name).copy_(torch.as_tensor(values))
 
     def knowledge(self, network: Network, step: Step) -> Tensor:
         """Return the loss of what EIPs say."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.nn.descriptor import Basis, DescribedSet
 from aiida_eipnn.science.nn.device import ON_CPU
+from aiida_eipnn.science.nn.feature_uncertainty import FeatureUncertainty
 from aiida_eipnn.science.nn.graph import Graph, GraphSet, find_neighbours
 from aiida_eipnn.science.nn.heads import ClassifierHead, EnergyHeads, pool_features, sum_atoms
 from aiida_eipnn.science.nn.power_spectrum import PowerSpectrumTrunk
@@ -162,6 +163,9 @@ class Network(nn.Module):
         Names of the energy heads.
     classes
         Names of the classes of the classifier; empty for none.
+    n_drawn
+        Heads that are drawn about that of DFT once it is trained; ``None`` where the network says
+        nothing of how unsure its features make it.
     """
 
     def __init__(
@@ -170,6 +174,7 @@ class Network(nn.Module):
         elements: Sequence[int],
         heads: Sequence[str],
         classes: Sequence[str] = (),
+        n_drawn: int | None = None,
     ) -> None:
         super().__init__()
         dtype = parameters.dtype
@@ -179,6 +184,9 @@ class Network(nn.Module):
         width = self.trunk.n_features
         self.heads = EnergyHeads(heads, width, len(elements), dtype)
         self.classifier = ClassifierHead(classes, width, dtype) if classes else None
+        self.feature_uncertainty = (
+            None if n_drawn is None else FeatureUncertainty(width, len(elements), n_drawn, dtype)
+        )
         self.pooled_mean: Tensor
         self.pooled_spread: Tensor
         self.register_buffer("pooled_mean", torch.zeros(2 * width, dtype=dtype))
@@ -188,6 +196,11 @@ class Network(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.pooled_mean.device
+
+    @property
+    def n_drawn(self) -> int:
+        """Number of heads that were drawn about the one of DFT."""
+        return 0 if self.feature_uncertainty is None else len(self.feature_uncertainty.heads)
 
     def initialise(self, seed: int) -> None:
         """Draw new weights for the trunk and the heads."""

@@ -141,6 +141,11 @@ class Pretraining:
         """None."""
         return ()
 
+    @property
+    def n_drawn(self) -> None:
+        """None: there is no head of DFT."""
+        return None
+
     def for_member(self, member: int) -> Self:
         """Return itself: all members learn from the same labels."""
         return self
@@ -170,6 +175,6 @@ class Pretraining:
         """Return nothing: no label is held out."""
         return {}
 
-    def finish(self, network: Network) -> None:
+    def finish(self, network: Network, seed: int) -> None:
         """Fit the standardisation of the pooled features."""
         fit_pooling(network, self.statistics.described)

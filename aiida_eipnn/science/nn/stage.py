@@ -18,7 +18,7 @@ from aiida_eipnn.science.eip.pseudo_labels import PseudoLabels
 from aiida_eipnn.science.eip.selection import Selection, SelectionParameters
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.nn.device import ON_CPU, array_of
-from aiida_eipnn.science.nn.heads import CONSENSUS, DFT_HEAD
+from aiida_eipnn.science.nn.heads import CONSENSUS, DFT_HEAD, sum_atoms
 from aiida_eipnn.science.nn.network import (
     Network,
     NetworkParameters,
@@ -118,6 +118,11 @@ class Stage(Protocol):
         """Names of the classes of its networks, empty where there is no classifier."""
         ...
 
+    @property
+    def n_drawn(self) -> int | None:
+        """Heads to draw about that of DFT, ``None`` where networks tell no feature uncertainty."""
+        ...
+
     def __len__(self) -> int:
         """Return the number of labelled configurations."""
         ...
@@ -138,8 +143,8 @@ class Stage(Protocol):
         """Return errors on labels that are held out, empty where there are none."""
         ...
 
-    def finish(self, network: Network) -> None:
-        """Fit what is fitted after the training."""
+    def finish(self, network: Network, seed: int) -> None:
+        """Fit what is fitted after the training; ``seed`` is that of the member."""
         ...
 
 
@@ -159,7 +164,9 @@ class Statistics:
 
 def blank_network(stage: Stage) -> Network:
     """Return a network of the stage to load weights into."""
-    network = Network(stage.parameters, stage.elements, stage.heads, stage.class_names)
+    network = Network(
+        stage.parameters, stage.elements, stage.heads, stage.class_names, stage.n_drawn
+    )
     return network.to(stage.settings.device)
 
 
@@ -209,16 +216,37 @@ class BatchPrediction(NamedTuple):
 
 def predict_batch(network: Network, batch: Batch) -> BatchPrediction:
     """Return what the head that speaks for the network predicts."""
-    batch = with_gradient(batch)
     row = network.heads.row(energy_head(network))
-    features = network.trunk(batch)
-    energy = network.energies(features, batch.graph)[:, row]
-    slopes = derivatives(energy, batch, trainable=False)
-    total = energy.detach() + network.heads.references(batch.graph)[:, row]
-    stress = slopes.virial / batch.graph.volumes[:, None]
-    return BatchPrediction(
-        array_of(total), array_of(slopes.forces), array_of(stress), features.detach()
+    several = _predict(network, batch, network.heads.weight[row : row + 1])
+    return several._replace(
+        energy=several.energy[0], forces=several.forces[0], stress=several.stress[0]
     )
+
+
+def predict_heads(network: Network, batch: Batch) -> BatchPrediction:
+    """Return what each head that was drawn predicts; else that which speaks for the network.
+
+    The trunk is evaluated once; each of ``m`` heads costs a pass back. Energies have shape
+    ``(m, n)``, forces ``(m, N, 3)`` and stresses ``(m, n, 6)``.
+    """
+    if network.feature_uncertainty is not None and network.n_drawn:
+        return _predict(network, batch, network.feature_uncertainty.heads)
+    row = network.heads.row(energy_head(network))
+    return _predict(network, batch, network.heads.weight[row : row + 1])
+
+
+def _predict(network: Network, batch: Batch, weights: Tensor) -> BatchPrediction:
+    """Return what heads with these weights predict, with all else as that of the network has it."""
+    batch = with_gradient(batch)
+    heads, row = network.heads, network.heads.row(energy_head(network))
+    features = network.trunk(batch)
+    readout = torch.nn.functional.linear(features, weights) + heads.bias[row]
+    energy = sum_atoms(readout.to(torch.float64) * heads.scale, batch.graph).T
+    slopes = [derivatives(part, batch, trainable=False) for part in energy]
+    total = energy.detach() + heads.references(batch.graph)[:, row]
+    stress = torch.stack([item.virial for item in slopes]) / batch.graph.volumes[:, None]
+    forces = torch.stack([item.forces for item in slopes])
+    return BatchPrediction(array_of(total), array_of(forces), array_of(stress), features.detach())
 
 
 def copy_head(network: Network, name: str, source: Network, source_name: str) -> None:

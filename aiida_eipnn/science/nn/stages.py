@@ -28,12 +28,19 @@ def prepare(name: str, inputs: StageInputs, settings: StageSettings) -> Stage:
     Raises
     ------
     ValueError
-        If labels that the stage needs are missing, if labels are of unknown configurations, or if
-        the networks cannot compute in the precision that is asked for.
+        If labels that the stage needs are missing, if labels are of unknown configurations, if
+        the networks cannot compute in the precision that is asked for, or if heads are to be drawn
+        in another stage than ``finetune``.
     """
     for what, labels in (("DFT", inputs.labels), ("EIP", inputs.eip_labels)):
         if labels is not None:
             check_known(inputs.configurations, labels, what)
+    n_heads = settings.training.n_heads
+    if n_heads > 1 and name != "finetune":
+        raise ValueError(
+            f"n_heads is {n_heads}, but stage {name} trains no head of DFT to draw heads about; "
+            "set it in stage finetune"
+        )
     parameters = network_parameters(inputs, settings)
     check_mixed_precision(parameters, settings.training.mixed_precision)
     device = located(settings.device)

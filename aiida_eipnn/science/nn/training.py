@@ -83,6 +83,9 @@ class TrainingParameters:
         what is used in the end. They are labels all the same, and must be counted as such.
     patience
         Stop when so many records in a row did not do better on them; 0 never stops early.
+    n_heads
+        Heads that fine-tuning draws about the trained one (0 or 1: none): each of them predicts
+        like a member (:mod:`aiida_eipnn.science.nn.last_layer`).
     mixed_precision
         ``none``; or ``tf32`` or ``bfloat16``, with which steps are less exact and, on GPUs, faster
         (:func:`aiida_eipnn.science.nn.device.mixed_precision`).
@@ -106,6 +109,7 @@ class TrainingParameters:
     bootstrap: bool = False
     validation_fraction: float = 0.0
     patience: int = 0
+    n_heads: int = 0
     mixed_precision: str = FULL
 
     def __post_init__(self) -> None:
@@ -119,8 +123,10 @@ class TrainingParameters:
         for name in _NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must not be below 0, and finite: {getattr(self, name)}")
-        if not isinstance(self.patience, int) or self.patience < 0:
-            raise ValueError(f"patience must be a whole number from 0 on, not {self.patience!r}")
+        for name in ("patience", "n_heads"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number from 0 on, not {value!r}")
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction must be from 0 to below 1, not {self.validation_fraction}"
