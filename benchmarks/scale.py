@@ -337,6 +337,7 @@ def nodes_of_pw() -> float | None:
 def loop(n_iterations: int, n_select: int, n_pool: int) -> dict[str, Any]:
     """Run a loop through the daemon and watch how soon the daemon answers."""
     from aiida.engine import submit
+    from aiida.manage.configuration import get_profile
     from aiida.orm import Node, QueryBuilder
 
     usage = make_profile()
@@ -357,6 +358,7 @@ def loop(n_iterations: int, n_select: int, n_pool: int) -> dict[str, Any]:
     if not node.is_finished_ok:
         raise SystemExit(f"the loop ended with {node.exit_status}: {node.exit_message}")
     iterations = len(node.outputs.history["iterations"])
+    storage = Path(get_profile().storage_config["filepath"])
     in_jobs = covered([json.loads(line) for line in usage.read_text().splitlines()])
     found = {
         "iterations": iterations,
@@ -379,9 +381,9 @@ def loop(n_iterations: int, n_select: int, n_pool: int) -> dict[str, Any]:
             )
         },
         **worker,
+        **storage_size(storage),
+        "storage": str(storage),
     }
-    # Last of all, for it closes the profile.
-    found |= profile_size()
     print(f"loop      {found}", flush=True)
     return found
 
@@ -440,26 +442,22 @@ def covered(jobs: list[dict[str, float]]) -> float:
     return total
 
 
-def profile_size() -> dict[str, float]:
-    """Return size of the database and of the repository, as they are and packed.
+def storage_size(folder: Path) -> dict[str, float]:
+    """Return the size of the database and of the repository, in MB."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    database = sum(path.stat().st_size for path in files if path.parent == folder)
+    everything = sum(path.stat().st_size for path in files)
+    return {
+        "database_mb": round(database / MEGA, 1),
+        "repository_mb": round((everything - database) / MEGA, 1),
+    }
 
-    The profile is closed: AiiDA packs one that nobody uses.
-    """
-    from aiida.manage import get_manager
-    from aiida.manage.configuration import get_profile
 
-    folder = Path(get_profile().storage_config["filepath"])
-    get_manager().unload_profile()
-    found = {}
-    for name in ("", "packed_"):
-        if name:
-            verdi("storage", "maintain", "--full", "--force", "--compress")
-        files = [path for path in folder.rglob("*") if path.is_file()]
-        database = sum(path.stat().st_size for path in files if path.parent == folder)
-        everything = sum(path.stat().st_size for path in files)
-        found[f"{name}database_mb"] = round(database / MEGA, 1)
-        found[f"{name}repository_mb"] = round((everything - database) / MEGA, 1)
-    return found
+def packed_size(storage: Path, aiida_path: str) -> dict[str, float]:
+    """Return the same when all is packed, which AiiDA does where no process uses the profile."""
+    command = ["--profile", PROFILE, "storage", "maintain", "--full", "--force", "--compress"]
+    verdi(*command, aiida_path=aiida_path)
+    return {f"packed_{name}": size for name, size in storage_size(storage).items()}
 
 
 def loop_builder(
@@ -502,10 +500,11 @@ def loop_builder(
     )
 
 
-def verdi(*arguments: str) -> None:
-    """Run a command of AiiDA."""
+def verdi(*arguments: str, aiida_path: str | None = None) -> None:
+    """Run a command of AiiDA, with the profiles of another folder if one is given."""
+    environment = os.environ | ({} if aiida_path is None else {"AIIDA_PATH": aiida_path})
     command = [str(Path(sys.executable).with_name("verdi")), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed: {done.stdout}{done.stderr}")
 
@@ -608,7 +607,10 @@ def run_apart(name: str, *, quick: bool) -> Any:
             env=os.environ | {"AIIDA_PATH": folder, "OMP_NUM_THREADS": "1"},
             check=True,
         )
-        return json.loads(output.read_text())
+        found = json.loads(output.read_text())
+        if name == "loop":
+            found |= packed_size(Path(found.pop("storage")), folder)
+        return found
 
 
 def main() -> None:
