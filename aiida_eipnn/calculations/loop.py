@@ -577,9 +577,14 @@ def _by_features(test: Labels, predicted: Predictions) -> dict[str, float | None
     atoms = ragged_rows(predicted.offsets, rows)
     size = np.linalg.norm(predicted.forces[atoms] - test.forces[0], axis=1)
     told = {name: getattr(predicted, name) for name in OF_FEATURES}
-    return {
-        name: None if values is None else spearman(values[atoms].astype(np.float64), size)
+    ranked = {
+        name: values[atoms].astype(np.float64)
         for name, values in told.items()
+        if values is not None
+    }
+    # What too few labels tell may be no number; the loop does not depend on it.
+    return dict.fromkeys(OF_FEATURES) | {
+        name: spearman(values, size) for name, values in ranked.items() if np.isfinite(values).all()
     }
 
 

@@ -287,3 +287,18 @@ def test_nothing_to_predict_has_no_atoms(network):
     found = committee_of(network).predict(Configurations.from_atoms([]))
 
     assert found.strangeness.shape == found.atom_energy_std.shape == (0,)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_one_label_of_equal_atoms_leaves_every_number_finite(precision):
+    crystal = Configurations.from_atoms([bulk("Si", a=5.3)])
+    inputs = StageInputs(configurations=crystal, labels=labels_of(crystal, {"dft": SOFT}))
+    few = {"steps": 5, "n_heads": 3}
+    network = {"precision": precision, "n_radial": 4, "l_max": 1, "width": 8, "depth": 1}
+    _, state = train("finetune", inputs, settings_for("finetune", network, **few))
+
+    said = committee_of(state.network).predict(pool_of(3, seed=5))
+
+    for name in ("energy", "forces", "energy_std", "forces_std", "strangeness", "atom_energy_std"):
+        assert np.isfinite(getattr(said, name)).all(), name
+    assert said.strangeness.min() > 0

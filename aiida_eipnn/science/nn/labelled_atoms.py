@@ -12,6 +12,8 @@ from aiida_eipnn.science.nn.trunk import BatchSet
 # Of the covariance towards a sphere. Atoms are many: less than that of whole configurations ranks
 # errors of forces better (0.77 against 0.73 on mvl_W, 0.0 against -0.2 on pyxtal_Si).
 SHRINKAGE = 1e-3
+# Of features, relative to their mean square: less is a rounding error.
+MIN_VARIANCE = 1e-6
 
 
 def fit_density(network: Network, described: BatchSet) -> tuple[FloatArray, FloatArray]:
@@ -46,6 +48,8 @@ def fit_density(network: Network, described: BatchSet) -> tuple[FloatArray, Floa
     overall = sums.sum(axis=0) / n_atoms
     centres = np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], overall)
     covariance = squares / n_atoms - (centres.T * counts) @ centres / n_atoms
-    sphere = max(float(np.trace(covariance)) / width, 1e-300)
+    # Atoms of one small cell may all be equal: then any other one is far off, but not infinitely.
+    least = MIN_VARIANCE * float(np.trace(squares)) / n_atoms
+    sphere = max(float(np.trace(covariance)), least, MIN_VARIANCE) / width
     shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * sphere * np.eye(width)
     return centres, symmetric_root(shrunk)
