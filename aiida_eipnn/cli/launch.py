@@ -151,10 +151,10 @@ def labelled_of(path: Path) -> tuple[ConfigurationsData, LabelsData]:
 
 
 def checked(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what ``call`` returns; bad input is for the user: one line, no traceback."""
+    """Return what ``call`` returns; a ``ValueError`` is for the user: one line, no traceback."""
     try:
         return call(*arguments)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(str(error)) from error
 
 

@@ -163,12 +163,15 @@ def options_of(stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises
     ------
-    TypeError
+    ValueError
         If what is below the name of a stage are no options.
     """
     own = options.get(stage) or {}
     if not isinstance(own, Mapping):
-        raise TypeError(f"options of {stage} are given by name, not as {own!r}")
+        # The launch scripts show these to the user in one line.
+        raise ValueError(  # noqa: TRY004
+            f"options of {stage} are given by name, not as {own!r}"
+        )
     common = {name: value for name, value in options.items() if name not in STAGES}
     merged: dict[str, Any] = recursive_merge(common, dict(own))
     return merged

@@ -394,7 +394,7 @@ def test_each_stage_may_run_in_a_place_of_its_own(
     assert loop.label.job.code.pk == job_code.pk
     with pytest.raises(ValueError, match=r"no stages \['training'\]"):
         made({}, training=gpu)
-    with pytest.raises(TypeError, match="options of train are given by name"):
+    with pytest.raises(ValueError, match="options of train are given by name"):
         made({"train": "gpu"})
 
 

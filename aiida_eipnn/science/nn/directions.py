@@ -6,7 +6,8 @@ the force along :math:`d` of *every* head, where derivatives by all positions ta
 each head. For random :math:`d` the mean square of :math:`(F - F') \cdot d` is that of the forces.
 """
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -74,6 +75,9 @@ class Pooled(NamedTuple):
     mean: Tensor
     change: Tensor
     directions: FloatArray
+
+
+A = TypeVar("A", Moved, Pooled)
 
 
 class DirectedSet(Protocol):
@@ -221,6 +225,33 @@ def tangent_of(graph: Graph, directions: FloatArray) -> Tensor:
     moves = torch.as_tensor(directions, device=graph.vectors.device)
     filled = graph.vectors.any(dim=-1, keepdim=True)
     return (moves[graph.partners] - moves[:, None]) * filled
+
+
+def ask_along(
+    ask: Callable[[IntArray], A], rows: IntArray, forces: FloatArray, n_atoms: IntArray
+) -> tuple[list[A], FloatArray]:
+    """Ask about configurations, moved along new directions; return answers and true forces.
+
+    Parameters
+    ----------
+    ask
+        Moves the atoms of some configurations and says what comes of it.
+    rows
+        The configurations; a few at a time, for all of them at once take gigabytes with MACE.
+    forces
+        Of their labels, in eV/Å. Shape ``(1, N, 3)``.
+    n_atoms
+        Atoms of each of them.
+
+    Returns
+    -------
+    tuple
+        An answer for each part, and the forces along the directions, in eV/Å, shape ``(n,)``.
+    """
+    with torch.no_grad():
+        answers = [ask(rows[start : start + _CHUNK]) for start in range(0, len(rows), _CHUNK)]
+    directions = np.concatenate([item.directions for item in answers])
+    return answers, forces_along(forces, directions, n_atoms)[:, 0]
 
 
 def forces_along(

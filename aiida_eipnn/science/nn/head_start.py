@@ -10,7 +10,7 @@ from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.nn.device import array_of
-from aiida_eipnn.science.nn.directions import DrawnDirections, forces_along
+from aiida_eipnn.science.nn.directions import DrawnDirections, ask_along
 from aiida_eipnn.science.nn.network import Network
 from aiida_eipnn.science.reference import element_fractions
 
@@ -24,7 +24,6 @@ N_FOLDS = 5
 ENERGY_WEIGHT = 3.0
 # Errors below these, in eV/atom and eV/Å, are as good as none.
 SMALL_ENERGY, SMALL_FORCE = 2e-3, 5e-3
-_BATCH = 32
 
 
 class _Rows(NamedTuple):
@@ -87,14 +86,12 @@ def _compare(
     """Ask the heads about the labelled configurations."""
     part, known = configurations.take(chosen), labels.take(chosen)
     said, true = [], []
-    # A few at a time: all of them at once take gigabytes with MACE.
-    batches = [chosen[start : start + _BATCH] for start in range(0, len(chosen), _BATCH)]
-    with torch.no_grad():
-        for _ in range(N_PROBES):
-            moved = [described.move(network, rows, rng) for rows in batches]
-            directions = np.concatenate([item.directions for item in moved])
-            said.append(_joined([item.along for item in moved]))
-            true.append(forces_along(known.forces, directions, part.n_atoms)[:, 0])
+    for _ in range(N_PROBES):
+        moved, along = ask_along(
+            lambda rows: described.move(network, rows, rng), chosen, known.forces, part.n_atoms
+        )
+        said.append(_joined([item.along for item in moved]))
+        true.append(along)
     return _Rows(
         energies=_joined([item.energies for item in moved]),
         energy=known.energy[:, 0] / part.n_atoms,

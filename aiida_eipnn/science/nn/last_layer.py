@@ -23,13 +23,12 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.nn.device import array_of
-from aiida_eipnn.science.nn.directions import DrawnDirections, forces_along
+from aiida_eipnn.science.nn.directions import DrawnDirections, ask_along
 from aiida_eipnn.science.nn.head_start import SMALL_ENERGY, SMALL_FORCE
 from aiida_eipnn.science.nn.heads import DFT_HEAD
 from aiida_eipnn.science.nn.network import Network
@@ -45,7 +44,6 @@ ROWS_BY_FEATURE = 8
 MIN_HELD_OUT = 5
 # Ridge relative to the mean eigenvalue of what the labels say.
 RIDGE = 1e-5
-_BATCH = 32
 
 
 class LabelledRows(NamedTuple):
@@ -170,16 +168,13 @@ def read_rows(
     row, scale = heads.row(DFT_HEAD), float(heads.scale)
     weight = array_of(heads.weight[row].detach()).astype(np.float64)
     forces, errors = [], []
-    # A few at a time: all of them at once take gigabytes with MACE.
-    batches = [chosen[start : start + _BATCH] for start in range(0, len(chosen), _BATCH)]
-    with torch.no_grad():
-        for _ in range(count_probes(len(chosen), network.trunk.n_features)):
-            pooled = [described.pool(network, rows, rng) for rows in batches]
-            directions = np.concatenate([item.directions for item in pooled])
-            change = np.concatenate([array_of(item.change.double()) for item in pooled])
-            true = forces_along(known.forces, directions, part.n_atoms)[:, 0]
-            forces.append(-scale * change)
-            errors.append(forces[-1] @ weight - true)
+    for _ in range(count_probes(len(chosen), network.trunk.n_features)):
+        pooled, true = ask_along(
+            lambda rows: described.pool(network, rows, rng), chosen, known.forces, part.n_atoms
+        )
+        change = np.concatenate([array_of(item.change.double()) for item in pooled])
+        forces.append(-scale * change)
+        errors.append(forces[-1] @ weight - true)
     energies = scale * np.concatenate([array_of(item.mean.double()) for item in pooled])
     reference = count_elements(part, np.array(network.elements)) @ array_of(heads.reference[row])
     wanted = (known.energy[:, 0] - reference) / part.n_atoms
