@@ -161,6 +161,41 @@ def largest_cluster_points(
     return np.array(chosen, dtype=np.int64)
 
 
+def representative_points(features: FloatArray, n: int) -> IntArray:
+    """Choose ``n`` rows such that every point is close to one of them (greedy k-medoids).
+
+    Each is the one that lowers the sum of the distances of all points to the nearest chosen one
+    most; the first is the medoid. What is typical is taken, where the other methods begin at the
+    border. It needs all distances, ``O(n_points^2)`` numbers, in memory [1]_.
+
+    Parameters
+    ----------
+    features
+        One point a row. Shape ``(n_points, n_features)``.
+    n
+        How many to choose.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer points than to choose.
+
+    References
+    ----------
+    .. [1] Krause, Golovin, "Submodular function maximization" (2014), facility location.
+    """
+    check_number(features, n)
+    distance = np.sqrt(_table(features, _lengths(features), features))
+    nearest = np.full(len(features), np.inf)
+    chosen: list[int] = []
+    for _ in range(n):
+        sums = np.minimum(nearest[:, None], distance).sum(axis=0)
+        sums[chosen] = np.inf
+        chosen.append(int(sums.argmin()))
+        nearest = np.minimum(nearest, distance[:, chosen[-1]])
+    return np.array(chosen, dtype=np.int64)
+
+
 def check_number(features: FloatArray, n: int) -> None:
     """Raise ``ValueError`` where ``n`` of these points cannot be chosen."""
     if not 1 <= n <= len(features):

@@ -1,4 +1,4 @@
-"""The first DFT points, before there is any: where EIPs disagree, and what differs most."""
+"""The first DFT points, before there is any: where EIPs disagree, and what is typical there."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from aiida_eipnn.science.acquisition import standardise
 from aiida_eipnn.science.arrays import FloatArray, IntArray
-from aiida_eipnn.science.batch_selection import farthest_points
+from aiida_eipnn.science.batch_selection import representative_points
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.descriptors import describe_structures
 from aiida_eipnn.science.labels import Labels
@@ -86,7 +86,10 @@ def pick_disputed(
     n: int,
     top_fraction: float = 0.5,
 ) -> IntArray:
-    """Choose ``n`` rows that differ most from one another among those that EIPs disagree about.
+    """Choose ``n`` rows that represent those that EIPs disagree about.
+
+    Farthest points among them are outliers, and with few labels a network learns little from
+    outliers: see docs/topics/active-learning-results.md.
 
     Parameters
     ----------
@@ -110,7 +113,7 @@ def pick_disputed(
     order = candidates[np.argsort(-disagreement[candidates], kind="stable")]
     part = min(int(np.ceil(top_fraction * len(order))), MAX_DISPUTED)
     disputed = order[: max(n, part)]
-    return disputed[farthest_points(describe(disputed), n)]
+    return disputed[representative_points(describe(disputed), n)]
 
 
 def _better_half(aligned: FloatArray) -> IntArray:

@@ -14,7 +14,8 @@ def benchmark(injection, monkeypatch):
     active_learning.setting_of.cache_clear()
     monkeypatch.setattr(active_learning, "load_dataset", injection.load_dataset)
     monkeypatch.setattr(active_learning, "MEMBERS", 2)
-    monkeypatch.setattr(active_learning, "STEPS", {"scratch": 10, "transfer": 10, "pseudo": 10})
+    monkeypatch.setattr(active_learning, "STEPS", {"mvl_W": {4: 10, 8: 10}})
+    monkeypatch.setattr(active_learning, "FIXED_TARGETS", {"mvl_W": 10.0})
     yield active_learning
     active_learning.setting_of.cache_clear()
 
@@ -86,11 +87,13 @@ def test_savings_are_points_at_equal_error(benchmark):
             for n in (5, 10, 20)
         ]
 
-    (found,) = benchmark.savings([*rows("random", 1.0), *rows("full", 0.5)])
-    # Half the error at each number of points: half the points.
-    assert found["saving"] == pytest.approx(0.5, abs=1e-3)
-    assert found["low"] <= found["saving"] <= found["high"]
-    (worse,) = benchmark.savings([*rows("random", 1.0), *rows("fps", 100.0)])
+    for found in benchmark.savings([*rows("random", 1.0), *rows("full", 0.5)]):
+        # Half the error at each number of points: half the points.
+        assert found["saving"] == pytest.approx(0.5, abs=1e-3)
+        assert found["low"] <= found["saving"] <= found["high"]
+    worse, at_fixed = benchmark.savings([*rows("random", 1.0), *rows("fps", 100.0)])
     assert worse["saving"] < -1
+    assert worse["target_force_mae_mev"] == pytest.approx(1.2 * 5.25)
+    assert at_fixed["target_force_mae_mev"] == 10.0
     # A run that is not complete does not count.
     assert benchmark.savings([*rows("random", 1.0), *rows("full", 0.5)[:2]]) == []

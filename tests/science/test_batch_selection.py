@@ -8,6 +8,7 @@ from aiida_eipnn.science.batch_selection import (
     farthest_points,
     largest_cluster_points,
     most_informative_points,
+    representative_points,
 )
 
 METHODS = [farthest_points, most_informative_points, largest_cluster_points]
@@ -64,6 +65,25 @@ def test_a_lonely_point_far_off_waits_until_the_dense_part_is_covered():
     assert 200 in farthest_points(crowd, 60, known)
 
 
+def test_representative_points_lower_the_sum_of_distances_most_step_by_step(points):
+    pool, _ = points
+    distance = np.linalg.norm(pool[:, None] - pool, axis=2)
+    chosen = representative_points(pool, 5).tolist()
+
+    for step in range(5):
+        free = [row for row in range(len(pool)) if row not in chosen[:step]]
+        assert chosen[step] == min(
+            free, key=lambda row: distance[[*chosen[:step], row]].min(axis=0).sum()
+        )
+
+
+def test_representative_points_are_typical_where_farthest_ones_are_not():
+    line = np.array([[0.0], [1.0], [2.0], [3.0], [4.0], [40.0], [41.0], [42.0], [90.0]])
+
+    assert representative_points(line, 2).tolist() == [4, 6]
+    assert 8 in farthest_points(line, 2)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_point_that_is_worth_little_waits(method):
     pool, known = np.array([[1.0, 0.0], [0.0, 1.1], [0.9, 0.1]]), np.array([[0.1, 0.1]])
@@ -78,7 +98,11 @@ def test_no_point_is_chosen_twice_even_where_all_are_the_same(method):
     assert sorted(method(np.ones((5, 2)), 5, np.ones((2, 2))).tolist()) == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("method", METHODS)
+def test_no_representative_point_is_chosen_twice_even_where_all_are_the_same():
+    assert sorted(representative_points(np.ones((5, 2)), 5).tolist()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("method", [*METHODS, representative_points])
 def test_more_points_than_there_are_cannot_be_chosen(method):
     with pytest.raises(ValueError, match="cannot pick 5 of 4 points"):
         method(np.zeros((4, 2)), 5)
