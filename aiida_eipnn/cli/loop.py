@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from aiida.orm import Node
 
     from aiida_eipnn.reports.history import History
@@ -295,6 +297,7 @@ def lineage_lines(lineage: "Lineage") -> list[str]:
     lines = [f"committee {lineage.committee_pk} ({lineage.committee_uuid}){where}", "", "trainings"]
     lines += [
         f"  {item.stage:<10} calculation {item.pk}  {item.uuid}  seeds {seeds_text(item.seeds)}"
+        + heads_text(item.training)
         for item in lineage.stages
     ]
     lines += ["", "EIPs"]
@@ -334,6 +337,12 @@ def point_table(points: Any) -> list[str]:
 def seeds_text(seeds: Any) -> str:
     """Return the seeds of the members."""
     return ", ".join(str(seed) for seed in seeds)
+
+
+def heads_text(training: "Mapping[str, Any]") -> str:
+    """Return how many heads were drawn for each member, if any were."""
+    n_heads = training.get("n_heads", 0)
+    return f"  {n_heads} heads each" if n_heads else ""
 
 
 def write_dataset(node: "Node", path: Path) -> list[str]:

@@ -6,7 +6,7 @@ process is seen as it is now.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -110,6 +110,8 @@ class Iteration:
         The same as lines to draw; not there in loops of earlier versions.
     conformal, conformal_worst
         Intervals for the force on an atom, and for the worst one of a configuration.
+    by_features
+        Rank correlations of what features alone tell of atoms with the errors of their forces.
     choices
         How often each EIP, or ``none``, was chosen in the pool.
     asked
@@ -136,6 +138,7 @@ class Iteration:
     curves: Curves | None = None
     conformal: Conformal | None = None
     conformal_worst: Conformal | None = None
+    by_features: dict[str, float] = field(default_factory=dict)
     choices: dict[str, int]
     asked: Asked | None = None
     seconds: float = 0.0
@@ -430,6 +433,11 @@ def _iteration(
         curves=_curves(record.get("curves")),
         conformal=_conformal((record.get("conformal") or {}).get("atoms")),
         conformal_worst=_conformal((record.get("conformal") or {}).get("configurations")),
+        by_features={
+            name: value
+            for name, value in record.get("by_features", {}).items()
+            if value is not None
+        },
         choices=dict(selection.base.attributes.get("counts")) if selection else {},
         asked=_asked(outputs.get("choice"), pool),
         seconds=seconds,

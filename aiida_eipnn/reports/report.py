@@ -38,6 +38,9 @@ SHORT = {
     "label_found": "EIP labels of what it found",
 }
 
+# What features alone tell of atoms.
+BY_FEATURES = {"atom_energy_std": "spread of the atom's energy", "strangeness": "strangeness"}
+
 # Of pw.x, and of aiida-quantumespresso's distance of k-points.
 UNITS = {"ecutwfc": "Ry", "ecutrho": "Ry", "degauss": "Ry", "kpoints_distance": "1/Å"}
 
@@ -450,11 +453,21 @@ def panel_figure(history: History) -> str:
         covered, wanted = _coverage([item for item, _ in judged])
         figures.by_iteration(axes[0], numbers, covered, "errors within the interval, %", wanted)
         ranking = {"rank correlation": line("spearman"), "gain by rejection": line("rejection")}
+        ranking |= _ranks_by_features([item for item, _ in judged])
         figures.by_iteration(axes[1], numbers, ranking, "1 is perfect")
         off = {"ENCE": line("ence"), "miscal. area": line("miscalibration_area")}
         figures.by_iteration(axes[2], numbers, off, "0 is perfect")
 
     return str(figures.draw("panel", paint, n_axes=3, height=3.2))
+
+
+def _ranks_by_features(items: Sequence[Iteration]) -> dict[str, list[float]]:
+    """Return how well features alone rank the errors, by iteration, where that is known."""
+    return {
+        text: [item.by_features.get(name, np.nan) for item in items]
+        for name, text in BY_FEATURES.items()
+        if any(name in item.by_features for item in items)
+    }
 
 
 def _coverage(items: Sequence[Iteration]) -> tuple[dict[str, list[float]], dict[str, float]]:

@@ -134,6 +134,11 @@ def test_lineage_lists_each_point_with_its_calculation(make_loop, call):
     assert str(point.pw_pk) in row
     assert "i001" in row
     assert "Stillinger and Weber" in shown
+    trainings = [line for line in shown.splitlines() if "seeds 11, 12" in line]
+    assert [line.endswith("8 heads each") for line in trainings] == [
+        "finetune" in line for line in trainings
+    ]
+    assert any("finetune" in line for line in trainings)
 
 
 def test_lineage_as_json_is_json_alone(make_loop, call):

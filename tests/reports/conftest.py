@@ -166,7 +166,7 @@ class Maker:
             "train__job__seeds": List([11, 12]),
             "pretrain": Dict({"stage": "pretrain"}),
             "classify": Dict({"stage": "classify"}),
-            "finetune": Dict({"stage": "finetune", "steps": 5}),
+            "finetune": Dict({"stage": "finetune", "steps": 5, "n_heads": 8}),
             "stop": Dict({"max_iterations": self.n_iterations + (self.state != "finished")}),
             "acquisition": Dict({"n_select": self.n_asked}),
             "split": Dict({"test": 3, "initial": 4}),

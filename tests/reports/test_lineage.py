@@ -48,7 +48,7 @@ def test_the_stages_come_in_order_with_seeds_settings_and_versions(make_loop):
     lineage = trace(make_loop().node)
     assert [stage.stage for stage in lineage.stages] == ["pretrain", "classify", "finetune"]
     assert lineage.stages[-1].seeds == (11, 12)
-    assert lineage.stages[-1].training == {"steps": 5}
+    assert lineage.stages[-1].training == {"steps": 5, "n_heads": 8}
     assert lineage.versions == {
         "aiida-eipnn": "0.1.0",
         "torch": "2.13.0",

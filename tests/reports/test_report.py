@@ -151,6 +151,15 @@ def test_a_history_without_curves_is_reported_too(make_loop):
     assert curves_figure(old) == panel_figure(old) == ""
 
 
+def test_what_features_tell_is_drawn_where_it_is_known(make_loop):
+    history = read_history(make_loop().node)
+    known = [replace(item, by_features={"strangeness": 0.4}) for item in history.iterations]
+    assert "strangeness" not in panel_figure(history)
+    shown = panel_figure(replace(history, iterations=known))
+    assert "strangeness" in shown
+    assert "spread of the atom" not in shown
+
+
 @pytest.mark.parametrize(
     ("state", "n_iterations", "says"),
     [
