@@ -30,13 +30,14 @@ export PATH := $(BIN):$(PATH)
 
 .PHONY: help install system demo setup test lint bench-label bench-label-bulk bench-training \
   bench-injection bench-injection-full bench-committee bench-device \
-  bench-active-learning bench-active-learning-full bench-workchain bench-scale bench-scale-full bench-kill \
+  test-cluster bench-active-learning bench-active-learning-full bench-workchain bench-scale bench-scale-full bench-kill \
   clean
 
 help:
 	@echo 'make install   system packages where that is possible, then .venv with everything'
 	@echo 'make demo      install, set up a profile, run a small active-learning loop, write its report'
 	@echo 'make test      install, then every check and test; the same as CI'
+	@echo 'make test-cluster  a loop on Slurm over ssh, with accidents; see tests/cluster/run'
 	@echo 'make lint      install, then the checks without the tests'
 	@echo 'make bench-label, make bench-label-bulk   how fast EIPs label; see benchmarks/'
 	@echo 'make bench-training   how well a network learns from scratch in four minutes'
@@ -87,6 +88,11 @@ test: export OMP_NUM_THREADS := 1
 test: lint
 	@mkdir -p $(AIIDA_PATH)
 	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# Slurm, ssh, PostgreSQL and RabbitMQ on this machine: as root on Debian 12, with these scripts.
+CLUSTER ?= ../shared/cluster
+test-cluster: install
+	tests/cluster/run $(CLUSTER)
 
 # One thread: the tables compare CPU time.
 bench-label: export OMP_NUM_THREADS := 1

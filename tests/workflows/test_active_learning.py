@@ -1,12 +1,18 @@
 """The loop on two-atom silicon with the real pw.x, KIM and torch."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from aiida.engine import run_get_node
 from aiida.manage.caching import enable_caching
 from aiida.orm import CalcJobNode, StructureData, WorkChainNode
+from aiida.tools.archive import create_archive
 from ase.build import bulk
 
 from aiida_eipnn.data.configurations import ConfigurationsData
@@ -202,6 +208,39 @@ def test_the_lineage_of_the_committee_lists_every_pw_run_that_taught_it(loop):
     assert {point.id for point in points} == taught
     runs = {node.uuid for node in calculations_of(loop, "quantumespresso.pw")}
     assert {point.pw_uuid for point in points} <= runs
+
+
+def test_an_archive_of_a_loop_tells_elsewhere_what_the_loop_tells_here(loop, tmp_path):
+    archive, page = tmp_path / "loop.aiida", tmp_path / "report.html"
+    create_archive([loop], filename=archive)
+    folder = Path(sys.executable).parent
+    environment = os.environ | {"AIIDA_PATH": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+
+    def call(command, *arguments):
+        return subprocess.run(
+            [folder / command, *map(str, arguments)],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+    make = ("profile", "setup", "core.sqlite_dos", "--non-interactive", "--profile-name", "other")
+    call("verdi", *make, "--email", "reader@localhost", "--broker", "none")
+    call("verdi", "archive", "import", archive)
+    there = json.loads(call("aiida-eipnn", "lineage", loop.uuid, "--json"))
+    here = json.loads(json.dumps(trace(loop).to_dict()))
+    assert without_pks(there) == without_pks(here)
+    assert "DFT points" in call("aiida-eipnn", "status", loop.uuid)
+    call("aiida-eipnn", "report", loop.uuid, "-o", page)
+    assert loop.uuid in page.read_text()
+
+
+def without_pks(value):
+    """Return nested values without PKs, which are others in each database."""
+    if isinstance(value, dict):
+        return {key: without_pks(item) for key, item in value.items() if not key.endswith("pk")}
+    return [without_pks(item) for item in value] if isinstance(value, list) else value
 
 
 def test_the_same_seed_gives_the_same_choices_labels_and_networks(loop, builder):
