@@ -135,6 +135,22 @@ def code(label: str, computer: str, path: Path | str, ledger: Path | None = None
     ).store()
 
 
+def computer(label: str) -> None:
+    """Make a computer that is reached by ssh and starts jobs without asking a scheduler."""
+    if Computer.collection.count({"label": label}):
+        return
+    made = Computer(
+        label=label,
+        hostname="eipnn-cluster",
+        transport_type="core.ssh_async",
+        scheduler_type="core.direct",
+        workdir=str(Path(os.environ["EIPNN_CLUSTER_DIR"]) / "work" / label),
+    ).store()
+    made.configure(host="eipnn-cluster", backend="asyncssh", safe_interval=0, use_login_shell=False)
+    made.set_minimum_job_poll_interval(0.5)
+    made.set_default_mpiprocs_per_machine(1)
+
+
 def pool(path: Path) -> None:
     """Write two-atom silicon, rattled and strained."""
     rng = np.random.default_rng(0)
@@ -182,10 +198,10 @@ def wait(condition: Callable[[], object], what: str) -> object:
 
 
 def jobs(pk: int, name: str, **attributes: str) -> list[CalcJobNode]:
-    """Return the jobs of this name below a loop."""
+    """Return the jobs of this name below a loop, in the order in which they began."""
     return [
         node
-        for node in load_node(pk).called_descendants
+        for node in sorted(load_node(pk).called_descendants, key=lambda node: node.pk)
         if isinstance(node, CalcJobNode)
         and node.process_label == name
         and all(node.base.attributes.get(key, None) == value for key, value in attributes.items())
@@ -313,6 +329,32 @@ def test_each_stage_has_its_own_options(loops):
     assert all("#SBATCH --partition=debug" in text for text in script.values())
 
 
+def test_a_node_that_one_job_holds_runs_all_of_pw(loops, place):
+    """Many short runs, one entry in the queue: see docs/howto/cluster.md."""
+    computer("cluster-node")
+    code("pw", "cluster-node", shutil.which("pw.x"), place / "ledger-cluster-node")
+    held = run("sbatch", "--parsable", "--time=60", "--output=/dev/null", "--wrap", "sleep 3600")
+    pk = start(place, "localhost", "--code", "dft=pw@cluster-node")
+    queue: set[str] = set()
+
+    def ended() -> bool:
+        queue.update(run("squeue", "--noheader", "--format=%i").split())
+        return load_node(pk).is_terminated
+
+    wait(ended, f"loop {pk} to end")
+    run("scancel", held.strip())
+    assert queue == {held.strip()}
+    assert ledger(place, "cluster-node") == (11, 0)
+    assert dataset(load_node(pk)) == dataset(loops.calm)
+
+
+def test_commands_tell_of_the_loop(loops):
+    said = run(str(BIN / "aiida-eipnn"), "status", str(loops.shaken.pk))
+    assert "11" in said
+    said = run(str(BIN / "aiida-eipnn"), "lineage", str(loops.shaken.pk))
+    assert said.count("labelled") + said.count("done") >= 7
+
+
 def test_nothing_is_left_running(loops):
     assert run("squeue", "--noheader") == ""
     active = QueryBuilder().append(
@@ -324,10 +366,3 @@ def test_nothing_is_left_running(loops):
         item for item in psutil.process_iter(["cwd"]) if str(item.info["cwd"]).startswith(str(work))
     ]
     assert left == []
-
-
-def test_commands_tell_of_the_loop(loops):
-    said = run(str(BIN / "aiida-eipnn"), "status", str(loops.shaken.pk))
-    assert "11" in said
-    said = run(str(BIN / "aiida-eipnn"), "lineage", str(loops.shaken.pk))
-    assert said.count("labelled") + said.count("done") >= 7
