@@ -33,6 +33,7 @@ from aiida.orm import (
     WorkChainNode,
     to_aiida_type,
 )
+from aiida_quantumespresso.calculations.pw import PwCalculation
 from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 from aiida_quantumespresso.workflows.pw.base import PwBaseWorkChain
 
@@ -56,7 +57,7 @@ from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.workflows.builder import PROTOCOLS, dft_inputs
 from aiida_eipnn.workflows.once import SubmitsOnce
-from aiida_eipnn.workflows.restart import MAX_DEATHS
+from aiida_eipnn.workflows.restart import MAX_DEATHS, MAX_SLICES
 
 # A lane, its PwBaseWorkChain and the PwCalculation each hold a slot; the parents hold a few more.
 SLOTS_PER_LANE = 3
@@ -98,9 +99,10 @@ def _add_inputs(spec: ProcessSpec) -> None:
 
 
 class DftRun(SubmitsOnce, PwBaseWorkChain):
-    """PwBaseWorkChain that starts a run again whose machine went down.
+    """PwBaseWorkChain that starts a run again whose machine went down, and counts no walltimes.
 
-    To PwBaseWorkChain an output that breaks off is a failure of that configuration for good.
+    To PwBaseWorkChain an output that breaks off is a failure of that configuration for good, and
+    three runs that each stopped in good order at their walltime are three attempts that failed.
     """
 
     @process_handler(priority=700)
@@ -112,9 +114,22 @@ class DftRun(SubmitsOnce, PwBaseWorkChain):
         if self.ctx.deaths > MAX_DEATHS:
             return None
         self.report(f"{node.process_label} {node.pk} was killed: it starts again")
+        self._count_no_attempt()
+        return ProcessHandlerReport(do_break=True)
+
+
+    @process_handler(priority=590, exit_codes=[PwCalculation.exit_codes.ERROR_OUT_OF_WALLTIME])
+    def go_on_after_walltime(self, node: CalcJobNode) -> None:
+        """Count no attempt; PwBaseWorkChain's own handler, which comes next, says how to go on."""
+        self.ctx.slices = self.ctx.get("slices", 0) + 1
+        if self.ctx.slices < MAX_SLICES:
+            self.report(f"{node.process_label} {node.pk} reached its walltime: it goes on")
+            self._count_no_attempt()
+
+    def _count_no_attempt(self) -> None:
+        # The last child is that of the last attempt: the two belong together.
         self.ctx.iteration -= 1
         self.ctx.children.pop()
-        return ProcessHandlerReport(do_break=True)
 
 
 def was_cut_off(node: CalcJobNode) -> bool:

@@ -104,6 +104,26 @@ def mixed(dft_inputs, rattled_silicon):
     return FINISHED["mixed"]
 
 
+def test_a_run_that_its_walltime_cuts_into_slices_goes_on_until_it_is_done(dft_inputs):
+    atoms = bulk("Si", cubic=True)
+    atoms.rattle(0.05, seed=1)
+    inputs = dft_inputs(
+        Configurations.from_atoms([atoms], "rattled"),
+        pw_base={"kpoints_distance": 0.3, "max_iterations": 1},
+    )
+    inputs["pw_base"]["pw"]["metadata"]["options"]["max_wallclock_seconds"] = 8
+    outputs, node = run_get_node(DftLabelWorkChain, **inputs)
+    assert node.is_finished_ok, node.exit_message
+    runs = [child for child in node.called_descendants if isinstance(child, CalcJobNode)]
+    ends = [run.exit_status for run in sorted(runs, key=lambda run: run.pk)]
+    # More slices than attempts: 400 is out of walltime.
+    assert len(ends) > 1
+    assert ends == [400] * (len(ends) - 1) + [0]
+    labels = outputs["labels"].value()
+    assert labels.ok.all()
+    assert labels.energy[0, 0] == pytest.approx(4 * -215.4, rel=0.01)
+
+
 def test_a_failed_run_is_a_row_with_a_reason_and_the_rest_is_labelled(mixed):
     bad = overlapping()
     labels = mixed.outputs.labels.value()
