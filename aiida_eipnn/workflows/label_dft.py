@@ -117,7 +117,6 @@ class DftRun(SubmitsOnce, PwBaseWorkChain):
         self._count_no_attempt()
         return ProcessHandlerReport(do_break=True)
 
-
     @process_handler(priority=590, exit_codes=[PwCalculation.exit_codes.ERROR_OUT_OF_WALLTIME])
     def go_on_after_walltime(self, node: CalcJobNode) -> None:
         """Count no attempt; PwBaseWorkChain's own handler, which comes next, says how to go on."""
