@@ -183,9 +183,24 @@ class EvaluateJob:
     max_seconds: float | None = None
 
 
-Job = ExploreJob | LabelJob | TrainJob | EvaluateJob
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckJob:
+    """Look at the place where jobs run: its Python, packages, KIM models and GPUs.
+
+    Parameters
+    ----------
+    max_seconds
+        Not needed: it takes seconds.
+    """
+
+    kind: ClassVar[str] = "check"
+
+    max_seconds: float | None = None
+
+
+Job = ExploreJob | LabelJob | TrainJob | EvaluateJob | CheckJob
 KINDS: dict[str, type[Job]] = {
-    job.kind: job for job in (ExploreJob, LabelJob, TrainJob, EvaluateJob)
+    job.kind: job for job in (ExploreJob, LabelJob, TrainJob, EvaluateJob, CheckJob)
 }
 
 

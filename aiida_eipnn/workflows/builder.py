@@ -138,7 +138,7 @@ def fill_builder(
     builder.train.job = train_inputs(inputs, codes.of(TRAIN), of[TRAIN])
     builder.evaluate = {
         "parameters": Dict(inputs["evaluate"]),
-        **_job(codes.of(EVALUATE), of[EVALUATE]),
+        **job_inputs(codes.of(EVALUATE), of[EVALUATE]),
     }
     inputs = with_heads(inputs)
     for name in (*TRAININGS, "split", "label_model", "gate", "acquisition", "extension", "stop"):
@@ -218,7 +218,7 @@ def dft_inputs(
             StructureData(ase=all_elements(elements)),
             protocol=inputs["protocol"],
             overrides=_with_cutoffs(inputs, elements),
-            options={**ONE_CORE, **_with_mpi(options)},
+            options={**ONE_CORE, **with_mpi(options)},
         )
     except (ValueError, NotExistent) as error:
         family = inputs["pw_base"]["pseudo_family"]
@@ -237,7 +237,7 @@ def dft_inputs(
     }
 
 
-def _with_mpi(options: Mapping[str, Any]) -> dict[str, Any]:
+def with_mpi(options: Mapping[str, Any]) -> dict[str, Any]:
     """Let pw.x run by MPI where it gets several processes, unless the options say otherwise."""
     resources = options.get("resources", {})
     names = ("num_machines", "num_mpiprocs_per_machine", "tot_num_mpiprocs")
@@ -296,7 +296,9 @@ def with_heads(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {**inputs, **{name: {**heads, **inputs[name]} for name in FINETUNINGS}}
 
 
-def _job(code: AbstractCode, options: Mapping[str, Any], n_workers: int = 1) -> dict[str, Any]:
+def job_inputs(
+    code: AbstractCode, options: Mapping[str, Any], n_workers: int = 1
+) -> dict[str, Any]:
     """Return code and options of a job, with a core for each of its workers."""
     resources = {**ONE_CORE["resources"], "num_cores_per_mpiproc": n_workers}
     return {"code": code, "metadata": {"options": {**ONE_CORE, "resources": resources, **options}}}
@@ -318,7 +320,7 @@ def explore_inputs(
         "seed": Int(inputs["seed"]),
         # The first of the list is the one that is trusted most.
         "eip": Str((list(eips) or default_eips(inputs["eips"], elements))[0]),
-        **_job(code, options),
+        **job_inputs(code, options),
     }
 
 
@@ -340,7 +342,7 @@ def extend_inputs(
         "recipes": List(inputs["extend"]["recipes"]),
         "seed": Int(inputs["seed"]),
         "eip": Str(eips[0]),
-        **_job(code, options),
+        **job_inputs(code, options),
     }
 
 
@@ -355,7 +357,7 @@ def label_inputs(
     return {
         "eips": List(list(eips) or default_eips(inputs["eips"], elements)),
         "parameters": Dict(inputs["label"]),
-        **_job(code, options, inputs["label"].get("n_workers", 1)),
+        **job_inputs(code, options, inputs["label"].get("n_workers", 1)),
     }
 
 
@@ -368,5 +370,5 @@ def train_inputs(
         "network": Dict(inputs["network"]),
         "classes": Dict(inputs["classes"]),
         "parameters": Dict(inputs["train"]),
-        **_job(code, options, inputs["train"].get("n_workers", 1)),
+        **job_inputs(code, options, inputs["train"].get("n_workers", 1)),
     }
