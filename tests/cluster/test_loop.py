@@ -89,6 +89,8 @@ def place(tmp_path_factory):
     for name, content in (("overrides", OVERRIDES), ("options", OPTIONS)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     verdi("daemon", "start", "2")
+    # What a user does first: everything that a stage needs is there, says the cluster itself.
+    print(run(str(BIN / "aiida-eipnn"), "setup", "--computer", "cluster"))  # noqa: T201
     yield folder
     # The circus answers late where the machine is busy.
     verdi("daemon", "stop", "--timeout", "120")
