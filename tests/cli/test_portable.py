@@ -1,7 +1,9 @@
 """`aiida-eipnn portable-code`, and jobs where torch, ase and kimpy are all there is."""
 
 import io
+import os
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -79,6 +81,23 @@ def test_an_old_python_is_one_clear_line(tmp_path):
     assert done.returncode == 1
     assert "needs Python 3.11 or newer, which" in done.stderr
     assert "python3.6 is not here" in done.stderr
+
+
+def test_numba_is_left_alone_because_it_would_compile_in_every_job(tmp_path):
+    pytest.importorskip("numba")
+    write_files(tmp_path)
+    code = "from aiida_eipnn.science.eip import batch; print(batch.COMPILED, batch.__file__)"
+
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=os.environ | {"PYTHONPATH": str(tmp_path / ARCHIVE)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.stdout.split()[0] == "False", done.stderr
+    assert ARCHIVE in done.stdout
 
 
 @pytest.mark.usefixtures("aiida_profile_clean")
