@@ -27,6 +27,7 @@ BLOCKED = (
     "click",
     "torch",
     "safetensors",
+    "vesin",
     "kimpy",
     "numba",
     "matplotlib",
@@ -35,30 +36,6 @@ NEEDS_NUMBA = {"aiida_eipnn.science.eip.neighbours"}
 NEEDS_KIM = {"aiida_eipnn.science.eip.catalogue", "aiida_eipnn.science.eip.kim"}
 NEEDS_MACE = {"aiida_eipnn.science.nn.mace"}
 NEEDS_TORCH = {"aiida_eipnn.jobs.train", "aiida_eipnn.jobs.evaluate"}
-# Distances of atoms, and what asks for them. The rest, the description of a job among it, needs
-# NumPy and ASE alone.
-NEEDS_VESIN = {
-    "aiida_eipnn.jobs.explore",
-    "aiida_eipnn.jobs.label",
-    "aiida_eipnn.science.cold_start",
-    "aiida_eipnn.science.descriptors",
-    "aiida_eipnn.science.dynamics",
-    "aiida_eipnn.science.extension",
-    "aiida_eipnn.science.eip.analytic",
-    "aiida_eipnn.science.eip.batch",
-    "aiida_eipnn.science.eip.candidates",
-    "aiida_eipnn.science.eip.engine",
-    "aiida_eipnn.science.eip.expected_error",
-    "aiida_eipnn.science.eip.label_model",
-    "aiida_eipnn.science.eip.predictors",
-    "aiida_eipnn.science.eip.quantity_model",
-    "aiida_eipnn.science.duplicates",
-    "aiida_eipnn.science.gate",
-    "aiida_eipnn.science.io",
-    "aiida_eipnn.science.league",
-    "aiida_eipnn.science.pool",
-    "aiida_eipnn.science.worth",
-}
 
 
 def modules_of(room):
@@ -116,16 +93,9 @@ def test_science_and_jobs_import_on_a_bare_compute_node():
     assert imported.returncode == 0, imported.stderr
 
 
-def test_what_measures_no_distances_imports_without_vesin():
-    imported = import_without([*BLOCKED, "vesin"], sorted(node_modules() - NEEDS_VESIN))
-
-    assert imported.returncode == 0, imported.stderr
-
-
 @pytest.mark.parametrize(
     ("package", "modules"),
     [
-        ("vesin", NEEDS_VESIN),
         ("torch", NEEDS_TORCH),
         ("kimpy", NEEDS_KIM),
         ("numba", NEEDS_NUMBA),
@@ -154,7 +124,7 @@ def check_that_all_need(package, modules):
 
 
 def test_what_needs_torch_imports_without_aiida(torch):
-    blocked = [*(name for name in BLOCKED if name not in ("torch", "safetensors")), "mace"]
+    blocked = [*(name for name in BLOCKED if name != "torch"), "mace"]
     modules = {*modules_of("science/nn"), *NEEDS_TORCH} - NEEDS_MACE
 
     imported = import_without(blocked, sorted(modules))

@@ -10,6 +10,10 @@ from aiida_eipnn import __version__
 
 COMMANDS = {
     "setup": ("aiida_eipnn.cli.setup:cmd_setup", "Make a profile with codes and pseudopotentials."),
+    "portable-code": (
+        "aiida_eipnn.cli.portable:cmd_portable_code",
+        "Make a code that brings eipnn-job along.",
+    ),
     "eip": ("aiida_eipnn.cli.eip:cmd_eip", "List, check and rank empirical potentials."),
     "dataset": (
         "aiida_eipnn.cli.dataset:cmd_dataset",

@@ -15,17 +15,20 @@ from aiida_eipnn import __version__
 from aiida_eipnn.jobs.check import sources_digest
 from aiida_eipnn.workflows.builder import EVALUATE, EXPLORE, LABEL, PROTOCOLS, TRAIN
 
-BASE = ("numpy", "ase", "vesin")
+BASE = ("numpy", "ase")
 PACKAGES = {
     EXPLORE: BASE,
     LABEL: (*BASE, "kimpy"),
-    TRAIN: (*BASE, "safetensors", "torch"),
-    EVALUATE: (*BASE, "safetensors", "torch"),
+    TRAIN: (*BASE, "torch"),
+    EVALUATE: (*BASE, "torch"),
 }
 # Without these a stage runs, but not all of it or not fast.
+VESIN = {"vesin": "neighbours of small cells take three times as long without it"}
 HELPFUL = {
-    EXPLORE: {"kimpy": "molecular dynamics with a KIM model needs it"},
-    LABEL: {"numba": "labels take two to four times as long without it"},
+    EXPLORE: {"kimpy": "molecular dynamics with a KIM model needs it", **VESIN},
+    LABEL: {"numba": "labels take two to four times as long without it", **VESIN},
+    TRAIN: VESIN,
+    EVALUATE: VESIN,
 }
 ON_GPU = (TRAIN, EVALUATE)
 # Packages whose next major version may read and write other things.

@@ -5,15 +5,15 @@ import json
 import logging
 import platform
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.spec import State
 from aiida_eipnn.science.arrays import write_whole
+from aiida_eipnn.science.versions import versions_of
 
-PACKAGES = ("aiida-eipnn", "numpy", "ase", "vesin", "torch", "kimpy", "numba", "safetensors")
+PACKAGES = ("numpy", "ase", "vesin", "torch", "kimpy", "numba", "safetensors")
 
 LOGGER = logging.getLogger(__name__)
 
@@ -46,15 +46,10 @@ def _reason(error: Exception) -> str:
 
 
 def _write_status(folder: Path, state: State, **facts: Any) -> None:
-    status = {"state": str(state), "versions": _versions(), "host": platform.node(), **facts}
+    status = {
+        "state": str(state),
+        "versions": versions_of(PACKAGES),
+        "host": platform.node(),
+        **facts,
+    }
     write_whole(folder / spec.STATUS, json.dumps(status, indent=1, sort_keys=True) + "\n")
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions

@@ -8,10 +8,10 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 from ase.data import covalent_radii
-from vesin import NeighborList
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.neighbour_list import NeighborList
 
 # Sums of covalent radii: 4.9 Å for silicon, three shells; 7.1 Å for tungsten, five.
 CUTOFF = 2.2

@@ -1,10 +1,10 @@
 """Find configurations that say the same: moved, turned, mirrored, reordered or repeated."""
 
 import numpy as np
-from vesin import NeighborList
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.neighbour_list import NeighborList
 
 # Neighbours up to here, in Å, tell two geometries apart.
 CUTOFF = 5.0

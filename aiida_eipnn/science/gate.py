@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 from ase import Atoms
 from ase.data import covalent_radii
-from vesin import NeighborList
 
 from aiida_eipnn.science.arrays import BoolArray, FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.duplicates import find_duplicates
 from aiida_eipnn.science.labels import Failure, Labels
+from aiida_eipnn.science.neighbour_list import NeighborList
 from aiida_eipnn.science.outliers import (
     NOT_FINITE,
     mark_refused,

@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 from aiida.common.exceptions import NotExistent
 from aiida.engine import ProcessBuilder
-from aiida.orm import AbstractCode, Dict, Float, Int, List, Str, StructureData, load_group
+from aiida.orm import (
+    AbstractCode,
+    Computer,
+    Dict,
+    Float,
+    Int,
+    List,
+    Str,
+    StructureData,
+    load_computer,
+    load_group,
+)
 from aiida_quantumespresso.workflows.protocols.utils import recursive_merge
 from aiida_quantumespresso.workflows.pw.base import PwBaseWorkChain
 from ase import Atoms
@@ -32,6 +43,9 @@ FINETUNINGS = ("finetune", "scratch")
 # What may run in places of its own, each on its computer and in its queue.
 EXPLORE, LABEL, DFT, TRAIN, EVALUATE = "explore", "label", "dft", "train", "evaluate"
 STAGES = (EXPLORE, LABEL, DFT, TRAIN, EVALUATE)
+
+# Where a code runs that belongs to no computer, among the options.
+COMPUTER = "computer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +173,8 @@ def options_of(stage: str, options: Mapping[str, Any]) -> dict[str, Any]:
     stage
         One of ``explore``, ``label``, ``dft``, ``train``, ``evaluate``.
     options
-        Options for every job, and below the name of a stage those of its jobs alone.
+        Options for every job, and below the name of a stage those of its jobs alone. Among them
+        ``computer``, the label of where portable codes run.
 
     Raises
     ------
@@ -239,10 +254,12 @@ def dft_inputs(
 
 def with_mpi(options: Mapping[str, Any]) -> dict[str, Any]:
     """Let pw.x run by MPI where it gets several processes, unless the options say otherwise."""
+    # Its code has a computer.
+    options = {name: value for name, value in options.items() if name != COMPUTER}
     resources = options.get("resources", {})
     names = ("num_machines", "num_mpiprocs_per_machine", "tot_num_mpiprocs")
     several = any(int(resources.get(name) or 1) > 1 for name in names)
-    return {"withmpi": True, **options} if several else dict(options)
+    return {"withmpi": True, **options} if several else options
 
 
 def _with_cutoffs(inputs: Mapping[str, Any], elements: Sequence[str]) -> dict[str, Any]:
@@ -301,7 +318,28 @@ def job_inputs(
 ) -> dict[str, Any]:
     """Return code and options of a job, with a core for each of its workers."""
     resources = {**ONE_CORE["resources"], "num_cores_per_mpiproc": n_workers}
-    return {"code": code, "metadata": {"options": {**ONE_CORE, "resources": resources, **options}}}
+    given = {**ONE_CORE, "resources": resources, **options}
+    place = given.pop(COMPUTER, None)
+    metadata = {"options": given}
+    if code.computer is None:
+        metadata["computer"] = _computer(code, place)
+    return {"code": code, "metadata": metadata}
+
+
+def _computer(code: AbstractCode, label: str | None) -> Computer:
+    """Return where a code runs that belongs to no computer."""
+    if label is None:
+        raise ValueError(
+            f"the code {code.full_label} belongs to no computer: name the one to run it on as "
+            f"{COMPUTER!r} in the options"
+        )
+    try:
+        return load_computer(label)
+    except NotExistent as error:
+        raise ValueError(
+            f"the options name the computer {label!r}, which is not there: see `verdi computer "
+            "list`"
+        ) from error
 
 
 def explore_inputs(

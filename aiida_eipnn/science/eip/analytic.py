@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from ase import Atoms
 from ase.data import atomic_numbers
-from vesin import NeighborList
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.eip.names import (
@@ -23,6 +22,7 @@ from aiida_eipnn.science.eip.potential import (
     refuse_unknown_elements,
     virial_stress,
 )
+from aiida_eipnn.science.neighbour_list import NeighborList
 
 _Potential = TypeVar("_Potential", "LennardJones", "StillingerWeber")
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from aiida_eipnn.science.eip.neighbours import Pairs
 
 # Without numba, KIM models still run, on kimpy's own neighbour lists: slower, the same labels.
-COMPILED = find_spec("numba") is not None
+# So too from an archive: it lies in another folder for each job, and numba, which keeps what it
+# compiled by the path, would compile for a quarter of a minute in each and keep that for ever.
+COMPILED = find_spec("numba") is not None and Path(__file__).is_file()
 
 OVERLAP = f"two atoms are closer than {MIN_CONTACT:g} of the sum of their covalent radii"
 

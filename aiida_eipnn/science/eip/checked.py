@@ -11,6 +11,8 @@ import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from aiida_eipnn.science.eip.isolation import Lost, each_apart
 from aiida_eipnn.science.eip.potential import describe_potential, open_potential
 
 ELEMENTS = ("Si", "Al", "Cu", "Ni", "Mo", "W", "Fe", "Ta")
-SHIPPED = Path(__file__).with_name("checked_models.json")
+# Not a path: this package may lie in an archive.
+SHIPPED = files("aiida_eipnn.science.eip") / "checked_models.json"
 COMMAND = f"aiida-eipnn eip check --elements {','.join(ELEMENTS)} --output FILE"
 
 # Two models give the same numbers where all crystals agree to this: re-tabulations of one potential
@@ -191,7 +194,7 @@ def check_model(item: tuple[str, str]) -> ElementResult:
     )
 
 
-def read_checks(path: Path) -> CheckedModels:
+def read_checks(path: Traversable) -> CheckedModels:
     """Read what :func:`write_checks` wrote.
 
     Raises

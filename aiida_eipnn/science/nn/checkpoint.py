@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from aiida_eipnn.science.nn.network import Network
+from aiida_eipnn.science.nn.tensor_files import load_tensors, read_metadata, save_tensors
 from aiida_eipnn.science.nn.training import TrainingState
 
 SCHEMA_VERSION = "2"
@@ -56,7 +55,7 @@ def save_checkpoint(path: Path, state: TrainingState, fingerprint: str) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    save_tensors(partial, tensors, metadata)
     # A rename is atomic: a job killed here leaves the old file or the new one, never half.
     partial.replace(path)
 
@@ -81,17 +80,16 @@ def load_checkpoint(path: Path, state: TrainingState, fingerprint: str) -> None:
         If the checkpoint is of other settings or data, or cannot be read.
     """
     facts = json.loads(_metadata(path, fingerprint)["facts"])
-    state.network.load_state_dict(_part(path, _NETWORK))
+    state.network.load_state_dict(load_tensors(path, _NETWORK))
     state.epoch, state.step, state.n_steps = facts["epoch"], facts["step"], facts["n_steps"]
     state.sums = {name: (total, count) for name, (total, count) in facts["sums"].items()}
     state.seconds, state.history = facts["seconds"], facts["history"]
     state.finished = facts["finished"]
     if not state.finished:
         state.average, state.best = (
-            {name: tensor.to(state.network.device) for name, tensor in _part(path, prefix).items()}
-            for prefix in (_AVERAGE, _BEST)
+            _moved(load_tensors(path, prefix), state.network.device) for prefix in (_AVERAGE, _BEST)
         )
-        _load_optimiser(state.optimiser, _part(path, _OPTIMISER))
+        _load_optimiser(state.optimiser, load_tensors(path, _OPTIMISER))
 
 
 def load_finished(path: Path, network: Network, fingerprint: str) -> dict[str, Any] | None:
@@ -105,16 +103,14 @@ def load_finished(path: Path, network: Network, fingerprint: str) -> dict[str, A
     facts: dict[str, Any] = json.loads(metadata["facts"])
     if not facts["finished"]:
         return None
-    network.load_state_dict(_part(path, _NETWORK))
+    network.load_state_dict(load_tensors(path, _NETWORK))
     return {**facts, "rate_factor": float(metadata["rate_factor"])}
 
 
 def _metadata(path: Path, fingerprint: str) -> dict[str, str]:
     try:
-        with safe_open(path, "pt") as content:
-            metadata: dict[str, str] = content.metadata() or {}
-    except Exception as error:
-        # The library has no public class of its own for a file that it cannot read.
+        metadata = read_metadata(path)
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path.name} is not a checkpoint: {error}; remove it") from error
     if metadata.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
@@ -129,10 +125,8 @@ def _metadata(path: Path, fingerprint: str) -> dict[str, str]:
     return metadata
 
 
-def _part(path: Path, prefix: str) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as content:
-        names = [name for name in content.keys() if name.startswith(prefix)]  # noqa: SIM118
-        return {name.removeprefix(prefix): content.get_tensor(name) for name in names}
+def _moved(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -2,10 +2,8 @@
 
 import copy
 import json
-import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -13,10 +11,8 @@ import numpy as np
 import torch
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aiida_eipnn import __version__
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.selection import Selection, select
@@ -30,8 +26,10 @@ from aiida_eipnn.science.nn.network import (
     describe_configurations,
 )
 from aiida_eipnn.science.nn.stage import energy_head, predict_heads
+from aiida_eipnn.science.nn.tensor_files import load_tensors, save_tensors
 from aiida_eipnn.science.nn.trunk import Batch, BatchSet
 from aiida_eipnn.science.predictions import OF_FEATURES, Predictions, join_predictions
+from aiida_eipnn.science.versions import versions_of
 
 # Version 2 brought what networks say of their features: feature_uncertainty.
 SCHEMA_VERSION = 2
@@ -111,11 +109,11 @@ class Committee:
         """Write ``config.json`` and ``weights.safetensors`` into ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
-            f"member_{number}.{name}": tensor.contiguous()
+            f"member_{number}.{name}": tensor
             for number, member in enumerate(self.members)
             for name, tensor in member.state_dict().items()
         }
-        save_file(tensors, folder / WEIGHTS)
+        save_tensors(folder / WEIGHTS, tensors)
         text = json.dumps(self._config(), indent=1, sort_keys=True) + "\n"
         (folder / CONFIG).write_text(text)
 
@@ -136,7 +134,7 @@ class Committee:
                 f"{folder} holds a committee of version {config['schema_version']}, this program "
                 f"reads up to {SCHEMA_VERSION}; update aiida-eipnn"
             )
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_tensors(folder / WEIGHTS)
         members = [_load_member(config, tensors, number) for number in range(len(config["seeds"]))]
         return cls(
             members=tuple(members),
@@ -279,7 +277,10 @@ class Committee:
             "reference_energies": [_references(member) for member in self.members],
             "energy_scale": [float(member.heads.scale) for member in self.members],
             "facts": self.facts,
-            "versions": _versions(self.parameters.trunk),
+            "versions": versions_of(
+                ["torch", "numpy", "vesin", "safetensors"]
+                + (["mace-torch"] if self.parameters.trunk == MACE else [])
+            ),
         }
 
 
@@ -345,9 +346,3 @@ def _references(member: Network) -> dict[str, dict[str, float]]:
         }
         for row, name in enumerate(member.heads.names)
     }
-
-
-def _versions(trunk: str) -> dict[str, str]:
-    names = ["torch", "numpy", "vesin", "safetensors", *(["mace-torch"] if trunk == MACE else [])]
-    others = {name: metadata.version(name) for name in names}
-    return {"aiida-eipnn": __version__, "python": platform.python_version(), **others}

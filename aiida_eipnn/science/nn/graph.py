@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from ase.geometry import complete_cell
 from torch import Tensor
-from vesin import NeighborList
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations, ragged_rows
 from aiida_eipnn.science.eip.potential import symbols_of
+from aiida_eipnn.science.neighbour_list import NeighborList
 from aiida_eipnn.science.nn.device import ON_CPU
 
 # Fewer configurations than this are not worth a thread.

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from vesin import NeighborList
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations, ragged_rows
+from aiida_eipnn.science.neighbour_list import NeighborList
 from aiida_eipnn.science.nn.descriptor import Basis, Described, DescribedSet, descriptors_of
 from aiida_eipnn.science.nn.graph import (
     Graph,
