@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from aiida_eipnn.jobs import spec
-from aiida_eipnn.jobs.spec import State
+from aiida_eipnn.jobs.place import ALONE, Place
+from aiida_eipnn.jobs.spec import State, TrainJob
 from aiida_eipnn.science.arrays import write_whole
 from aiida_eipnn.science.versions import versions_of
 
@@ -18,26 +19,59 @@ PACKAGES = ("numpy", "ase", "vesin", "torch", "kimpy", "numba", "safetensors")
 LOGGER = logging.getLogger(__name__)
 
 
-def run_job(folder: Path) -> State:
+def run_job(folder: Path, place: Place = ALONE) -> State:
     """Run ``folder/job.json``; every outcome, an exception too, ends in ``status.json``.
 
     Until the job ends the status says ``running``: found after the end, it means that the job
-    was killed.
+    was killed. Of several processes the first one says how it ended, and any other that it failed.
+
+    Parameters
+    ----------
+    folder
+        Of the job.
+    place
+        Of this process among those that run it.
     """
     start = time.monotonic()
-    _write_status(folder, State.RUNNING, kind=None, reason="", seconds=0.0)
+    if place.is_first:
+        _write_status(folder, State.RUNNING, kind=None, reason="", seconds=0.0)
     kind, reason = None, ""
     try:
         job = spec.read_job(folder / spec.JOB)
         kind = job.kind
         module = importlib.import_module(f"aiida_eipnn.jobs.{kind}")
-        state: State = module.run(job, folder)
+        if isinstance(job, TrainJob):
+            state: State = module.run(job, folder, place)
+        elif place.is_first:
+            state = module.run(job, folder)
+        else:
+            # Nothing to do: the first one does it all.
+            return State.DONE
     except Exception as error:
         # The last station of a job: whatever went wrong must reach the user as data.
         LOGGER.exception("the job failed")
-        state, reason = State.FAILED, _reason(error)
-    _write_status(folder, state, kind=kind, reason=reason, seconds=time.monotonic() - start)
+        state, reason = _state_of(error, place), _reason(error)
+    if place.is_first or state is State.FAILED:
+        _end(folder, state, place, kind=kind, reason=reason, seconds=time.monotonic() - start)
     return state
+
+
+def _state_of(error: Exception, place: Place) -> State:
+    lost_another = place.count > 1 and isinstance(error, ConnectionError)
+    return State.KILLED if lost_another else State.FAILED
+
+
+def _end(folder: Path, state: State, place: Place, **facts: Any) -> None:
+    """Write how the job ended, unless another process said so before: it ended this one."""
+    if place.count > 1 and _state_now(folder) is not State.RUNNING:
+        return
+    _write_status(folder, state, **facts)
+
+
+def _state_now(folder: Path) -> State:
+    path = folder / spec.STATUS
+    # The first process may not even have begun.
+    return State(json.loads(path.read_text())["state"]) if path.exists() else State.RUNNING
 
 
 def _reason(error: Exception) -> str:

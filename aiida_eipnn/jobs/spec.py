@@ -42,6 +42,8 @@ class State(StrEnum):
     RUNNING = "running"
     DONE = "done"
     INTERRUPTED = "interrupted"
+    # One of several processes died, or the memory did not do: a checkpoint may tell how far it was.
+    KILLED = "killed"
     FAILED = "failed"
 
 
@@ -137,7 +139,10 @@ class TrainJob:
         none of them. Labels that a committee asked for are where it was unsure: to be judged by
         them is to its disadvantage.
     n_workers
-        Processes that work side by side, one member each.
+        Processes that work side by side, one member each; of no account where torchrun or the
+        like starts several, which take each step of a member together.
+    batch_parts
+        Parts that a batch is computed in, one after the other: less memory, and the same result.
     device
         ``cpu``, ``cuda``, or ``auto``: the GPU where there is one.
     max_seconds
@@ -154,12 +159,17 @@ class TrainJob:
     pseudo_labels: dict[str, Any] | None = None
     judges: tuple[str, ...] = ()
     n_workers: int = 1
+    batch_parts: int = 1
     device: str = "auto"
     max_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if not self.seeds:
             raise ValueError("a committee needs at least one member: give one seed for each")
+        if not isinstance(self.batch_parts, int) or self.batch_parts < 1:
+            raise ValueError(
+                f"batch_parts must be a whole number from 1 on, not {self.batch_parts!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

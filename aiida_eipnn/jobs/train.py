@@ -22,6 +22,7 @@ import torch
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.inputs import ids_of_sets, read_configurations, read_labels
+from aiida_eipnn.jobs.place import ALONE, Place, check_meeting
 from aiida_eipnn.jobs.spec import State, TrainJob
 from aiida_eipnn.science.arrays import load_arrays, save_arrays, write_whole
 from aiida_eipnn.science.eip.label_model import LabelModelParameters, make_pseudo_labels
@@ -37,6 +38,7 @@ from aiida_eipnn.science.nn.checkpoint import (
 from aiida_eipnn.science.nn.committee import Committee
 from aiida_eipnn.science.nn.device import CUDA, ON_CPU, choose_device
 from aiida_eipnn.science.nn.network import Network, NetworkParameters
+from aiida_eipnn.science.nn.processes import ONE_PROCESS, Processes, gathered
 from aiida_eipnn.science.nn.stage import (
     Stage,
     StageInputs,
@@ -56,31 +58,35 @@ RATE_FACTORS = (1.0, 0.3)
 _POLL = 0.05
 
 
-def run(job: TrainJob, folder: Path) -> State:
+def run(job: TrainJob, folder: Path, place: Place = ALONE) -> State:
     """Train the committee; write it, and metrics, below ``folder/output``.
 
     Stage ``classify`` also writes the selection of EIPs for all configurations.
+
+    Parameters
+    ----------
+    job, folder
+        The job, and where it is: on a disk that all processes see.
+    place
+        Of this process among those that train each member together; the first one writes.
 
     Raises
     ------
     ValueError
         If an input is missing or does not fit, or if a member diverges twice.
+    LostProcess
+        If another process died.
     """
     started = time.monotonic()
     deadline = None if job.max_seconds is None else started + job.max_seconds
     torch.set_num_threads(1)
-    make_pseudo_labels_of(job, folder)
-    inputs, settings = read_inputs(job, folder), read_settings(job)
-    device = settings.device
-    n_processes = count_processes(job, device)
-    if n_processes > 1:
-        # The workers have theirs.
-        settings = replace(settings, device=ON_CPU)
-    stage = prepare(str(job.stage), inputs, settings)
-    if n_processes > 1:
-        train_side_by_side(job, folder, n_processes, deadline)
-    else:
-        train_members(job, folder, stage, settings, deadline)
+    if place.count > 1:
+        check_meeting(os.environ)
+    device = read_settings(job, place.local).device
+    with gathered(place.number, place.count, device) as processes:
+        inputs, stage = train_committee(job, folder, device, processes, deadline)
+    if not place.is_first:
+        return State.DONE
     finished = finished_members(job, folder, stage)
     if finished is None:
         LOGGER.info("the time is up; the checkpoint is complete")
@@ -96,6 +102,7 @@ def run(job: TrainJob, folder: Path) -> State:
         "n_labels": stage.n_labels,
         "n_steps": sum(record["n_steps"] for record in records),
         "device": device.type,
+        "n_processes": place.count,
         "members": records,
     }
     metrics |= judgement(stage, inputs, records)
@@ -112,6 +119,32 @@ def run(job: TrainJob, folder: Path) -> State:
     # What it was for is in the output now.
     shutil.rmtree(folder / spec.CHECKPOINT)
     return State.DONE
+
+
+def train_committee(
+    job: TrainJob,
+    folder: Path,
+    device: torch.device,
+    processes: Processes,
+    deadline: float | None,
+) -> tuple[StageInputs, Stage]:
+    """Train all members as far as the time goes; return what they learn from, and how."""
+    if processes.is_first:
+        make_pseudo_labels_of(job, folder)
+    processes.wait()
+    inputs, settings = read_inputs(job, folder), replace(read_settings(job), device=device)
+    n_workers = count_processes(job, device) if processes.count == 1 else 1
+    if n_workers > 1:
+        # The workers have theirs.
+        settings = replace(settings, device=ON_CPU)
+    stage = prepare(str(job.stage), inputs, settings)
+    if n_workers > 1:
+        train_side_by_side(job, folder, n_workers, deadline)
+    else:
+        train_members(job, folder, stage, settings, deadline, processes)
+    # What the first one does now removes what the others may still have to read.
+    processes.wait()
+    return inputs, stage
 
 
 def judgement(
@@ -189,6 +222,7 @@ def read_settings(job: TrainJob, number: int = 0) -> StageSettings:
         training=TrainingParameters.from_dict(job.training, STAGES[str(job.stage)].defaults),
         selection=SelectionParameters.from_dict(job.selection),
         device=choose_device(job.device, number),
+        batch_parts=job.batch_parts,
     )
 
 
@@ -202,7 +236,12 @@ def count_processes(job: TrainJob, device: torch.device) -> int:
 
 
 def train_members(
-    job: TrainJob, folder: Path, stage: Stage, settings: StageSettings, deadline: float | None
+    job: TrainJob,
+    folder: Path,
+    stage: Stage,
+    settings: StageSettings,
+    deadline: float | None,
+    processes: Processes = ONE_PROCESS,
 ) -> None:
     """Train one member after the other as far as the time goes; their checkpoints say how far.
 
@@ -212,7 +251,7 @@ def train_members(
         If a member diverges twice.
     """
     for member in range(len(job.seeds)):
-        train_member(job, folder, stage, settings, member, lambda: _is_late(deadline))
+        train_member(job, folder, stage, settings, member, lambda: _is_late(deadline), processes)
 
 
 def train_member(
@@ -222,6 +261,7 @@ def train_member(
     settings: StageSettings,
     member: int,
     out_of_time: Callable[[], bool],
+    processes: Processes = ONE_PROCESS,
 ) -> None:
     """Train one member from its checkpoint, if there is one, until it is complete or time is up.
 
@@ -250,12 +290,14 @@ def train_member(
                 save=lambda state: save_checkpoint(path, state, mark),
                 out_of_time=out_of_time,
                 report=lambda record: report_progress(folder, member, record),
+                processes=processes,
+                n_parts=settings.batch_parts,
             )
         except Diverged as error:
             reason = error
             LOGGER.warning("member %d at %g of the learning rate: %s", member, factor, error)
             continue
-        if done:
+        if done and processes.is_first:
             stage.finish(state.network, seed)
             save_checkpoint(path, state, mark)
         return

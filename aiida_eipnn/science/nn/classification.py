@@ -97,11 +97,15 @@ class Classification:
 
     def loss(self, network: Network, rows: IntArray, step: Step) -> Loss:
         """Return the cross-entropy."""
+        n, rows = len(rows), step.share.of(rows)
+        if not len(rows):
+            return Loss(torch.zeros((), device=network.device), {"accuracy": (0.0, 0)})
         batch = self.described.batch(rows)
         logits = network.logits(network.trunk(batch), batch.graph)
         wanted = torch.as_tensor(self.classes[rows], device=logits.device)
         hits = int((logits.argmax(dim=1) == wanted).sum())
-        return Loss(nn.functional.cross_entropy(logits, wanted), {"accuracy": (hits, len(rows))})
+        value = nn.functional.cross_entropy(logits, wanted, reduction="sum") / n
+        return Loss(value, {"accuracy": (hits, len(rows))})
 
     def validate(self, network: Network) -> dict[str, float]:
         """Return nothing: no label is held out."""

@@ -31,6 +31,7 @@ from aiida_eipnn.science.nn.network import (
     describe_configurations,
 )
 from aiida_eipnn.science.nn.power_spectrum import PowerSpectrumTrunk
+from aiida_eipnn.science.nn.shares import WHOLE, Share
 from aiida_eipnn.science.nn.trunk import BatchSet
 
 # Directions that are kept of each configuration: a new one in each of as many epochs.
@@ -87,8 +88,13 @@ class DirectedSet(Protocol):
         """Return the number of configurations."""
         ...
 
-    def move(self, network: Network, rows: IntArray, rng: np.random.Generator) -> Moved:
-        """Return what the heads say about these configurations; differentiable by the weights."""
+    def move(
+        self, network: Network, rows: IntArray, rng: np.random.Generator, share: Share = WHOLE
+    ) -> Moved:
+        """Return what the heads say about these configurations; differentiable by the weights.
+
+        Of a share of them, moved as all of them would be.
+        """
         ...
 
 
@@ -144,11 +150,16 @@ class KeptDirections:
         n_values = len(configurations.numbers) * parameters.basis(n_elements).n_descriptors
         return 8 * n_values * (1 + N_DIRECTIONS) <= MAX_KEPT_BYTES
 
-    def move(self, network: Network, rows: IntArray, rng: np.random.Generator) -> Moved:
-        """Return what the heads say about these configurations; differentiable by the weights."""
+    def move(
+        self, network: Network, rows: IntArray, rng: np.random.Generator, share: Share = WHOLE
+    ) -> Moved:
+        """Return what the heads say about a share of these configurations."""
         assert isinstance(network.trunk, PowerSpectrumTrunk)
-        atoms = ragged_rows(self.offsets, rows)
         drawn = int(rng.integers(N_DIRECTIONS))
+        rows = share.of(rows)
+        if not len(rows):
+            return _read(network, _nothing(network))
+        atoms = ragged_rows(self.offsets, rows)
         part = torch.as_tensor(atoms, device=self.device)
         features, slopes = network.trunk.slopes_by_descriptors(
             self.descriptors[part], self.changes[drawn, part], self.species[part]
@@ -181,18 +192,25 @@ class DrawnDirections:
     def __len__(self) -> int:
         return len(self.described)
 
-    def move(self, network: Network, rows: IntArray, rng: np.random.Generator) -> Moved:
-        """Return what the heads say about these configurations; differentiable by the weights."""
-        return _read(network, self.pool(network, rows, rng))
+    def move(
+        self, network: Network, rows: IntArray, rng: np.random.Generator, share: Share = WHOLE
+    ) -> Moved:
+        """Return what the heads say about a share of these configurations."""
+        return _read(network, self.pool(network, rows, rng, share))
 
-    def pool(self, network: Network, rows: IntArray, rng: np.random.Generator) -> Pooled:
-        """Return what heads read of these configurations; differentiable by the weights."""
-        batch = self.described.batch(rows)
-        directions = rng.normal(size=(len(batch.graph.species), 3))
-        tangent = tangent_of(batch.graph, directions)
-        features, slopes = network.trunk.slopes(batch, tangent)
+    def pool(
+        self, network: Network, rows: IntArray, rng: np.random.Generator, share: Share = WHOLE
+    ) -> Pooled:
+        """Return what heads read of a share of these configurations; differentiable."""
         n_atoms = self.described.neighbours.n_atoms[rows]
-        return _pool(features, slopes, n_atoms, directions)
+        directions = rng.normal(size=(int(n_atoms.sum()), 3))
+        first, last = share.bounds(len(rows))
+        if first == last:
+            return _nothing(network)
+        directions = directions[n_atoms[:first].sum() : n_atoms[:last].sum()]
+        batch = self.described.batch(rows[first:last])
+        features, slopes = network.trunk.slopes(batch, tangent_of(batch.graph, directions))
+        return _pool(features, slopes, n_atoms[first:last], directions)
 
 
 def directed_set(
@@ -273,6 +291,8 @@ def forces_along(
     FloatArray
         Shape ``(n, m)``.
     """
+    if not len(n_atoms):
+        return np.zeros((0, len(forces)))
     work = np.einsum("mac,ac->am", forces, directions)
     starts = np.concatenate([[0], np.cumsum(n_atoms)[:-1]]).astype(np.int64)
     along: FloatArray = np.add.reduceat(work, starts, axis=0) / np.sqrt(3.0 * n_atoms)[:, None]
@@ -288,6 +308,12 @@ def _pool(features: Tensor, slopes: Tensor, n_atoms: IntArray, directions: Float
     size = counts.to(features.dtype)[:, None]
     mean = sum_atoms(features, graph) / size
     return Pooled(mean, sum_atoms(slopes, graph) / torch.sqrt(3 * size), directions)
+
+
+def _nothing(network: Network) -> Pooled:
+    """Return what a share without configurations is: nothing, that no weight has a part in."""
+    nothing = network.heads.weight.new_zeros(0, network.trunk.n_features)
+    return Pooled(nothing, nothing, np.zeros((0, 3)))
 
 
 def _read(network: Network, pooled: Pooled) -> Moved:

@@ -43,6 +43,7 @@ from aiida_eipnn.science.nn.network import (
     with_gradient,
 )
 from aiida_eipnn.science.nn.pretraining import EipTask
+from aiida_eipnn.science.nn.shares import WHOLE, Share
 from aiida_eipnn.science.nn.stage import (
     LOGGER,
     StageInputs,
@@ -120,19 +121,31 @@ class PseudoTask:
             )
         )
 
-    def loss(self, network: Network, rng: np.random.Generator, energy_weight: float) -> Tensor:
-        """Return the loss of some of them."""
-        errors = self.errors(network, rng)
+    def loss(
+        self,
+        network: Network,
+        rng: np.random.Generator,
+        energy_weight: float,
+        share: Share = WHOLE,
+    ) -> Tensor:
+        """Return the loss of a share of some of them."""
+        errors, n = self.errors(network, rng, share), self._n_at_once
         believed, pulled = self.believed[errors.rows], self.pulled[errors.rows]
-        value = energy_weight * weighted_huber(errors.energy, believed, HUBER_ENERGY)
-        return value + weighted_huber(errors.along, pulled, HUBER_FORCES)
+        value = energy_weight * weighted_huber(errors.energy, believed, HUBER_ENERGY, n)
+        return value + weighted_huber(errors.along, pulled, HUBER_FORCES, n)
 
-    def errors(self, network: Network, rng: np.random.Generator) -> PseudoErrors:
-        """Return the errors of some of them."""
+    @property
+    def _n_at_once(self) -> int:
+        return min(PSEUDO_BATCH, len(self.labels))
+
+    def errors(
+        self, network: Network, rng: np.random.Generator, share: Share = WHOLE
+    ) -> PseudoErrors:
+        """Return the errors of a share of some of them."""
         labels, row = self.labels, network.heads.row(DFT_HEAD)
-        n = min(PSEUDO_BATCH, len(labels))
-        rows = rng.choice(len(labels), n, replace=False)
-        moved = self.directed.move(network, rows, rng)
+        rows = rng.choice(len(labels), self._n_at_once, replace=False)
+        moved = self.directed.move(network, rows, rng, share)
+        rows = share.of(rows)
         n_atoms = np.diff(labels.offsets)[rows]
         shift = self.counts[rows] @ array_of(network.heads.reference[row])
         atoms = ragged_rows(labels.offsets, rows)
@@ -232,7 +245,15 @@ class Finetuning:
 
     def loss(self, network: Network, rows: IntArray, step: Step) -> Loss:
         """Return the loss of energies, forces and stress, of pseudo-labels and of replay."""
-        rows = self.learnt[rows]
+        value, sums = self._loss_of_labels(network, self.learnt[rows], step.share)
+        return Loss(value + self.knowledge(network, step), sums)
+
+    def _loss_of_labels(self, network: Network, whole: IntArray, share: Share) -> Loss:
+        """Return the loss of a share of these labels."""
+        rows = share.of(whole)
+        if not len(rows):
+            nothing = torch.zeros((), device=network.device)
+            return Loss(nothing, {"energy_mae": (0.0, 0), "forces_mae": (0.0, 0)})
         batch = with_gradient(self.described.batch(rows))
         weights, labels = self.settings.training, self.labels
         row = network.heads.row(DFT_HEAD)
@@ -243,20 +264,28 @@ class Finetuning:
         slopes = derivatives(energy, batch, trainable=True)
         atoms = ragged_rows(self.configurations.offsets, rows)
         error = slopes.forces - torch.as_tensor(labels.forces[0, atoms], device=energy.device)
-        value = weights.energy_weight * huber(per_atom, HUBER_ENERGY)
-        value = value + weights.forces_weight * huber(error, HUBER_FORCES)
+        value = weights.energy_weight * huber(per_atom, HUBER_ENERGY, len(whole))
+        n_components = 3 * int(labels.n_atoms[whole].sum())
+        value = value + weights.forces_weight * huber(error, HUBER_FORCES, n_components)
         if weights.stress_weight:
             virial = virial_error(slopes.virial, labels.stress[rows, 0], batch)
-            value = value + weights.stress_weight * huber(virial, HUBER_ENERGY)
-        value = value + self.knowledge(network, step)
+            value = value + weights.stress_weight * huber(
+                virial, HUBER_ENERGY, self._count_stresses(whole)
+            )
         return Loss(value, {"energy_mae": absolute(per_atom), "forces_mae": absolute(error)})
+
+    def _count_stresses(self, rows: IntArray) -> int:
+        """Return how many components of the stress there are to learn."""
+        volumes = self.described.neighbours.volumes[rows]
+        return int(np.isfinite(self.labels.stress[rows, 0] * volumes[:, None]).sum())
 
     def validate(self, network: Network) -> dict[str, float]:
         """Return the errors on labels that are held out."""
         rows = self.held_out
         if not len(rows):
             return {}
-        batches = [rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH)]
+        size = max(1, _BATCH // self.settings.batch_parts)
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         parts = [predict_batch(network, self.described.batch(batch)) for batch in batches]
         energy, forces = (
             np.concatenate([getattr(part, name) for part in parts]) for name in ("energy", "forces")
@@ -303,11 +332,12 @@ class Finetuning:
         replay, pseudo = self.teachers
         if replay is not None:
             rows = step.rng.choice(len(replay), min(REPLAY_BATCH, len(replay)), replace=False)
-            errors = replay.errors(network, rows, step.rng, weights)
+            errors = replay.errors(network, rows, step.rng, weights, step.share)
             value = value + weights.replay_weight * errors.loss
         if pseudo is not None and step.progress < PSEUDO_END and weights.pseudo_weight:
             fading = weights.pseudo_weight * (1 - step.progress / PSEUDO_END)
-            value = value + fading * pseudo.loss(network, step.rng, weights.energy_weight)
+            loss = pseudo.loss(network, step.rng, weights.energy_weight, step.share)
+            value = value + fading * loss
         return value
 
     def _transfer(self, network: Network, source: Network, seed: int) -> None:

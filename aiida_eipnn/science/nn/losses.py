@@ -15,11 +15,12 @@ TUKEY_C = 4.6851
 _MIN_MAD = 1e-12
 
 
-def huber(residual: Tensor, delta: float) -> Tensor:
-    """Return the mean Huber loss; 0 of nothing."""
-    if not residual.numel():
-        return residual.new_zeros(())
-    return nn.functional.huber_loss(residual, torch.zeros_like(residual), delta=delta)
+def huber(residual: Tensor, delta: float, n: int | None = None) -> Tensor:
+    """Return the mean Huber loss; 0 of nothing. Of a share, the sum over the ``n`` of all."""
+    each = nn.functional.huber_loss(
+        residual, torch.zeros_like(residual), reduction="none", delta=delta
+    )
+    return each.sum() / max(1, residual.numel() if n is None else n)
 
 
 def absolute(residual: Tensor) -> tuple[Tensor, int]:
@@ -34,12 +35,12 @@ def virial_error(virial: Tensor, stress: FloatArray, batch: Batch) -> Tensor:
     return error[torch.isfinite(wanted)]
 
 
-def weighted_huber(residual: Tensor, weight: Tensor, delta: float) -> Tensor:
-    """Return the sum of weighted Huber losses over the number of rows."""
+def weighted_huber(residual: Tensor, weight: Tensor, delta: float, n: int | None = None) -> Tensor:
+    """Return the sum of weighted Huber losses over the number of rows; of a share, of all ``n``."""
     each = nn.functional.huber_loss(
         residual, torch.zeros_like(residual), reduction="none", delta=delta
     )
-    return (weight * each).sum() / len(residual)
+    return (weight * each).sum() / (len(residual) if n is None else n)
 
 
 class PseudoWeight(NamedTuple):

@@ -15,6 +15,7 @@ from aiida_eipnn.science.nn.eip_targets import EipTargets, eip_targets
 from aiida_eipnn.science.nn.heads import CONSENSUS
 from aiida_eipnn.science.nn.losses import absolute, weighted_huber
 from aiida_eipnn.science.nn.network import Network, NetworkParameters, fit_pooling
+from aiida_eipnn.science.nn.shares import WHOLE, Share
 from aiida_eipnn.science.nn.stage import (
     StageInputs,
     StageSettings,
@@ -87,9 +88,11 @@ class EipTask:
         rows: IntArray,
         rng: np.random.Generator,
         weights: TrainingParameters,
+        share: Share = WHOLE,
     ) -> EipErrors:
-        """Return the errors of the heads on these configurations."""
-        moved = self.directed.move(network, rows, rng)
+        """Return the errors of the heads on a share of these configurations."""
+        moved, n = self.directed.move(network, rows, rng, share), len(rows)
+        rows = share.of(rows)
         atoms = ragged_rows(self.offsets, rows)
         wanted = forces_along(self.forces[:, atoms], moved.directions, np.diff(self.offsets)[rows])
         columns = np.array([network.heads.row(name) for name in self.names])
@@ -98,9 +101,9 @@ class EipTask:
         energy = moved.energies[:, heads] - self.per_atom[part]
         along = moved.along[:, heads] - torch.as_tensor(wanted).to(energy)
         mask = known.to(energy.dtype)
-        loss = weighted_huber(energy / self.energy_unit, mask, HUBER_ENERGY)
+        loss = weighted_huber(energy / self.energy_unit, mask, HUBER_ENERGY, n)
         if weights.forces_weight:
-            loss = loss + weighted_huber(along / self.forces_unit, mask, HUBER_FORCES)
+            loss = loss + weighted_huber(along / self.forces_unit, mask, HUBER_FORCES, n)
         return EipErrors(energy[known], along[known], loss / len(heads))
 
 
@@ -164,7 +167,7 @@ class Pretraining:
 
     def loss(self, network: Network, rows: IntArray, step: Step) -> Loss:
         """Return the loss: energies and forces of all heads."""
-        errors = self.task.errors(network, rows, step.rng, self.settings.training)
+        errors = self.task.errors(network, rows, step.rng, self.settings.training, step.share)
         # A force along a direction is distributed as its components, and is reported as such.
         return Loss(
             errors.loss,

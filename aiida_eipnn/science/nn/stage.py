@@ -89,12 +89,15 @@ class StageSettings:
         When an EIP is to be believed.
     device
         Where networks and data are.
+    batch_parts
+        Parts that a batch is computed in, one after the other, where the memory is small.
     """
 
     network: NetworkParameters
     training: TrainingParameters
     selection: SelectionParameters
     device: torch.device = ON_CPU
+    batch_parts: int = 1
 
 
 class Stage(Protocol):

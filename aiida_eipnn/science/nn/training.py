@@ -7,7 +7,7 @@ GPUs add numbers in an order of their own.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -18,6 +18,8 @@ from torch import Tensor
 from aiida_eipnn.science.arrays import IntArray
 from aiida_eipnn.science.nn.device import FULL, MIXED_PRECISIONS, mixed_precision
 from aiida_eipnn.science.nn.network import Network
+from aiida_eipnn.science.nn.processes import ONE_PROCESS, Processes
+from aiida_eipnn.science.nn.shares import WHOLE, Share
 from aiida_eipnn.science.settings import build
 from aiida_eipnn.science.verdict import SCORE
 
@@ -175,10 +177,14 @@ _NOT_NEGATIVE = (
 
 
 class Step(NamedTuple):
-    """Where the training is: part of it that is done (0 to 1), and the step's own randomness."""
+    """Where the training is: part of it that is done (0 to 1), and the step's own randomness.
+
+    Every ``share`` of the batch has a generator that draws the same.
+    """
 
     progress: float
     rng: np.random.Generator
+    share: Share = WHOLE
 
 
 class Loss(NamedTuple):
@@ -196,7 +202,7 @@ class Task(Protocol):
         ...
 
     def loss(self, network: Network, rows: IntArray, step: Step) -> Loss:
-        """Return the loss of the given labelled configurations."""
+        """Return the loss of the given labelled configurations, as far as it is of this share."""
         ...
 
     def validate(self, network: Network) -> dict[str, float]:
@@ -291,6 +297,8 @@ def fit(
     save: Callable[[TrainingState], None] = lambda _: None,
     out_of_time: Callable[[], bool] = lambda: False,
     report: Callable[[dict[str, float]], None] = lambda _: None,
+    processes: Processes = ONE_PROCESS,
+    n_parts: int = 1,
 ) -> bool:
     """Train until all epochs are complete; return False where the time was up before.
 
@@ -305,9 +313,14 @@ def fit(
     save
         Writes a checkpoint: every now and then, and before the loop returns for lack of time.
     out_of_time
-        Asked before every step.
+        Asked before every step. One process for which the time is up stops all.
     report
         Is told every new record of the history.
+    processes
+        Those that take each step together, each with its share of the batch. Only the first one
+        saves, reports and judges by held-out labels.
+    n_parts
+        Parts that each computes one after the other: less memory, and the same sum.
 
     Raises
     ------
@@ -316,11 +329,15 @@ def fit(
     """
     n_epochs = parameters.n_epochs(len(task))
     n_batches = math.ceil(len(task) / parameters.batch_size)
+    if not processes.is_first:
+        save, report = _tell_nobody, _tell_nobody
+    processes.copy_first(state.network.state_dict())
+    processes.copy_first(state.average)
     saved = time.monotonic()
     while state.epoch < n_epochs:
         order = _epoch_order(len(task), state, bootstrap=parameters.bootstrap)
         while state.step < n_batches:
-            if out_of_time():
+            if processes.any(out_of_time()):
                 save(state)
                 return False
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
@@ -328,10 +345,9 @@ def fit(
                 saved = time.monotonic()
             first = state.step * parameters.batch_size
             progress = (state.epoch * n_batches + state.step) / (n_epochs * n_batches)
-            _take_step(
-                state, task, parameters, order[first : first + parameters.batch_size], progress
-            )
-        if _end_epoch(state, task, n_epochs):
+            rows = order[first : first + parameters.batch_size]
+            _take_step(state, task, parameters, rows, progress, processes, n_parts)
+        if _end_epoch(state, task, n_epochs, processes):
             report(state.history[-1])
             if _is_patience_over(state, parameters):
                 break
@@ -354,24 +370,49 @@ def _take_step(
     parameters: TrainingParameters,
     rows: IntArray,
     progress: float,
+    processes: Processes,
+    n_parts: int,
 ) -> None:
     start = time.monotonic()
-    rng = np.random.default_rng([state.seed, state.epoch, state.step, 1])
+    trained = list(_trained(state.network).values())
+    losses = []
     state.optimiser.zero_grad()
     with mixed_precision(state.network, parameters.mixed_precision):
-        loss = task.loss(state.network, rows, Step(progress, rng))
-        # Without naming them, torch would differentiate by the positions too.
-        loss.value.backward(inputs=list(_trained(state.network).values()))  # type: ignore[no-untyped-call]
+        for share in processes.shares(n_parts):
+            rng = np.random.default_rng([state.seed, state.epoch, state.step, 1])
+            loss = task.loss(state.network, rows, Step(progress, rng, share))
+            # A share may be empty.
+            if loss.value.requires_grad:
+                # Without naming them, torch would differentiate by the positions too.
+                loss.value.backward(inputs=trained)  # type: ignore[no-untyped-call]
+            losses.append(loss._replace(value=loss.value.detach()))
+    processes.add_gradients(trained)
     _descend(state, parameters, progress)
     # Only now: asking a GPU for a number waits for all that it was told to do before.
-    value = float(loss.value.detach())
+    value, sums = _add_losses(losses, processes)
     if not math.isfinite(value):
         raise Diverged(f"the loss became {value} in epoch {state.epoch + 1}")
-    for name, (total, count) in {**loss.sums, "loss": (value * len(rows), len(rows))}.items():
+    for name, (total, count) in {**sums, "loss": (value * len(rows), len(rows))}.items():
         before = state.sums.get(name, (0.0, 0))
-        state.sums[name] = (before[0] + float(total), before[1] + count)
+        state.sums[name] = (before[0] + total, before[1] + count)
     state.step += 1
     state.seconds += time.monotonic() - start
+
+
+def _add_losses(
+    losses: Sequence[Loss], processes: Processes
+) -> tuple[float, dict[str, tuple[float, int]]]:
+    """Return the loss of the whole batch, and its sums and counts, the same in all processes."""
+    names = sorted(losses[0].sums)
+    rows = [
+        [float(loss.value), *(float(item) for name in names for item in loss.sums[name])]
+        for loss in losses
+    ]
+    value, *rest = processes.add([sum(column) for column in zip(*rows, strict=True)])
+    pairs = zip(rest[::2], rest[1::2], strict=True)
+    return value, {
+        name: (total, round(count)) for name, (total, count) in zip(names, pairs, strict=True)
+    }
 
 
 def _descend(state: TrainingState, parameters: TrainingParameters, progress: float) -> None:
@@ -390,7 +431,7 @@ def _descend(state: TrainingState, parameters: TrainingParameters, progress: flo
         torch._foreach_lerp_(averages, list(trained.values()), 1 - decay)
 
 
-def _end_epoch(state: TrainingState, task: Task, n_epochs: int) -> bool:
+def _end_epoch(state: TrainingState, task: Task, n_epochs: int, processes: Processes) -> bool:
     """Go on to the next epoch; return whether there is a new record."""
     state.epoch, state.step = state.epoch + 1, 0
     if state.epoch % math.ceil(n_epochs / MAX_RECORDS) and state.epoch < n_epochs:
@@ -399,17 +440,20 @@ def _end_epoch(state: TrainingState, task: Task, n_epochs: int) -> bool:
     record = {"epoch": state.epoch, **means, "seconds": state.seconds}
     state.sums, state.seconds = {}, 0.0
     start = time.monotonic()
-    state.history.append(record | _validate(state, task))
+    state.history.append(record | _validate(state, task, processes))
     state.history[-1]["seconds"] += time.monotonic() - start
     return True
 
 
-def _validate(state: TrainingState, task: Task) -> dict[str, float]:
+def _validate(state: TrainingState, task: Task, processes: Processes) -> dict[str, float]:
     """Ask the averaged weights about labels that are held out, and keep the best weights."""
-    trained = {name: weight.detach().clone() for name, weight in _trained(state.network).items()}
-    _use(state, state.average)
-    errors = task.validate(state.network)
-    _use(state, trained)
+    errors: dict[str, float] = {}
+    if processes.is_first:
+        now = {name: weight.detach().clone() for name, weight in _trained(state.network).items()}
+        _use(state, state.average)
+        errors = task.validate(state.network)
+        _use(state, now)
+    errors = processes.as_first(errors)
     if errors:
         before = [row[SCORE] for row in state.history]
         if errors[SCORE] < min(before, default=math.inf):
@@ -431,6 +475,10 @@ def _epoch_order(n_items: int, state: TrainingState, *, bootstrap: bool) -> IntA
     # The same draw in every epoch: it is the member's own set.
     drawn = np.random.default_rng([state.seed, 2]).integers(0, n_items, n_items)
     return drawn[order]
+
+
+def _tell_nobody(_: object) -> None:
+    pass
 
 
 def _use(state: TrainingState, weights: Mapping[str, Tensor]) -> None:
