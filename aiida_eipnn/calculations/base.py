@@ -71,6 +71,12 @@ class JobCalculation(CalcJob):
             message="The job was killed before it left a checkpoint.",
             invalidates_cache=True,
         )
+        spec.exit_code(
+            402,
+            "ERROR_OUT_OF_MEMORY",
+            message="The memory did not do: {reason}",
+            invalidates_cache=True,
+        )
 
     def job(self, max_seconds: float | None) -> Job:
         """Return the job to run."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from aiida.engine import CalcJobProcessSpec
+from aiida.engine import CalcJobProcessSpec, calcfunction
 from aiida.orm import Dict, List, to_aiida_type
 
 from aiida_eipnn.calculations import ports
@@ -60,7 +60,7 @@ class TrainCalculation(JobCalculation):
             spec,
             "parameters",
             "n_workers: members that train side by side; device: cpu, cuda, or auto, the GPU "
-            "where there is one.",
+            "where there is one; batch_parts: parts that a batch is computed in, for less memory.",
         )
         ports.add_checkpoint(spec)
         spec.output("committee", valid_type=CommitteeData, help="The trained committee.")
@@ -92,6 +92,13 @@ class TrainCalculation(JobCalculation):
     def copies(self) -> LocalCopies:
         """Return the files of input nodes that the job reads."""
         return copies_of_inputs(self.inputs)
+
+
+@calcfunction
+def halve_batches(parameters: Dict) -> Dict:
+    """Return the ``parameters`` of a training that computes parts of batches half as large."""
+    content = parameters.get_dict()
+    return Dict({**content, "batch_parts": 2 * content.get("batch_parts", 1)})
 
 
 def validate_seeds(value: List | None, _: Any) -> str | None:

@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from aiida_eipnn.jobs import spec
+from aiida_eipnn.jobs.failures import is_out_of_memory, reason_of
 from aiida_eipnn.jobs.place import ALONE, Place
 from aiida_eipnn.jobs.spec import State, TrainJob
 from aiida_eipnn.science.arrays import write_whole
 from aiida_eipnn.science.versions import versions_of
 
 PACKAGES = ("numpy", "ase", "vesin", "torch", "kimpy", "numba", "safetensors")
+
+# What any of several processes may say of the job.
+_FAILURES = (State.FAILED, State.OUT_OF_MEMORY)
 
 LOGGER = logging.getLogger(__name__)
 
@@ -50,15 +54,17 @@ def run_job(folder: Path, place: Place = ALONE) -> State:
     except Exception as error:
         # The last station of a job: whatever went wrong must reach the user as data.
         LOGGER.exception("the job failed")
-        state, reason = _state_of(error, place), _reason(error)
-    if place.is_first or state is State.FAILED:
+        state, reason = _state_of(error, place), reason_of(error)
+    if place.is_first or state in _FAILURES:
         _end(folder, state, place, kind=kind, reason=reason, seconds=time.monotonic() - start)
     return state
 
 
 def _state_of(error: Exception, place: Place) -> State:
     lost_another = place.count > 1 and isinstance(error, ConnectionError)
-    return State.KILLED if lost_another else State.FAILED
+    if lost_another:
+        return State.KILLED
+    return State.OUT_OF_MEMORY if is_out_of_memory(error) else State.FAILED
 
 
 def _end(folder: Path, state: State, place: Place, **facts: Any) -> None:
@@ -72,11 +78,6 @@ def _state_now(folder: Path) -> State:
     path = folder / spec.STATUS
     # The first process may not even have begun.
     return State(json.loads(path.read_text())["state"]) if path.exists() else State.RUNNING
-
-
-def _reason(error: Exception) -> str:
-    # A ValueError is our own message to the user; anything else needs its name to make sense.
-    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def _write_status(folder: Path, state: State, **facts: Any) -> None:

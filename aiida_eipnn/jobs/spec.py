@@ -42,8 +42,10 @@ class State(StrEnum):
     RUNNING = "running"
     DONE = "done"
     INTERRUPTED = "interrupted"
-    # One of several processes died, or the memory did not do: a checkpoint may tell how far it was.
+    # One of several processes died. There may be a checkpoint to go on from.
     KILLED = "killed"
+    # The same for a job whose memory did not do.
+    OUT_OF_MEMORY = "out_of_memory"
     FAILED = "failed"
 
 

@@ -4,12 +4,14 @@ Each member writes its checkpoint, the last one with its final weights, and that
 back from a worker process. So a job that was killed loses seconds, and goes on anywhere.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 
 from aiida_eipnn.jobs import spec
+from aiida_eipnn.jobs.failures import is_out_of_memory, reason_of
 from aiida_eipnn.jobs.inputs import ids_of_sets, read_configurations, read_labels
 from aiida_eipnn.jobs.place import ALONE, Place, check_meeting
 from aiida_eipnn.jobs.spec import State, TrainJob
@@ -54,6 +57,8 @@ LOGGER = logging.getLogger(__name__)
 
 # Factors on the learning rate: a member that diverges is tried once more.
 RATE_FACTORS = (1.0, 0.3)
+# Exit code of a worker whose memory did not do: that of the system for this.
+_NO_MEMORY = errno.ENOMEM
 # Seconds between two looks at the worker processes.
 _POLL = 0.05
 
@@ -324,6 +329,8 @@ def train_side_by_side(
     ------
     ValueError
         If a member diverges twice, or if a process dies.
+    MemoryError
+        If the memory of a process does not do, or if the system killed it.
     """
     context = multiprocessing.get_context("spawn")
     (folder / spec.CHECKPOINT).mkdir(exist_ok=True)
@@ -365,13 +372,10 @@ def work(job: TrainJob, folder: Path, members: Sequence[int], deadline: float | 
         stage = prepare(str(job.stage), inputs, settings)
         for member in members:
             train_member(job, folder, stage, settings, member, out_of_time)
-    except ValueError as error:
-        _reason_path(folder, members).write_text(str(error))
-        raise SystemExit(1) from error
-    except RuntimeError as error:
-        # What torch says of a GPU that is busy or whose memory is full.
-        _reason_path(folder, members).write_text(f"{type(error).__name__}: {error}")
-        raise SystemExit(1) from error
+    except (ValueError, RuntimeError, MemoryError) as error:
+        # A RuntimeError is what torch says of a GPU that is busy.
+        _reason_path(folder, members).write_text(reason_of(error))
+        raise SystemExit(_NO_MEMORY if is_out_of_memory(error) else 1) from error
 
 
 def finished_members(
@@ -450,11 +454,13 @@ def _check_exit(folder: Path, members: Sequence[int], process: BaseProcess) -> N
     if path.exists():
         reason = path.read_text()
         path.unlink()
-        raise ValueError(reason)
-    raise ValueError(
-        f"the process of members {list(members)} ended with code {process.exitcode}; -9 means that "
-        "the system killed it, mostly for lack of memory: lower `n_workers` or `batch_size`"
-    )
+        raise MemoryError(reason) if process.exitcode == _NO_MEMORY else ValueError(reason)
+    ended = f"the process of members {list(members)} ended with code {process.exitcode}"
+    if process.exitcode == -signal.SIGKILL:
+        raise MemoryError(
+            f"{ended}: the system killed it, mostly for lack of memory; lower `n_workers`"
+        )
+    raise ValueError(ended)
 
 
 def _reason_path(folder: Path, members: Sequence[int]) -> Path:

@@ -37,6 +37,9 @@ class JobParser(Parser):
             return self._scheduler_or(self.exit_codes.ERROR_NO_STATUS)
         if state is State.FAILED:
             return self.exit_codes.ERROR_JOB_FAILED.format(reason=status["reason"])
+        if state is State.OUT_OF_MEMORY:
+            self._attach_checkpoint(folder)
+            return self.exit_codes.ERROR_OUT_OF_MEMORY.format(reason=status["reason"])
         if state is State.DONE:
             return self._parse_done(folder / files.OUTPUT)
         return self._parse_unfinished(folder)
@@ -50,11 +53,16 @@ class JobParser(Parser):
 
     def _parse_unfinished(self, folder: Path) -> ExitCode:
         """Attach the checkpoint, where there is one: it decides whether a restart makes sense."""
+        if not self._attach_checkpoint(folder):
+            return self._scheduler_or(self.exit_codes.ERROR_KILLED)
+        return self.exit_codes.ERROR_INTERRUPTED
+
+    def _attach_checkpoint(self, folder: Path) -> bool:
         checkpoint = folder / files.CHECKPOINT
         if not checkpoint.is_dir() or not any(checkpoint.iterdir()):
-            return self._scheduler_or(self.exit_codes.ERROR_KILLED)
+            return False
         self.out("checkpoint", FolderData(tree=str(checkpoint)))
-        return self.exit_codes.ERROR_INTERRUPTED
+        return True
 
     def _scheduler_or(self, exit_code: ExitCode) -> ExitCode:
         """Prefer what the scheduler found (walltime, memory, node failure) to our own guess."""

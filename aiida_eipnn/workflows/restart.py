@@ -19,7 +19,7 @@ from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 
 from aiida_eipnn.calculations.base import JobCalculation
 from aiida_eipnn.calculations.label import LabelCalculation
-from aiida_eipnn.calculations.train import TrainCalculation
+from aiida_eipnn.calculations.train import TrainCalculation, halve_batches
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.workflows.builder import PROTOCOLS, label_inputs, train_inputs
 from aiida_eipnn.workflows.once import SubmitsOnce
@@ -29,6 +29,9 @@ MAX_SLICES = 20
 
 # A job that dies more often than this does so by itself, not because its machine went down.
 MAX_DEATHS = 2
+
+# Where a batch in so many parts does not fit, it is not the batch that takes the memory.
+MAX_BATCH_PARTS = 32
 
 # What a job leaves that died before its first checkpoint, or before it wrote anything at all.
 DEATHS = (
@@ -124,6 +127,42 @@ class TrainBaseWorkChain(ProtocolMixin, JobBaseWorkChain):
     """Train a committee; an interruption loses no epoch that has a checkpoint."""
 
     _process_class = TrainCalculation
+
+    @classmethod
+    def define(cls, spec: ProcessSpec) -> None:
+        """Define the process specification."""
+        super().define(spec)
+        spec.exit_code(
+            430,
+            "ERROR_OUT_OF_MEMORY",
+            message="The memory does not do, though batches are computed in {n_parts} parts: ask "
+            "the scheduler for more, or set a smaller `n_workers`, `width` or `cutoff`. The last "
+            "job said: {reason}",
+        )
+
+    @process_handler(
+        priority=110,
+        exit_codes=[
+            JobCalculation.spec().exit_codes.ERROR_OUT_OF_MEMORY,
+            JobCalculation.spec().exit_codes.ERROR_SCHEDULER_OUT_OF_MEMORY,
+        ],
+    )
+    def go_on_with_half_the_batch(self, node: CalcJobNode) -> ProcessHandlerReport:
+        """Compute each batch in twice as many parts: in less memory, with the same result."""
+        n_parts = node.inputs.parameters.get_dict().get("batch_parts", 1)
+        if n_parts >= MAX_BATCH_PARTS:
+            error = self.exit_codes.ERROR_OUT_OF_MEMORY
+            return ProcessHandlerReport(
+                do_break=True,
+                exit_code=error.format(n_parts=n_parts, reason=node.exit_message),
+            )
+        self.ctx.inputs.parameters = halve_batches(node.inputs.parameters)
+        if "checkpoint" in node.outputs:
+            self.ctx.inputs.checkpoint = node.outputs.checkpoint
+        self.report(
+            f"{node.process_label} {node.pk} ran out of memory: batches in {2 * n_parts} parts now"
+        )
+        return ProcessHandlerReport(do_break=True)
 
     @classmethod
     def get_protocol_filepath(cls) -> Path:
