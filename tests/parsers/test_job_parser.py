@@ -82,6 +82,31 @@ def test_what_the_scheduler_found_is_not_hidden(parse):
     assert node.exit_status == 110
 
 
+def test_a_job_without_memory_says_so_and_leaves_its_checkpoint(parse, tmp_path):
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "member_0.json").write_text("{}")
+    status = {"state": "out_of_memory", "reason": "OutOfMemoryError: tried to allocate 2 GiB"}
+    outputs, node = parse(status, entry_point="eipnn.train")
+    assert node.exit_status == 402
+    assert "tried to allocate 2 GiB" in node.exit_message
+    assert outputs["checkpoint"].base.repository.list_object_names() == ["member_0.json"]
+
+
+def test_a_training_that_the_scheduler_killed_for_its_memory_says_so_with_its_checkpoint(
+    parse, tmp_path
+):
+    _, node = parse({"state": "running"}, entry_point="eipnn.train", exit_status=110)
+    assert node.exit_status == 402
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "member_0.json").write_text("{}")
+    outputs, node = parse({"state": "running"}, entry_point="eipnn.train", exit_status=110)
+    assert (node.exit_status, "the scheduler said so" in node.exit_message) == (402, True)
+    assert "checkpoint" in outputs
+    # Labels go on where they were.
+    _, node = parse({"state": "running"}, exit_status=110)
+    assert node.exit_status == 400
+
+
 def test_labels_without_a_single_label_are_an_error_with_the_labels_attached(
     parse, tmp_path, rattled_silicon
 ):
