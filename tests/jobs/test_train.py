@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -470,6 +471,26 @@ def test_a_worker_says_what_torch_says(pretraining, monkeypatch):
         train.work(spec.read_job(folder / spec.JOB), folder, range(1), None)
     (reason,) = (folder / spec.CHECKPOINT).glob("reason_*")
     assert reason.read_text().startswith("RuntimeError: CUDA error: all CUDA-capable")
+
+
+def test_a_job_without_memory_says_so_whichever_process_lacked_it(pretraining, monkeypatch):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 TB")
+
+    folder = pretraining()
+    (folder / spec.CHECKPOINT).mkdir()
+    monkeypatch.setattr(train, "prepare", full)
+    with pytest.raises(SystemExit) as ended:
+        train.work(spec.read_job(folder / spec.JOB), folder, range(1), None)
+    # The worker itself, and one that the system killed.
+    for code, reason in ((ended.value.code, "tried to allocate 9 TB"), (-9, "system killed it")):
+        with pytest.raises(MemoryError, match=reason):
+            train._check_exit(folder, range(1), SimpleNamespace(exitcode=code))
+
+    assert run_job(folder) is State.OUT_OF_MEMORY
+    status = json.loads((folder / spec.STATUS).read_text())
+    assert status["state"] == "out_of_memory"
+    assert "tried to allocate 9 TB" in status["reason"]
 
 
 def test_a_checkpoint_serves_on_another_device(pretraining):

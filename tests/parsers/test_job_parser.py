@@ -69,10 +69,11 @@ def test_a_job_that_still_runs_by_its_status_was_killed(parse):
     assert node.exit_status == 401
 
 
-def test_a_killed_job_with_a_checkpoint_can_go_on(parse, tmp_path):
+@pytest.mark.parametrize("state", ["running", "killed"])
+def test_a_killed_job_with_a_checkpoint_can_go_on(parse, tmp_path, state):
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / "member_0.json").write_text("{}")
-    outputs, node = parse({"state": "running"})
+    outputs, node = parse({"state": state})
     assert node.exit_status == 400
     assert outputs["checkpoint"].base.repository.list_object_names() == ["member_0.json"]
 
