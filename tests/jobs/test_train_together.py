@@ -185,7 +185,7 @@ def test_two_processes_train_the_networks_that_one_trains(write, trunk):
 def test_a_deadline_of_one_process_stops_both_and_any_number_of_them_goes_on(tmp_path, write):
     whole, pieces = (write(name, Stage.PRETRAIN, batch_size=4) for name in ("whole", "pieces"))
     assert run_job(whole) is State.DONE
-    # Only the second process finds that it is late, in its third step, and before that of the second member.
+    # Only the second process finds that it is late, in the third step and then for the next member.
     late = """
 count = iter(range(1000))
 train._is_late = lambda _: os.environ["RANK"] == "1" and next(count) in (2, 3)
