@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 from small_trainings import HARD, SOFT, labels_of, pool_of, settings_for  # noqa: E402
 
+from aiida_eipnn.science.nn.processes import Processes  # noqa: E402
 from aiida_eipnn.science.nn.shares import Share  # noqa: E402
 from aiida_eipnn.science.nn.stage import StageInputs  # noqa: E402
 from aiida_eipnn.science.nn.stages import prepare  # noqa: E402
@@ -113,3 +114,17 @@ def test_a_batch_in_parts_trains_the_same_network():
         for name, weight in other.items():
             torch.testing.assert_close(weight, weights[0][name], rtol=1e-8, atol=1e-10)
     assert not torch.equal(weights[0]["heads.weight"], stage.network(0, 0).heads.weight)
+
+
+def test_a_weight_that_has_no_gradient_in_any_process_is_left_without(tmp_path):
+    used, unused = (torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    used.grad = torch.full((2, 3), 2.0)
+    group = torch.distributed
+    group.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    try:
+        Processes(number=0, count=2).add_gradients([used, unused])
+    finally:
+        group.destroy_process_group()
+    assert torch.equal(used.grad, torch.full((2, 3), 2.0))
+    # With one of zeros the optimiser would shrink it.
+    assert unused.grad is None
