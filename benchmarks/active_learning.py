@@ -13,9 +13,11 @@ meV/atom, force components in meV/Å. A run that is there already is not run aga
     fps                farthest points in the network's features
     committee_top      the most uncertain ones
     window_lcmd        LCMD inside a window of uncertainty that the last batch calibrated
+    representative     in that window, those that stand for the more uncertain half of it
     random_eip         any points, and a network that learnt from EIPs
-    window_lcmd_eip    both
-    full               both, the first points by what EIPs disagree about, and pseudo-labels
+    window_lcmd_eip    LCMD, and a network that learnt from EIPs
+    representative_eip the same with points that stand for the more uncertain half
+    full               this, the first points by what EIPs disagree about, and pseudo-labels
     dpgen_rule         any points in a fixed window of uncertainty
     trains_pot_rule    any points above a threshold from the line of spread on error
 """
@@ -74,7 +76,7 @@ SIZES: dict[str, tuple[int, ...]] = {
     HARD: (25, 50, 100, 200),
 }
 QUICK: dict[str, tuple[int, ...]] = {"mvl_W": (5, 10)}
-QUICK_ARMS = ("random", "window_lcmd", "full")
+QUICK_ARMS = ("random", "representative", "full")
 SEEDS = 5
 # Candidates that the committee is asked about each time, drawn anew: enough to choose from.
 CANDIDATES = 1500
@@ -117,9 +119,11 @@ ARMS = {
     "fps": Arm("farthest"),
     "committee_top": Arm("uncertainty"),
     "window_lcmd": Arm("lcmd", window="calibrated"),
+    "representative": Arm("representative", window="calibrated"),
     "random_eip": Arm("random", transfer=True),
     "window_lcmd_eip": Arm("lcmd", transfer=True, window="calibrated"),
-    "full": Arm("lcmd", transfer=True, cold_start=True, pseudo=True, window="calibrated"),
+    "representative_eip": Arm("representative", transfer=True, window="calibrated"),
+    "full": Arm("representative", transfer=True, cold_start=True, pseudo=True, window="calibrated"),
     "dpgen_rule": Arm("random", window="fixed"),
     "trains_pot_rule": Arm("random", window="line"),
 }

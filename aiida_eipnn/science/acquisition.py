@@ -14,6 +14,7 @@ from aiida_eipnn.science.batch_selection import (
     farthest_points,
     largest_cluster_points,
     most_informative_points,
+    representative_points,
 )
 from aiida_eipnn.science.feature_uncertainty import last_layer_uncertainty, mahalanobis_distance
 from aiida_eipnn.science.predictions import Predictions
@@ -31,6 +32,7 @@ class Strategy(StrEnum):
     FARTHEST = "farthest"
     MAX_DET = "max_det"
     LCMD = "lcmd"
+    REPRESENTATIVE = "representative"
 
 
 # Strategies that look at the features alone, and at those of what is labelled already.
@@ -39,6 +41,10 @@ _BY_FEATURES = {
     Strategy.MAX_DET: most_informative_points,
     Strategy.LCMD: largest_cluster_points,
 }
+
+
+# All distances between so many are in memory: 32 MB, and as much again for a moment.
+MAX_REPRESENTED = 2000
 
 
 class Measure(StrEnum):
@@ -74,17 +80,19 @@ class AcquisitionParameters:
     strategy
         ``random``: any candidate, the baseline. ``uncertainty``: the most uncertain ones.
         ``diverse``: those that differ most from one another among the uncertain ones.
+        ``representative``: those that stand for the uncertain ones, with what is labelled.
         ``farthest``, ``max_det``, ``lcmd``: those that differ from one another and from what is
         labelled (:mod:`aiida_eipnn.science.batch_selection`), among those in the window.
     measure
-        What ``uncertainty`` and ``diverse`` call uncertain: ``committee``, the spread of the
-        members' forces; ``last_layer`` and ``density``, how strange the features are to what is
-        labelled (:mod:`aiida_eipnn.science.feature_uncertainty`); ``atom_last_layer`` and
-        ``atom_density``, the same of its strangest atom, by what the networks learnt
+        What ``uncertainty``, ``diverse`` and ``representative`` call uncertain: ``committee``, the
+        spread of the members' forces; ``last_layer`` and ``density``, how strange features are
+        to what is labelled (:mod:`aiida_eipnn.science.feature_uncertainty`);
+        ``atom_last_layer`` and ``atom_density``, the same of its strangest atom, by what the networks learnt
         (``atom_energy_std`` and ``strangeness`` of the predictions). The window is always one of
         the committee.
     top_fraction
-        Share of the candidates that ``diverse`` calls uncertain; never fewer than ``n_select``.
+        Share of the candidates that ``diverse`` and ``representative`` call uncertain; never fewer
+        than ``n_select``.
     min_uncertainty, max_uncertainty
         Window for all strategies but ``random``, in eV/Å. A configuration above it is more
         likely unphysical than informative, and DFT may not converge there.
@@ -108,7 +116,7 @@ class AcquisitionParameters:
     """
 
     n_select: int
-    strategy: Strategy = Strategy.DIVERSE
+    strategy: Strategy = Strategy.REPRESENTATIVE
     measure: Measure = Measure.COMMITTEE
     top_fraction: float = 0.5
     min_uncertainty: float = 0.0
@@ -285,6 +293,10 @@ class _Chooser(NamedTuple):
         if strategy == Strategy.UNCERTAINTY:
             return order[:n]
         top = order[: max(n, math.ceil(self.parameters.top_fraction * len(order)))]
+        if strategy == Strategy.REPRESENTATIVE:
+            top = _thinned(top, max(n, MAX_REPRESENTED))
+            there = known if len(known) else None
+            return top[representative_points(features[top], n, there, worth[top])]
         unlike = standardise(self.predictions.features[rows[top]])
         return top[farthest_points(unlike, n, None, worth[top])]
 
@@ -302,6 +314,13 @@ class _Chooser(NamedTuple):
         cost = _need(self.facts, "cost-aware acquisition", "DFT cost").cost[rows]
         worth: FloatArray = (cost / np.median(cost)) ** -self.parameters.cost_exponent
         return worth
+
+
+def _thinned(order: IntArray, n: int) -> IntArray:
+    """Return ``n`` at most, evenly from the first to the last."""
+    if len(order) <= n:
+        return order
+    return order[np.linspace(0, len(order) - 1, n).round().astype(np.int64)]
 
 
 def within_window(

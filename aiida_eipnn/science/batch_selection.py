@@ -161,12 +161,18 @@ def largest_cluster_points(
     return np.array(chosen, dtype=np.int64)
 
 
-def representative_points(features: FloatArray, n: int) -> IntArray:
-    """Choose ``n`` rows such that every point is close to one of them (greedy k-medoids).
+def representative_points(
+    features: FloatArray,
+    n: int,
+    known: FloatArray | None = None,
+    weights: FloatArray | None = None,
+) -> IntArray:
+    """Choose ``n`` rows such that every point is close to one of them or to what is known.
 
-    Each is the one that lowers the sum of the distances of all points to the nearest chosen one
-    most; the first is the medoid. What is typical is taken, where the other methods begin at the
-    border. It needs all distances, ``O(n_points^2)`` numbers, in memory [1]_.
+    Each is the one that lowers the sum of the distances of all points to the nearest one most
+    (greedy k-medoids); where nothing is known, the first is the medoid. What is typical is taken,
+    where the other methods begin at the border. It needs all distances, ``O(n_points^2)`` numbers,
+    in memory [1]_.
 
     Parameters
     ----------
@@ -174,6 +180,11 @@ def representative_points(features: FloatArray, n: int) -> IntArray:
         One point a row. Shape ``(n_points, n_features)``.
     n
         How many to choose.
+    known
+        Points that are labelled already. Shape ``(n_known, n_features)``.
+    weights
+        What each point is worth, one by default: what is dear to label is worth less. Shape
+        ``(n_points,)``.
 
     Raises
     ------
@@ -185,13 +196,15 @@ def representative_points(features: FloatArray, n: int) -> IntArray:
     .. [1] Krause, Golovin, "Submodular function maximization" (2014), facility location.
     """
     check_number(features, n)
-    distance = np.sqrt(_table(features, _lengths(features), features))
-    nearest = np.full(len(features), np.inf)
+    lengths, worth = _lengths(features), _worth(features, weights)
+    distance = np.sqrt(_table(features, lengths, features))
+    nearest = np.sqrt(_nearest(features, lengths, known)[0])
+    nearest = np.where(np.isinf(nearest), distance.max(axis=1), nearest)
     chosen: list[int] = []
     for _ in range(n):
-        sums = np.minimum(nearest[:, None], distance).sum(axis=0)
-        sums[chosen] = np.inf
-        chosen.append(int(sums.argmin()))
+        gain = worth * np.maximum(nearest[:, None] - distance, 0.0).sum(axis=0)
+        gain[chosen] = -1.0
+        chosen.append(int(gain.argmax()))
         nearest = np.minimum(nearest, distance[:, chosen[-1]])
     return np.array(chosen, dtype=np.int64)
 

@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from aiida_eipnn.science import acquisition
 from aiida_eipnn.science.acquisition import (
     AcquisitionParameters,
     PoolFacts,
@@ -241,7 +242,33 @@ def test_a_measure_by_labels_needs_labels():
         AcquisitionParameters(n_select=1, measure="guess")
 
 
-@pytest.mark.parametrize("strategy", ["farthest", "max_det", "lcmd"])
+def test_representative_ones_stand_for_the_uncertain_half():
+    # Nine that are certain, and nine that are not: five about 1, three about 2, and one far off.
+    features = [[float(number)] for number in range(9)]
+    features += [[1.0], [1.01], [1.02], [1.03], [1.04], [2.0], [2.01], [2.02], [30.0]]
+    told = predictions(np.repeat([0.1, 0.5], 9), features)
+    settings = AcquisitionParameters(n_select=2, strategy="representative")
+
+    chosen = acquire(told, np.arange(18), settings, np.random.default_rng(0))
+    assert chosen.rows.tolist() == [13, 17]
+    free = np.setdiff1d(np.arange(18), chosen.rows)
+    later = acquire(
+        told, free, replace(settings, n_select=1), np.random.default_rng(0), known=chosen.rows
+    )
+    assert later.rows.tolist() == [15]
+
+
+def test_of_many_candidates_some_at_all_uncertainties_are_looked_at(monkeypatch):
+    monkeypatch.setattr(acquisition, "MAX_REPRESENTED", 3)
+    features = [[float(number)] for number in range(10)]
+    chosen = pick(
+        np.arange(10.0) + 1, features, n_select=3, strategy="representative", top_fraction=1.0
+    )
+
+    assert sorted(chosen.rows) == [0, 5, 9]
+
+
+@pytest.mark.parametrize("strategy", ["farthest", "max_det", "lcmd", "representative"])
 def test_strategies_by_features_obey_the_window(strategy):
     features = [[0.0], [1.0], [50.0], [2.0]]
     chosen = pick(
