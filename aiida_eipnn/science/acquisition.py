@@ -88,8 +88,8 @@ class AcquisitionParameters:
         spread of the members' forces; ``last_layer`` and ``density``, how strange features are
         to what is labelled (:mod:`aiida_eipnn.science.feature_uncertainty`);
         ``atom_last_layer`` and ``atom_density``, the same of its strangest atom, by what the
-        networks learnt (``atom_energy_std`` and ``strangeness`` of the predictions). The window is always one of
-        the committee.
+        networks learnt (``atom_energy_std`` and ``strangeness`` of the predictions). The window
+        is always one of the committee.
     top_fraction
         Share of the candidates that ``diverse`` and ``representative`` call uncertain; never fewer
         than ``n_select``.
