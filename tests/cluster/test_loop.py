@@ -126,8 +126,11 @@ def family(folder: Path) -> None:
 
 def code(label: str, computer: str, path: Path | str, ledger: Path | None = None) -> None:
     """Register a code that notes down when it begins and ends, if there is a ledger."""
+    # Of a run before this one, whose services were left running.
+    if old := find(label, computer):
+        old.label = f"{label}-{old.pk}"
     InstalledCode(
-        label=f"{label}-{time.time_ns()}" if find(label, computer) else label,
+        label=label,
         computer=Computer.collection.get(label=computer),
         filepath_executable=str(path),
         default_calc_job_plugin="quantumespresso.pw" if ledger else None,
