@@ -95,5 +95,7 @@ def test_savings_are_points_at_equal_error(benchmark):
     assert worse["saving"] < -1
     assert worse["target_force_mae_mev"] == pytest.approx(1.2 * 5.25)
     assert at_fixed["target_force_mae_mev"] == 10.0
+    one = benchmark.savings([*rows("random", 1.0, (0,)), *rows("full", 0.5, (0,))])
+    assert [item["low"] for item in one] == [item["high"] for item in one] == [None, None]
     # A run that is not complete does not count.
     assert benchmark.savings([*rows("random", 1.0), *rows("full", 0.5)[:2]]) == []
