@@ -43,7 +43,7 @@ _BY_FEATURES = {
 }
 
 
-# All distances between so many are in memory: 32 MB, and as much again for a moment.
+# All distances between so many are in memory: 32 MB, and twice as much for a moment.
 MAX_REPRESENTED = 2000
 
 
