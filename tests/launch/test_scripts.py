@@ -221,7 +221,8 @@ def test_a_dry_run_estimates_the_cost_by_the_runs_of_the_profile(
     # As much as forty of them take, then as little as one: four are paid for in any case.
     long = {"stop": {"max_iterations": 50, "core_hours_budget": 8 * hours}}
     found = re.search(r"enough for about (\d+) of these points", described(**long))
-    assert int(found.group(1)) in (39, 40, 41)
+    # The hours were read from two digits, which are off by up to a twentieth.
+    assert 38 <= int(found.group(1)) <= 42
     long["stop"]["core_hours_budget"] = hours / 5
     assert "enough for about 4 of these points" in described(**long)
 
