@@ -11,11 +11,13 @@ from aiida.orm import Int
 from aiida_eipnn.calculations.loop import choose_random
 from aiida_eipnn.cli import launch
 from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.workflows.builder import DFT
 from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, slots_needed
 
 options = launch.parser(__doc__)
 launch.add_pw_code(options)
 launch.add_protocol(options)
+launch.add_options(options)
 options.add_argument("--pool", required=True, help="extended XYZ file, or PK of configurations")
 options.add_argument("--n", type=int, help="label so many of them, drawn by chance (all)")
 options.add_argument("--seed", type=int, default=0, help="seed of that draw")
@@ -34,6 +36,7 @@ builder = launch.checked(
     launch.checked(choose_random, pool, n_chosen, Int(given.seed)),
     given.protocol,
     launch.overrides_of(given.overrides),
+    launch.options_for(DFT, given),
 )
 labelled = launch.launch(builder, given, slots=slots_needed(builder.n_lanes.value))
 if not given.submit:

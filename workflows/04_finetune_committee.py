@@ -8,11 +8,13 @@ from aiida_eipnn.cli import launch
 from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.workflows.builder import TRAIN
 from aiida_eipnn.workflows.restart import TrainBaseWorkChain
 
 options = launch.parser(__doc__)
 launch.add_job_code(options)
 launch.add_protocol(options)
+launch.add_options(options)
 options.add_argument("--pool", required=True, help="PK of the configurations")
 options.add_argument("--labels", required=True, help="PK of their DFT labels")
 options.add_argument("--committee", help="PK of the pre-trained committee")
@@ -34,6 +36,7 @@ builder = launch.checked(
     data,
     given.protocol,
     launch.overrides_of(given.overrides),
+    launch.options_for(TRAIN, given),
 )
 trained = launch.launch(builder, given)
 if not given.submit:

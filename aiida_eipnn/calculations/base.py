@@ -1,18 +1,20 @@
 """What the four CalcJobs of ``eipnn-job`` share."""
 
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
 from aiida.common.datastructures import CalcInfo, CodeInfo
 from aiida.common.folders import Folder
 from aiida.engine import CalcJob, CalcJobProcessSpec
-from aiida.orm import AbstractCode, ArrayData, FolderData
+from aiida.orm import AbstractCode, ArrayData, RemoteData, load_node
 
 from aiida_eipnn.data.committee import CONFIG, WEIGHTS, CommitteeData
 from aiida_eipnn.jobs import spec as files
 from aiida_eipnn.jobs.spec import Job
 
 LocalCopies = list[tuple[str, str, str]]
+RemoteCopies = list[tuple[str, str, str]]
 
 # The job stops this early, so that its results come home before the scheduler kills it.
 WALLTIME_FRACTION = 0.95
@@ -33,6 +35,14 @@ class JobCalculation(CalcJob):
         """Define the process specification."""
         super().define(spec)
         spec.input("code", valid_type=AbstractCode, help="The executable eipnn-job.")
+        spec.input(
+            "uploaded",
+            valid_type=dict,
+            required=False,
+            non_db=True,
+            help="What need not be sent again: by any name, the uuid of a remote folder that "
+            "eipnn.upload made of an input. The graph shows the inputs themselves.",
+        )
         spec.inputs["metadata"]["options"]["resources"].default = {
             "num_machines": 1,
             "num_mpiprocs_per_machine": 1,
@@ -77,6 +87,12 @@ class JobCalculation(CalcJob):
             message="The memory did not do: {reason}",
             invalidates_cache=True,
         )
+        spec.exit_code(
+            403,
+            "ERROR_INPUTS_GONE",
+            message="Inputs that were on that computer already are gone: {reason}",
+            invalidates_cache=True,
+        )
 
     def job(self, max_seconds: float | None) -> Job:
         """Return the job to run."""
@@ -97,10 +113,18 @@ class JobCalculation(CalcJob):
         code_info.join_files = True
         info = CalcInfo()
         info.codes_info = [code_info]
-        info.local_copy_list = self.copies()
+        info.local_copy_list, info.remote_symlink_list = split_copies(
+            self.copies(), folders_of(self.inputs.get("uploaded"))
+        )
+        if files.PARENT_FOLDER in self.inputs:
+            info.remote_copy_list = [copy_of_checkpoint(self.inputs[files.PARENT_FOLDER])]
         info.retrieve_list = [files.STATUS, files.LOG]
-        # The parser makes nodes of these; kept as raw files too they would be there twice.
-        info.retrieve_temporary_list = [files.OUTPUT, files.CHECKPOINT]
+        # The parser makes nodes of these; kept as raw files too they would be there twice. Of the
+        # checkpoint only what tells how far it is comes home: a restart takes it from there.
+        info.retrieve_temporary_list = [
+            files.OUTPUT,
+            *((pattern, ".", pattern.count("/") + 1) for pattern in files.CHECKPOINT_MARKS),
+        ]
         return info
 
     def _max_seconds(self) -> float | None:
@@ -132,9 +156,28 @@ def copies_of_committee(node: CommitteeData) -> LocalCopies:
     return [(node.uuid, name, f"{files.COMMITTEE}/{name}") for name in (CONFIG, WEIGHTS)]
 
 
-def copies_of_checkpoint(node: FolderData) -> LocalCopies:
-    """Return the copy that puts a checkpoint where a job reads it."""
-    return [(node.uuid, ".", files.CHECKPOINT)]
+def copy_of_checkpoint(node: RemoteData) -> tuple[str, str, str]:
+    """Return the copy, on the computer itself, of what an interrupted job left in its folder."""
+    path = PurePosixPath(node.get_remote_path(), files.CHECKPOINT)
+    return (node.computer.uuid, str(path), files.CHECKPOINT)
+
+
+def folders_of(uploaded: Mapping[str, str] | None) -> dict[str, RemoteData]:
+    """Return the remote folders with what was uploaded, by the uuid of the node that it is of."""
+    folders = [load_node(uuid) for uuid in (uploaded or {}).values()]
+    return {folder.creator.inputs.node.uuid: folder for folder in folders}
+
+
+def split_copies(
+    copies: LocalCopies, folders: Mapping[str, RemoteData]
+) -> tuple[LocalCopies, RemoteCopies]:
+    """Return which files to send, and which to link to where they are on the computer already."""
+    links = [
+        (folder.computer.uuid, str(PurePosixPath(folder.get_remote_path(), name)), target)
+        for uuid, name, target in copies
+        if (folder := folders.get(uuid))
+    ]
+    return [copy for copy in copies if copy[0] not in folders], links
 
 
 def copies_of_inputs(inputs: Any) -> LocalCopies:
@@ -146,6 +189,4 @@ def copies_of_inputs(inputs: Any) -> LocalCopies:
         copies += copies_of_arrays(inputs[files.SELECTION], files.SELECTION)
     if files.COMMITTEE in inputs:
         copies += copies_of_committee(inputs[files.COMMITTEE])
-    if files.CHECKPOINT in inputs:
-        copies += copies_of_checkpoint(inputs[files.CHECKPOINT])
     return copies

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from aiida.engine import CalcJobProcessSpec
-from aiida.orm import Dict, FolderData, Int, List, to_aiida_type
+from aiida.orm import Dict, Int, List, RemoteData, to_aiida_type
 
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
@@ -44,16 +44,18 @@ def add_exclude(spec: CalcJobProcessSpec) -> None:
 def add_checkpoint(spec: CalcJobProcessSpec) -> None:
     """Add the input and the output that let an interrupted job go on."""
     spec.input(
-        "checkpoint",
-        valid_type=FolderData,
+        "parent_folder",
+        valid_type=RemoteData,
         required=False,
-        help="What an interrupted job of the same inputs left.",
+        help="The folder of an interrupted job of the same inputs, on the same computer: its "
+        "checkpoint is taken over there.",
     )
     spec.output(
         "checkpoint",
-        valid_type=FolderData,
+        valid_type=Dict,
         required=False,
-        help="What a restart needs, where the job was interrupted.",
+        help="Where the job was interrupted, the checksums of what tells how far its checkpoint "
+        "is. The checkpoint itself stays in the remote folder.",
     )
 
 

@@ -32,7 +32,7 @@ from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.reports.progress import show_progress
 from aiida_eipnn.science.io import read_configurations, read_labelled
-from aiida_eipnn.workflows.builder import STAGES
+from aiida_eipnn.workflows.builder import STAGES, options_of
 
 # Work chains that run here ask after their children so often. The second that AiiDA waits makes two
 # for each DFT point: more than all the rest where pw.x comes from the cache.
@@ -77,6 +77,11 @@ def add_places(options: argparse.ArgumentParser) -> None:
         metavar="STAGE=CODE",
         help=f"code of one stage ({', '.join(STAGES)}); repeat for each",
     )
+    add_options(options)
+
+
+def add_options(options: argparse.ArgumentParser) -> None:
+    """Add what the scheduler is told."""
     options.add_argument(
         "--options",
         type=Path,
@@ -95,6 +100,12 @@ def stage_codes(given: Sequence[str]) -> dict[str, AbstractCode]:
                 f"--code takes STAGE=CODE with one of {', '.join(STAGES)}, not {item!r}"
             )
         found[stage] = code_of(name)
+    return found
+
+
+def options_for(stage: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Return what the scheduler is told of the jobs of one stage."""
+    found: dict[str, Any] = checked(options_of, stage, overrides_of(options.options, "options"))
     return found
 
 

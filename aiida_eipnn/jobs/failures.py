@@ -8,6 +8,10 @@ _SAYS_SO = re.compile(
 )
 
 
+class InputsGoneError(ValueError):
+    """Links to inputs, which lay on this computer for several jobs, lead nowhere."""
+
+
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether the memory, of the CPU or of the GPU, did not do."""
     if isinstance(error, MemoryError):

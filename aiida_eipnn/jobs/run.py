@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aiida_eipnn.jobs import spec
-from aiida_eipnn.jobs.failures import is_out_of_memory, reason_of
+from aiida_eipnn.jobs.failures import InputsGoneError, is_out_of_memory, reason_of
 from aiida_eipnn.jobs.place import ALONE, Place
 from aiida_eipnn.jobs.spec import State, TrainJob
 from aiida_eipnn.science.arrays import write_whole
@@ -18,7 +18,7 @@ from aiida_eipnn.science.versions import versions_of
 PACKAGES = ("numpy", "ase", "vesin", "torch", "kimpy", "numba", "safetensors")
 
 # What any of several processes may say of the job.
-_FAILURES = (State.FAILED, State.OUT_OF_MEMORY)
+_FAILURES = (State.FAILED, State.OUT_OF_MEMORY, State.INPUTS_GONE)
 
 LOGGER = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ def run_job(folder: Path, place: Place = ALONE) -> State:
     try:
         job = spec.read_job(folder / spec.JOB)
         kind = job.kind
+        require_inputs(folder)
         module = importlib.import_module(f"aiida_eipnn.jobs.{kind}")
         if isinstance(job, TrainJob):
             state: State = module.run(job, folder, place)
@@ -60,7 +61,17 @@ def run_job(folder: Path, place: Place = ALONE) -> State:
     return state
 
 
+def require_inputs(folder: Path) -> None:
+    """Raise ``InputsGoneError`` if inputs that the job shares with others are gone."""
+    links = (path for path in sorted(folder.glob("*/**/*")) if path.is_symlink())
+    if gone := [path for path in links if not path.exists()]:
+        first = gone[0].relative_to(folder).as_posix()
+        raise InputsGoneError(f"{first} was {gone[0].readlink()}, and {len(gone) - 1} more files")
+
+
 def _state_of(error: Exception, place: Place) -> State:
+    if isinstance(error, InputsGoneError):
+        return State.INPUTS_GONE
     lost_another = place.count > 1 and isinstance(error, ConnectionError)
     if lost_another:
         return State.KILLED

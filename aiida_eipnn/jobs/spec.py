@@ -23,10 +23,16 @@ EXCLUDE = "exclude"
 SELECTION = "selection"
 COMMITTEE = "committee"
 CHECKPOINT = "checkpoint"
+# The folder of an interrupted job, whose checkpoint is to be taken over.
+PARENT_FOLDER = "parent_folder"
 
 # Below the checkpoint of a training.
 PSEUDO_LABELS = "pseudo_labels"
 LABEL_MODEL = "label_model.json"
+
+# The small files of a checkpoint, which tell whether there is one and how far it is: what is to be
+# made and what members have learnt; which labels are there.
+CHECKPOINT_MARKS = (f"{CHECKPOINT}/*.json", f"{CHECKPOINT}/*/state.npy")
 
 # Outputs
 OUTPUT = "output"
@@ -46,6 +52,8 @@ class State(StrEnum):
     KILLED = "killed"
     # The same for a job whose memory did not do.
     OUT_OF_MEMORY = "out_of_memory"
+    # Inputs that were said to be on this computer are not.
+    INPUTS_GONE = "inputs_gone"
     FAILED = "failed"
 
 

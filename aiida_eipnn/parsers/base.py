@@ -1,11 +1,12 @@
 """What the parsers of ``eipnn-job`` share."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from aiida.engine import ExitCode
-from aiida.orm import Dict, FolderData
+from aiida.orm import Dict
 from aiida.parsers import Parser
 
 from aiida_eipnn.data.finite import finite
@@ -40,6 +41,8 @@ class JobParser(Parser):
         if state is State.OUT_OF_MEMORY:
             self._attach_checkpoint(folder)
             return self.exit_codes.ERROR_OUT_OF_MEMORY.format(reason=status["reason"])
+        if state is State.INPUTS_GONE:
+            return self.exit_codes.ERROR_INPUTS_GONE.format(reason=status["reason"])
         if state is State.DONE:
             return self._parse_done(folder / files.OUTPUT)
         return self._parse_unfinished(folder)
@@ -58,10 +61,17 @@ class JobParser(Parser):
         return self.exit_codes.ERROR_INTERRUPTED
 
     def _attach_checkpoint(self, folder: Path) -> bool:
-        checkpoint = folder / files.CHECKPOINT
-        if not checkpoint.is_dir() or not any(checkpoint.iterdir()):
+        """Say how far the checkpoint is, which stays where the job was; False without one."""
+        marks = sorted(path for pattern in files.CHECKPOINT_MARKS for path in folder.glob(pattern))
+        if not marks:
             return False
-        self.out("checkpoint", FolderData(tree=str(checkpoint)))
+        checksums = {
+            path.relative_to(folder).as_posix(): hashlib.blake2b(
+                path.read_bytes(), digest_size=16
+            ).hexdigest()
+            for path in marks
+        }
+        self.out("checkpoint", Dict({"checksums": checksums}))
         return True
 
     def _scheduler_or(self, exit_code: ExitCode) -> ExitCode:

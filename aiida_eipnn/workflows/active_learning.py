@@ -6,7 +6,18 @@ from typing import Any
 
 from aiida.common import AttributeDict
 from aiida.engine import ExitCode, ProcessBuilder, ProcessSpec, ToContext, if_, while_
-from aiida.orm import Bool, Data, Dict, List, ProcessNode, Str, to_aiida_type
+from aiida.orm import (
+    ArrayData,
+    Bool,
+    Computer,
+    Data,
+    Dict,
+    Float,
+    List,
+    ProcessNode,
+    Str,
+    to_aiida_type,
+)
 from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 
 from aiida_eipnn.calculations import loop, ports
@@ -23,6 +34,7 @@ from aiida_eipnn.calculations.loop import (
     TEST,
 )
 from aiida_eipnn.calculations.train import validate_seeds
+from aiida_eipnn.calculations.upload import UploadCalculation
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
@@ -42,6 +54,7 @@ from aiida_eipnn.workflows.continuation import (
     must_train,
     runs_of,
 )
+from aiida_eipnn.workflows.folders import clean_folder, computer_of, missing_uploads, upload_name
 from aiida_eipnn.workflows.label_dft import (
     DftLabelWorkChain,
     runs_pw,
@@ -50,7 +63,16 @@ from aiida_eipnn.workflows.label_dft import (
     validate_pw,
 )
 from aiida_eipnn.workflows.once import SubmitsOnce
-from aiida_eipnn.workflows.restart import MAX_DEATHS, LabelBaseWorkChain, TrainBaseWorkChain, died
+from aiida_eipnn.workflows.restart import (
+    MAX_DEATHS,
+    LabelBaseWorkChain,
+    TrainBaseWorkChain,
+    died,
+    lacked_inputs,
+)
+
+# In MB: less than this is sent in the time that a job takes to start.
+UPLOAD_ABOVE = 10.0
 
 # The twin is fine-tuned like the committee, but from scratch.
 STAGES = {
@@ -78,10 +100,12 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
             cls.split,
             if_(cls.should_label_test)(cls.label_test_with_dft, cls.inspect_test_labels),
             if_(cls.should_label_initial)(cls.label_initial_with_dft, cls.inspect_initial_labels),
+            if_(cls.should_upload)(cls.upload, cls.inspect_uploads),
             if_(cls.should_pretrain)(cls.pretrain, cls.inspect_pretrain),
             if_(cls.should_reconsider)(cls.reconsider),
             while_(cls.should_continue)(
                 if_(cls.should_train)(
+                    if_(cls.should_upload)(cls.upload, cls.inspect_uploads),
                     cls.classify,
                     cls.inspect_classify,
                     cls.finetune,
@@ -111,12 +135,13 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         spec.expose_inputs(
             ExploreCalculation,
             namespace="explore",
+            exclude=("uploaded",),
             namespace_options={"required": False, "populate_defaults": False},
         )
         spec.expose_inputs(
             ExploreCalculation,
             namespace="extend",
-            exclude=("committee",),
+            exclude=("committee", "uploaded"),
             namespace_options={
                 "required": False,
                 "populate_defaults": False,
@@ -132,7 +157,12 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         spec.expose_inputs(
             LabelBaseWorkChain,
             namespace="label",
-            exclude=("job.configurations", "job.exclude", "job.checkpoint"),
+            exclude=(
+                "job.configurations",
+                "job.exclude",
+                "job.parent_folder",
+                "job.uploaded",
+            ),
         )
         spec.expose_inputs(
             DftLabelWorkChain, namespace="dft", exclude=("configurations", "choice", "runs")
@@ -150,14 +180,15 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
                     "selection",
                     "committee",
                     "training",
-                    "checkpoint",
+                    "parent_folder",
+                    "uploaded",
                 )
             ),
         )
         spec.expose_inputs(
             EvaluateCalculation,
             namespace="evaluate",
-            exclude=("configurations", "exclude", "committee"),
+            exclude=("configurations", "exclude", "committee", "uploaded"),
         )
         spec.input_namespace(
             "known",
@@ -218,6 +249,22 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
                 default=lambda: Bool(False),
                 help=text,
             )
+        spec.input(
+            "upload_above",
+            valid_type=Float,
+            serializer=to_aiida_type,
+            default=lambda: Float(UPLOAD_ABOVE),
+            help="Pools and EIP labels larger than this, in MB, are put on the computers that "
+            "train and evaluate once, and not sent with each job.",
+        )
+        spec.input(
+            "clean_workdir",
+            valid_type=Bool,
+            serializer=to_aiida_type,
+            default=lambda: Bool(False),
+            help="Remove the remote folders of explorations and evaluations that went well, once "
+            "their results are home. The other jobs: label, train and dft.pw_base have their own.",
+        )
         spec.inputs.validator = _validate_inputs
 
     @classmethod
@@ -357,6 +404,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         if "predictions" in self.ctx:
             # By these the last batch was asked for, or is to be.
             self.ctx.asked_by = self.ctx.predictions
+        self.ctx.uploads = {}
         self.ctx.iteration = len(self.ctx.history["iterations"]) if "history" in self.ctx else 0
         self.ctx.must_train = must_train(self.ctx.previous, self.ctx.known)
         if "pool" in self.inputs:
@@ -379,6 +427,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         if broken := self._broken(self.ctx.explored, "EXPLORE"):
             return broken
         self.ctx.pool = self.ctx.explored.outputs.pool
+        self._tidy(self.ctx.explored)
         return None
 
     def refuse(self) -> ExitCode | None:
@@ -491,6 +540,25 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
             self.ctx.labels[INITIAL] = self._gated(self.ctx.initial.outputs.labels)
             self.out("initial_labels", self.ctx.labels[INITIAL])
         return self._broken(self.ctx.initial, "DFT_LABELS")
+
+    def should_upload(self) -> bool:
+        """Put what is large where the jobs are, unless it is there."""
+        return bool(self._missing_uploads())
+
+    def upload(self) -> None:
+        """Put the pool and the EIP labels on the computers whose jobs read them again and again."""
+        for name, (node, computer) in self._missing_uploads().items():
+            inputs = {"node": node, "metadata": {"computer": computer, "call_link_label": name}}
+            self.to_context(**{name: self.submit(UploadCalculation, **inputs)})
+
+    def inspect_uploads(self) -> None:
+        """Take what is there now; what could not be put there is sent with each job."""
+        for name in self._missing_uploads():
+            process = self.ctx[name]
+            is_there = process.is_finished_ok
+            self.ctx.uploads[name] = process.outputs.remote_folder if is_there else None
+            if not is_there:
+                self.report(f"uploading failed, each job gets its own copy: {_why(process)}")
 
     def should_pretrain(self) -> bool:
         """Pre-train unless a previous loop did."""
@@ -609,11 +677,13 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         self.ctx.evaluated = self.ctx.iteration
         if broken := self._broken(self.ctx.evaluation, "EVALUATE"):
             return broken
+        self._tidy(self.ctx.evaluation)
         self.ctx.predictions = self.ctx.evaluation.outputs.predictions
         self._emit("predictions", self.ctx.predictions)
         if self.inputs.train_scratch:
             if broken := self._broken(self.ctx.scratch_evaluation, "EVALUATE"):
                 return broken
+            self._tidy(self.ctx.scratch_evaluation)
             self._emit("scratch_predictions", self.ctx.scratch_evaluation.outputs.predictions)
             if self.ctx.verdict is not None and not self.ctx.verdict["eips_help"]:
                 self.ctx.finetuned = self.ctx.predictions
@@ -730,6 +800,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         if not self.ctx.explored.is_finished_ok:
             self.report(f"exploring broke, the pool stays as it is: {_why(self.ctx.explored)}")
             return
+        self._tidy(self.ctx.explored)
         found = loop.keep_new(self.ctx.pool, self.ctx.explored.outputs.pool, self.inputs.gate)
         refused = found.base.attributes.get("refused")
         self.report(f"exploring: {len(found)} new configurations, {len(refused)} refused")
@@ -762,6 +833,13 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         """Emit what the last iteration made."""
         for name in LAST:
             self.out(name, self.ctx[name])
+
+    def on_terminated(self) -> None:
+        """Remove what was put on other computers for the jobs of this loop."""
+        super().on_terminated()
+        for job in self.node.called:
+            if job.process_class is UploadCalculation:
+                clean_folder(self, job)
 
     # Pieces of the steps.
 
@@ -803,11 +881,30 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         self.report(f"DFT labels: {len(choice)} configurations ({name})")
         return self.submit(DftLabelWorkChain, **_named(inputs, f"dft_{name}"))
 
+    def _missing_uploads(self) -> dict[str, tuple[ArrayData, Computer]]:
+        train = computer_of(self.inputs.train.job)
+        evaluate = computer_of(self.inputs.evaluate)
+        wanted = ((self.ctx.pool, train), (self.ctx.eip_labels, train), (self.ctx.pool, evaluate))
+        return missing_uploads(wanted, self.ctx.uploads, self.inputs.upload_above)
+
+    def _uploaded(self, computer: Computer) -> dict[str, str]:
+        """Return which of the nodes of now are on a computer already."""
+        nodes = {"pool": self.ctx.pool, "eip_labels": self.ctx.eip_labels}
+        folders = {
+            name: self.ctx.uploads.get(upload_name(node, computer)) for name, node in nodes.items()
+        }
+        return {name: folder.uuid for name, folder in folders.items() if folder is not None}
+
+    def _tidy(self, job: ProcessNode) -> None:
+        if self.inputs.clean_workdir:
+            clean_folder(self, job)
+
     def _train_inputs(self, name: str) -> AttributeDict:
         inputs = AttributeDict(self.exposed_inputs(TrainBaseWorkChain, namespace="train"))
         inputs.job.training = self.inputs[name]
         inputs.job.configurations = self._configurations()
         inputs.job.exclude = {name: self.ctx.choices[name] for name in (TEST, REFUSED)}
+        inputs.job.uploaded = self._uploaded(computer_of(inputs.job))
         return inputs
 
     def _submit_train(self, inputs: AttributeDict, label: str) -> ProcessNode:
@@ -818,6 +915,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         inputs.configurations = {"pool": self.ctx.pool}
         inputs.exclude = {REFUSED: self.ctx.choices[REFUSED]}
         inputs.committee = committee
+        inputs.uploaded = self._uploaded(computer_of(inputs))
         return self.submit(EvaluateCalculation, **_named(inputs, label))
 
     def _report_errors(self, record: Mapping[str, Any]) -> None:
@@ -841,7 +939,10 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
 
     def _starts_again(self, job: ProcessNode) -> bool:
         """Return whether a job was killed and is worth another try; other failures are final."""
-        if not died(job):
+        if lacked_inputs(job):
+            self.report(f"{job.process_label} {job.pk} lacked inputs: they are put there again")
+            self.ctx.uploads = {}
+        elif not died(job):
             return False
         deaths = self.ctx.setdefault("deaths", {})
         step = f"{self._name()} {job.process_label}"

@@ -160,6 +160,9 @@ def fill_builder(
     builder.seed = Int(inputs["seed"])
     n_pretrained = min(inputs["n_pretrained"], inputs["n_members"])
     builder.pretrain_seeds = List(member_seeds(inputs["seed"], n_pretrained))
+    builder.upload_above = Float(inputs["upload_above"])
+    for place in (builder, builder.label, builder.train):
+        place.clean_workdir = inputs["clean_workdir"]
     builder.train_scratch = inputs["train_scratch"]
     builder.use_pseudo_labels = inputs["use_pseudo_labels"]
     return builder

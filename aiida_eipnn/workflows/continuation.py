@@ -53,7 +53,8 @@ PATHS: dict[str, tuple[str, ...]] = {
 }
 FLAGS = ("train_scratch", "use_pseudo_labels")
 COUNTS = ("n_members", "n_heads", "n_pretrained")
-CHANGEABLE = (*PATHS, *FLAGS, *COUNTS, "eips", "extend", "dft")
+FILES = ("upload_above", "clean_workdir")
+CHANGEABLE = (*PATHS, *FLAGS, *COUNTS, *FILES, "eips", "extend", "dft")
 
 # What EIP labels and pre-trained networks depend on: where it is changed they are made again.
 BEHIND_EIP_LABELS = (("label", "job", "eips"), PATHS["label"])
@@ -348,6 +349,11 @@ def _override(inputs: Inputs, name: str, value: Any, pool: ConfigurationsData | 
         place[last] = Dict(recursive_merge(_content(place.get(last)), value))
     elif name in FLAGS:
         inputs[name] = Bool(value)
+    elif name == "upload_above":
+        inputs[name] = Float(value)
+    elif name == "clean_workdir":
+        for place in (inputs, inputs["label"], inputs["train"]):
+            place[name] = Bool(value)
     elif name == "n_heads":
         for training in FINETUNINGS:
             inputs[training] = Dict({**_content(inputs[training]), name: value})

@@ -14,14 +14,16 @@ from aiida.engine import (
     process_handler,
     while_,
 )
-from aiida.orm import AbstractCode, CalcJobNode, Dict, FolderData, Int
+from aiida.orm import AbstractCode, CalcJobNode, Dict, Int
 from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 
 from aiida_eipnn.calculations.base import JobCalculation
 from aiida_eipnn.calculations.label import LabelCalculation
 from aiida_eipnn.calculations.train import TrainCalculation, halve_batches
 from aiida_eipnn.data.configurations import ConfigurationsData
+from aiida_eipnn.jobs.spec import PARENT_FOLDER
 from aiida_eipnn.workflows.builder import PROTOCOLS, label_inputs, train_inputs
+from aiida_eipnn.workflows.folders import clean_folders
 from aiida_eipnn.workflows.once import SubmitsOnce
 
 # A long training is cut into slices by the walltime: far more of them than the five of the default.
@@ -45,6 +47,12 @@ DEATHS = (
 def died(node: CalcJobNode) -> bool:
     """Return whether a job of ``eipnn-job`` was killed and left nothing to go on from."""
     return node.exit_status in {code.status for code in DEATHS}
+
+
+def lacked_inputs(node: CalcJobNode) -> bool:
+    """Return whether inputs were gone that a job of ``eipnn-job`` should find on its computer."""
+    gone: int = JobCalculation.spec().exit_codes.ERROR_INPUTS_GONE.status
+    return bool(node.exit_status == gone)
 
 
 class JobBaseWorkChain(SubmitsOnce, BaseRestartWorkChain):
@@ -73,13 +81,21 @@ class JobBaseWorkChain(SubmitsOnce, BaseRestartWorkChain):
     @process_handler(priority=100, exit_codes=[JobCalculation.spec().exit_codes.ERROR_INTERRUPTED])
     def go_on_from_checkpoint(self, node: CalcJobNode) -> ProcessHandlerReport | None:
         """Start again from where the job was interrupted, as long as that leads anywhere."""
-        if "checkpoint" in node.inputs and _same(node.inputs.checkpoint, node.outputs.checkpoint):
+        reached = node.outputs.checkpoint.get_dict()
+        if self.ctx.get("reached") == reached:
             self.report(f"{node.process_label} {node.pk} came no further than its checkpoint")
             return None
-        self.ctx.inputs.checkpoint = node.outputs.checkpoint
+        self._go_on_from(node)
         self.report(
             f"{node.process_label} {node.pk} was interrupted: it goes on from its checkpoint"
         )
+        return ProcessHandlerReport(do_break=True)
+
+    @process_handler(priority=95, exit_codes=[JobCalculation.spec().exit_codes.ERROR_INPUTS_GONE])
+    def send_inputs_again(self, node: CalcJobNode) -> ProcessHandlerReport:
+        """Start a job again with all of its inputs: those on its computer are gone."""
+        self.ctx.inputs.pop("uploaded", None)
+        self.report(f"{node.process_label} {node.pk} lacked inputs: they are sent with it now")
         return ProcessHandlerReport(do_break=True)
 
     @process_handler(priority=90, exit_codes=list(DEATHS))
@@ -90,6 +106,18 @@ class JobBaseWorkChain(SubmitsOnce, BaseRestartWorkChain):
             return None
         self.report(f"{node.process_label} {node.pk} was killed: it starts again")
         return ProcessHandlerReport(do_break=True)
+
+    def _go_on_from(self, node: CalcJobNode) -> None:
+        """Let the next job take over the checkpoint where it is."""
+        self.ctx.reached = node.outputs.checkpoint.get_dict()
+        self.ctx.inputs[PARENT_FOLDER] = node.outputs.remote_folder
+
+    def on_terminated(self) -> None:
+        """Remove the folders of the jobs where that was asked for, and where all went well."""
+        # BaseRestartWorkChain would also remove what somebody may want to look into or go on from.
+        super(BaseRestartWorkChain, self).on_terminated()
+        if self.inputs.clean_workdir and self.node.is_finished_ok:
+            clean_folders(self)
 
 
 class LabelBaseWorkChain(ProtocolMixin, JobBaseWorkChain):
@@ -158,7 +186,7 @@ class TrainBaseWorkChain(ProtocolMixin, JobBaseWorkChain):
             )
         self.ctx.inputs.parameters = halve_batches(node.inputs.parameters)
         if "checkpoint" in node.outputs:
-            self.ctx.inputs.checkpoint = node.outputs.checkpoint
+            self._go_on_from(node)
         self.report(
             f"{node.process_label} {node.pk} ran out of memory: batches in {2 * n_parts} parts now"
         )
@@ -201,7 +229,3 @@ class TrainBaseWorkChain(ProtocolMixin, JobBaseWorkChain):
             **train_inputs(inputs, code, options or {}),
         }
         return builder
-
-
-def _same(first: FolderData, second: FolderData) -> bool:
-    return bool(first.base.repository.hash() == second.base.repository.hash())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from aiida.manage.caching import enable_caching
-from aiida.orm import Int, Node, QueryBuilder, WorkChainNode
+from aiida.orm import CalcJobNode, Int, Node, QueryBuilder, WorkChainNode
 
 from aiida_eipnn.cli import dry_run, launch
 from aiida_eipnn.cli.dry_run import describe_loop
@@ -79,7 +79,9 @@ def test_each_script_says_what_it_is_for(run, script, capsys):
 
 
 def test_the_steps_one_after_another(kim, torch, job_code, pw_code, files, run):
-    common = ["--overrides", files / "overrides.yaml"]
+    minutes = {"max_wallclock_seconds": 900, "dft": {"max_wallclock_seconds": 800}}
+    (files / "options.yaml").write_text(yaml.safe_dump(minutes))
+    common = ["--overrides", files / "overrides.yaml", "--options", files / "options.yaml"]
     job = ["--job-code", job_code.full_label]
     eips = ["--eip", SW, "--eip", EDIP]
     printed = run("01_label_with_eips.py", "--pool", files / "pool.xyz", *eips, *job, *common)
@@ -99,6 +101,13 @@ def test_the_steps_one_after_another(kim, torch, job_code, pw_code, files, run):
     data = ["--pool", pool.pk, "--labels", labels.pk]
     run("04_finetune_committee.py", *data, "--committee", pretrained.pk, *job, *common)
     assert newest(CommitteeData).base.attributes.get("stage") == "finetune"
+    # Each stage is told what is for it.
+    jobs = QueryBuilder().append(CalcJobNode).order_by({CalcJobNode: {"id": "desc"}}).limit(6)
+    assert [job.get_option("max_wallclock_seconds") for job in jobs.all(flat=True)] == [
+        *(900, 900),
+        *(800, 800, 800),
+        900,
+    ]
 
 
 def test_the_whole_loop_and_its_report(kim, torch, job_code, pw_code, files, run):

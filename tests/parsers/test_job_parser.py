@@ -75,7 +75,30 @@ def test_a_killed_job_with_a_checkpoint_can_go_on(parse, tmp_path, state):
     (tmp_path / "checkpoint" / "member_0.json").write_text("{}")
     outputs, node = parse({"state": state})
     assert node.exit_status == 400
-    assert outputs["checkpoint"].base.repository.list_object_names() == ["member_0.json"]
+    assert list(outputs["checkpoint"]["checksums"]) == ["checkpoint/member_0.json"]
+
+
+def test_what_a_checkpoint_says_changes_with_what_it_holds(parse, tmp_path):
+    (tmp_path / "checkpoint" / "chunk_000000").mkdir(parents=True)
+    (tmp_path / "checkpoint" / "plan.json").write_text("{}")
+    state, said = tmp_path / "checkpoint" / "chunk_000000" / "state.npy", []
+    for content in (b"00", b"00", b"01"):
+        state.write_bytes(content)
+        outputs, _ = parse({"state": "interrupted"})
+        said.append(outputs["checkpoint"].get_dict())
+    assert sorted(said[0]["checksums"]) == [
+        "checkpoint/chunk_000000/state.npy",
+        "checkpoint/plan.json",
+    ]
+    assert said[0] == said[1]
+    assert said[1] != said[2]
+
+
+def test_a_job_whose_inputs_are_gone_says_which(parse):
+    status = {"state": "inputs_gone", "reason": "configurations/pool/ids.npy was /a/ids.npy"}
+    _, node = parse(status)
+    assert node.exit_status == 403
+    assert "configurations/pool/ids.npy was /a/ids.npy" in node.exit_message
 
 
 def test_what_the_scheduler_found_is_not_hidden(parse):
@@ -90,7 +113,7 @@ def test_a_job_without_memory_says_so_and_leaves_its_checkpoint(parse, tmp_path)
     outputs, node = parse(status, entry_point="eipnn.train")
     assert node.exit_status == 402
     assert "tried to allocate 2 GiB" in node.exit_message
-    assert outputs["checkpoint"].base.repository.list_object_names() == ["member_0.json"]
+    assert list(outputs["checkpoint"]["checksums"]) == ["checkpoint/member_0.json"]
 
 
 def test_a_training_that_the_scheduler_killed_for_its_memory_says_so_with_its_checkpoint(

@@ -19,6 +19,8 @@ EIPS = [
 OVERRIDES = {
     "n_members": 2,
     "n_pretrained": 1,
+    # As if its pool was large.
+    "upload_above": 0,
     # One process each: starting one costs more than these trainings.
     "label": {"n_workers": 1},
     "train": {"n_workers": 1},

@@ -135,6 +135,30 @@ def test_what_the_committee_finds_joins_the_pool(loop):
     assert records[1]["n_candidates"] == records[0]["n_candidates"] + 2
 
 
+def test_what_many_jobs_read_is_sent_once_and_linked_to(loop):
+    uploads = {job.inputs.node.uuid: job for job in calculations_of(loop, "eipnn.upload")}
+    extended = loop.outputs.iterations.i001
+    large = (loop.inputs.pool, loop.outputs.eip_labels, extended.pool, extended.eip_labels)
+    assert set(uploads) == {node.uuid for node in large}
+    for kind in ("eipnn.train", "eipnn.evaluate"):
+        for job in calculations_of(loop, kind):
+            how = json.loads(job.base.repository.get_object_content(".aiida/calcinfo.json"))
+            assert not {uuid for uuid, *_ in how["local_copy_list"]} & set(uploads)
+            linked = {path for _, path, _ in how["remote_symlink_list"]}
+            pool = job.inputs.configurations.pool
+            assert f"{uploads[pool.uuid].get_remote_workdir()}/positions.npy" in linked
+
+
+def test_folders_of_jobs_that_went_well_are_removed(loop):
+    jobs = [
+        job
+        for kind in ("label", "train", "evaluate", "explore", "upload")
+        for job in calculations_of(loop, f"eipnn.{kind}")
+    ]
+    assert len(jobs) > 10
+    assert not [job for job in jobs if Path(job.get_remote_workdir()).exists()]
+
+
 def test_a_continuation_may_explore_otherwise_or_no_more(loop):
     more = {"stop": {"max_iterations": 5}}
     go_on = ActiveLearningWorkChain.get_builder_continue
@@ -274,8 +298,9 @@ def test_a_second_run_is_free_with_caching(loop, builder):
     assert again.is_finished_ok
     jobs = [node for node in again.called_descendants if isinstance(node, CalcJobNode)]
     fresh = [node for node in jobs if not node.base.caching.is_created_from_cache]
-    # A pw.x run that failed, and labels of a model that is not installed, are tried again.
-    again_wanted = {"quantumespresso.pw", "eipnn.label"}
+    # A pw.x run that failed, and labels of a model that is not installed, are tried again; and
+    # what the first loop had put on the computer is gone.
+    again_wanted = {"quantumespresso.pw", "eipnn.label", "eipnn.upload"}
     assert {node.process_type.removeprefix("aiida.calculations:") for node in fresh} <= again_wanted
     assert all(
         not node.is_finished_ok

@@ -10,6 +10,7 @@ from aiida.engine import run_get_node
 from aiida.orm import CalcFunctionNode, CalcJobNode, Dict
 from ase.build import bulk
 
+from aiida_eipnn.calculations.upload import UploadCalculation
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.science.configurations import Configurations
@@ -102,12 +103,55 @@ def test_a_training_that_is_killed_half_way_ends_with_the_weights_of_one_that_wa
     assert node.is_finished_ok, node.exit_message
     jobs = [child for child in node.called if isinstance(child, CalcJobNode)]
     assert [job.exit_status for job in jobs] == [400, 0]
-    assert "checkpoint" in jobs[1].inputs
+    # It went on from the checkpoint where that was; what came home only tells how far it is.
+    assert jobs[1].inputs.parent_folder.pk == jobs[0].outputs.remote_folder.pk
+    marks = jobs[0].outputs.checkpoint["checksums"]
+    assert all(name.endswith(".json") for name in marks)
+    assert jobs[0].outputs.retrieved.base.repository.list_object_names() == [
+        "_scheduler-stderr.txt",
+        "_scheduler-stdout.txt",
+        "eipnn-job.log",
+        "status.json",
+    ]
     weights = [
         outputs["committee"].base.repository.get_object_content("weights.safetensors", mode="rb")
         for outputs in (whole, killed)
     ]
     assert weights[0] == weights[1]
+
+
+def test_inputs_that_are_gone_from_the_computer_are_sent_with_the_job(
+    kim, torch, job_code, rattled_silicon
+):
+    pool = ConfigurationsData.from_value(rattled_silicon(10)).store()
+    inputs = train_inputs(job_code, pool, labels_of(job_code, pool))
+    inputs["training"] = Dict({"stage": "pretrain", "steps": 2})
+    _, upload = run_get_node(UploadCalculation, node=pool, metadata={"computer": job_code.computer})
+    inputs["uploaded"] = {"pool": upload.outputs.remote_folder.uuid}
+    _, node = run_get_node(TrainBaseWorkChain, job=inputs)
+    assert [job.exit_status for job in node.called] == [0]
+
+    (Path(upload.get_remote_workdir()) / "positions.npy").unlink()
+    _, node = run_get_node(TrainBaseWorkChain, job=inputs)
+    assert [job.exit_status for job in node.called] == [403, 0]
+    assert "configurations/pool/positions.npy was" in node.called[0].exit_message
+    # What the work chain was not asked to remove is there.
+    assert all(Path(job.get_remote_workdir()).exists() for job in node.called)
+
+
+@pytest.mark.parametrize("eip", [SW, "python:nowhere:make"])
+def test_folders_are_removed_where_that_is_asked_for_and_all_went_well(
+    kim, job_code, rattled_silicon, eip
+):
+    inputs = {
+        "code": job_code,
+        "configurations": {"pool": ConfigurationsData.from_value(rattled_silicon(3))},
+        "eips": [eip],
+    }
+    _, node = run_get_node(LabelBaseWorkChain, job=inputs, clean_workdir=True)
+    assert node.is_finished_ok == (eip == SW)
+    for job in node.called:
+        assert Path(job.get_remote_workdir()).exists() != node.is_finished_ok
 
 
 def large_batch_inputs(code):

@@ -1,4 +1,8 @@
-"""Checkpoints of a training: one safetensors file for each member, replaced as a whole."""
+"""Checkpoints of a training: one safetensors file for each member, replaced as a whole.
+
+Beside it a small file says how far the member is: what may be worth knowing where the checkpoint
+itself is far away.
+"""
 
 import json
 from pathlib import Path
@@ -7,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aiida_eipnn.science.arrays import write_whole
 from aiida_eipnn.science.nn.network import Network
 from aiida_eipnn.science.nn.tensor_files import load_tensors, read_metadata, save_tensors
 from aiida_eipnn.science.nn.training import TrainingState
@@ -58,6 +63,8 @@ def save_checkpoint(path: Path, state: TrainingState, fingerprint: str) -> None:
     save_tensors(partial, tensors, metadata)
     # A rename is atomic: a job killed here leaves the old file or the new one, never half.
     partial.replace(path)
+    said = {name: facts[name] for name in ("epoch", "step", "n_steps", "finished")}
+    write_whole(path.with_suffix(".json"), json.dumps({**said, "rate_factor": state.rate_factor}))
 
 
 def read_rate_factor(path: Path, fingerprint: str) -> float | None:
