@@ -322,6 +322,18 @@ def test_a_loop_that_goes_on_may_draw_heads(whole):
     assert "n_heads" not in made.pretrain.get_dict()
 
 
+def test_a_loop_that_goes_on_may_treat_its_files_otherwise(whole):
+    assert whole.inputs.train.clean_workdir
+    made = ActiveLearningWorkChain.get_builder_continue(
+        whole, {"clean_workdir": False, "upload_above": 100, "stop": {"max_iterations": 5}}
+    )
+
+    assert made.upload_above == 100
+    assert not any(
+        place.clean_workdir for place in (made, made["label"], made["train"])
+    ), "all jobs are treated alike"
+
+
 def test_a_loop_that_seems_to_run_is_continued_only_if_it_is_said_to_be_lost(whole):
     lost = WorkChainNode()
     lost.base.attributes.set_many(
