@@ -30,9 +30,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def label_points(case: Case, server: Mapping[str, Any] | None) -> dict[str, Any]
     make_profile(server)
     ledger = write_pw_wrapper(environment.find_pw(None))
     pool = scale.two_atoms(LANES + case.points)
-    with Daemon(case.workers):
+    with daemon(case.workers):
         run_to_end(scale.pw_builder(pool, range(LANES), n_lanes=LANES), server)
         before = state_of(server)
         ledger.write_text("")
@@ -177,7 +177,7 @@ def iterate(case: Case, n_pool: int, server: Mapping[str, Any] | None) -> dict[s
     builder = scale.loop_builder(
         n_pool, n_iterations=ITERATIONS, n_select=case.points, n_first=N_FIRST, n_test=N_TEST
     )
-    with Daemon(case.workers):
+    with daemon(case.workers):
         node, samples = run_to_end(builder, server)
         state = state_of(server)
     jobs = read_lines(usage)
@@ -273,16 +273,13 @@ def write_pw_wrapper(pw: Path) -> Path:
     return ledger
 
 
-class Daemon:
-    """The daemon of the profile, while the context lasts."""
-
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-
-    def __enter__(self) -> None:
-        scale.verdi("daemon", "start", str(self.workers))
-
-    def __exit__(self, *_: object) -> None:
+@contextmanager
+def daemon(workers: int) -> Iterator[None]:
+    """Run the daemon of the profile."""
+    scale.verdi("daemon", "start", str(workers))
+    try:
+        yield
+    finally:
         scale.verdi("daemon", "stop", "--timeout", "120")
 
 
@@ -309,9 +306,9 @@ def sample_cpu(server: Mapping[str, Any] | None) -> Sample:
     """Return the CPU time of the daemon and of the database so far."""
     from aiida.engine.daemon.client import get_daemon_client
 
-    daemon = psutil.Process(get_daemon_client().get_daemon_pid())
+    circus = psutil.Process(get_daemon_client().get_daemon_pid())
     cpu = dict.fromkeys(USERS, 0.0)
-    for process in [daemon, *daemon.children()]:
+    for process in [circus, *circus.children()]:
         times = process.cpu_times()
         if process.cmdline()[-1] == "worker":
             cpu["worker"] += times.user + times.system
