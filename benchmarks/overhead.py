@@ -404,7 +404,7 @@ def run_case(case: Case, server: Mapping[str, Any] | None, *, quick: bool) -> di
     from aiida import __version__
     from aiida.manage.configuration import get_profile
 
-    load = os.getloadavg()[0]
+    load, sync = os.getloadavg()[0], sync_time(Path(os.environ["AIIDA_PATH"]))
     if case.part == "pw":
         found = label_points(case, server)
         found["ratio"] = round(found["wall_s_per_point"] / found["floor_s_per_point"], 2)
@@ -413,9 +413,27 @@ def run_case(case: Case, server: Mapping[str, Any] | None, *, quick: bool) -> di
         largest = max((QUICK_POINTS if quick else POINTS)["loop"])
         found = iterate(case, ITERATIONS * largest + 4 * (N_FIRST + N_TEST), server)
     broker = get_profile().process_control_backend
-    # Other programs take their share of the cores, which wall times show.
-    other = {"aiida": __version__, "cpus": psutil.cpu_count(), "load_before": round(load, 1)}
-    return {**asdict(case), "broker": broker, **found, **other}
+    # What wall times depend on, besides AiiDA: the disk, for each change of a process is written to
+    # it, and other programs.
+    machine = {
+        "aiida": __version__,
+        "cpus": psutil.cpu_count(),
+        "load_before": round(load, 1),
+        "disk_sync_ms": round(1000 * sync, 2),
+    }
+    return {**asdict(case), "broker": broker, **found, **machine}
+
+
+def sync_time(folder: Path, times: int = 50) -> float:
+    """Return how long the disk takes to write a page for good, in s."""
+    found = []
+    with tempfile.TemporaryFile(dir=folder) as stream:
+        for _ in range(times):
+            start = time.perf_counter()
+            os.pwrite(stream.fileno(), bytes(4096), 0)
+            os.fsync(stream.fileno())
+            found.append(time.perf_counter() - start)
+    return float(np.median(found))
 
 
 def run_apart(case: Case, *, quick: bool) -> dict[str, Any]:

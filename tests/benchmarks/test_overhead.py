@@ -23,9 +23,10 @@ def test_time_inside_runs_is_clipped_and_counted_once(overhead):
         {"start": 0.0, "end": 12.0},
         {"start": 14.0, "end": 16.0},
         {"start": 15.0, "end": 17.0},
-        {"start": 30.0, "end": 40.0},
+        {"start": 19.0, "end": 40.0},
+        {"start": 50.0, "end": 60.0},
     ]
-    assert overhead.inside(runs, start=10.0, end=20.0) == pytest.approx(2.0 + 3.0)
+    assert overhead.inside(runs, start=10.0, end=20.0) == pytest.approx(2.0 + 3.0 + 1.0)
 
 
 def test_cpu_time_of_a_window_is_interpolated(overhead):
