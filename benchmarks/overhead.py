@@ -204,11 +204,8 @@ def iterate(case: Case, n_pool: int, server: Mapping[str, Any] | None) -> dict[s
 
 def inside(runs: Iterable[Mapping[str, float]], start: float, end: float) -> float:
     """Return how long of a window at least one run was going on, in s."""
-    clipped = [
-        {"start": max(run["start"], start), "end": min(run["end"], end)}
-        for run in runs
-        if run["end"] > start and run["start"] < end
-    ]
+    # One that is not of the window ends before it starts, which counts as nothing.
+    clipped = [{"start": max(run["start"], start), "end": min(run["end"], end)} for run in runs]
     return float(scale.covered(clipped))
 
 
