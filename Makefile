@@ -31,6 +31,7 @@ export PATH := $(BIN):$(PATH)
 .PHONY: help install system demo setup test lint bench-label bench-label-bulk bench-training \
   bench-injection bench-injection-full bench-committee bench-device \
   test-cluster bench-active-learning bench-active-learning-full bench-workchain bench-scale bench-scale-full bench-kill \
+  bench-overhead bench-overhead-full \
   clean
 
 help:
@@ -46,6 +47,7 @@ help:
 	@echo 'make bench-active-learning, make bench-active-learning-full   DFT points that are worth asking for'
 	@echo 'make bench-workchain  whether a loop on AiiDA asks for what the same loop without it asks for'
 	@echo 'make bench-scale, make bench-scale-full   large pools and a long loop: time, memory, nodes, disk'
+	@echo 'make bench-overhead, make bench-overhead-full   what AiiDA costs for each DFT point and iteration'
 	@echo 'make bench-kill       what a loop loses when its daemon is killed ten times'
 	@echo 'make bench-injection, make bench-injection-full   what EIPs are worth to a network'
 	@echo 'make clean     remove what was made here, the demo and its data too'
@@ -139,6 +141,13 @@ bench-scale: install
 
 bench-scale-full: install
 	python benchmarks/scale.py
+
+bench-overhead bench-overhead-full: export OMP_NUM_THREADS := 1
+bench-overhead: install
+	python benchmarks/overhead.py --quick --output build/bench-overhead/quick.json
+
+bench-overhead-full: install
+	python benchmarks/overhead.py
 
 bench-injection-full: install
 	python benchmarks/injection.py

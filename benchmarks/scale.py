@@ -284,54 +284,76 @@ def nodes() -> dict[str, Any]:
 def nodes_of_pw() -> float | None:
     """Return how many nodes a DFT point makes more, where pw.x is installed."""
     from aiida.engine import run_get_node
-    from aiida.orm import Node, QueryBuilder, load_code
-    from aiida_pseudo.data.pseudo import UpfData
-    from aiida_pseudo.groups.family import CutoffsPseudoPotentialFamily
+    from aiida.orm import Node, QueryBuilder
 
     from aiida_eipnn.cli import environment
-    from aiida_eipnn.data.choice import Choice, ChoiceData
-    from aiida_eipnn.data.configurations import ConfigurationsData
-    from aiida_eipnn.workflows.label_dft import DftLabelWorkChain
 
-    if shutil.which("pw.x") is None or not SI_PSEUDO.exists():
+    if not has_pw():
         return None
-    environment.ensure_code(
-        "pw",
-        environment.find_pw(None),
-        plugin="quantumespresso.pw",
-        prepend=environment.pw_prepend(),
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copy(SI_PSEUDO, Path(folder) / "Si.upf")
-        family = CutoffsPseudoPotentialFamily.create_from_folder(
-            Path(folder), "scale", pseudo_type=UpfData
-        )
-    family.set_cutoffs({"Si": {"cutoff_wfc": 16.0, "cutoff_rho": 64.0}}, "low", unit="Ry")
-    pool = make_pool(16)
-    # The first of each four has two atoms.
-    small = ConfigurationsData.from_value(pool.take(range(0, 16, 4))).store()
+    make_pw(environment.find_pw(None))
+    pool = two_atoms(4)
     counts: list[int] = []
     for n in (1, 3):
         before = QueryBuilder().append(Node).count()
-        _, node = run_get_node(
-            DftLabelWorkChain.get_builder_from_protocol(
-                load_code("pw@localhost"),
-                small,
-                ChoiceData.from_value(Choice.from_ids(small.value().ids[:n]), strategy="random"),
-                protocol="demo",
-                overrides={
-                    "dft": {
-                        "n_lanes": 1,
-                        "scaling": {"conv_thr_per_atom": 1e-6},
-                        "pw_base": {"kpoints_distance": 2.0, "pseudo_family": "scale"},
-                    }
-                },
-            )
-        )
+        _, node = run_get_node(pw_builder(pool, range(n), n_lanes=1))
         if not node.is_finished_ok:
             raise SystemExit(f"labelling ended with {node.exit_status}: {node.exit_message}")
         counts.append(QueryBuilder().append(Node).count() - before)
     return (counts[1] - counts[0]) / 2
+
+
+def has_pw() -> bool:
+    """Return whether pw.x and a pseudopotential for it are installed."""
+    return shutil.which("pw.x") is not None and SI_PSEUDO.exists()
+
+
+def make_pw(executable: Path) -> None:
+    """Make the code of pw.x and the family of its pseudopotential."""
+    from aiida_pseudo.data.pseudo import UpfData
+    from aiida_pseudo.groups.family import CutoffsPseudoPotentialFamily
+
+    from aiida_eipnn.cli import environment
+
+    environment.ensure_code(
+        "pw", executable, plugin=environment.PW_PLUGIN, prepend=environment.pw_prepend()
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(SI_PSEUDO, Path(folder) / "Si.upf")
+        family = CutoffsPseudoPotentialFamily.create_from_folder(
+            Path(folder), PROFILE, pseudo_type=UpfData
+        )
+    family.set_cutoffs({"Si": {"cutoff_wfc": 16.0, "cutoff_rho": 64.0}}, "low", unit="Ry")
+
+
+def two_atoms(n: int) -> Any:
+    """Return the node of ``n`` configurations of two atoms."""
+    from aiida_eipnn.data.configurations import ConfigurationsData
+
+    every = len(REPEATS)
+    pool = make_pool(every * n).take(range(0, every * n, every))
+    return ConfigurationsData.from_value(pool).store()
+
+
+def pw_builder(pool: Any, rows: range, *, n_lanes: int) -> Any:
+    """Return a labelling of some configurations by as short runs of pw.x as can be."""
+    from aiida.orm import load_code
+
+    from aiida_eipnn.data.choice import Choice, ChoiceData
+    from aiida_eipnn.workflows.label_dft import DftLabelWorkChain
+
+    return DftLabelWorkChain.get_builder_from_protocol(
+        load_code("pw@localhost"),
+        pool,
+        ChoiceData.from_value(Choice.from_ids(pool.value().ids[rows]), strategy="random"),
+        protocol="demo",
+        overrides={
+            "dft": {
+                "n_lanes": n_lanes,
+                "scaling": {"conv_thr_per_atom": 1e-6},
+                "pw_base": {"kpoints_distance": 2.0, "pseudo_family": PROFILE},
+            }
+        },
+    )
 
 
 def loop(n_iterations: int, n_select: int, n_pool: int) -> dict[str, Any]:
