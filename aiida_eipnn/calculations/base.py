@@ -135,11 +135,9 @@ class JobCalculation(CalcJob):
 
 
 def copies_of_arrays(node: ArrayData, folder: str) -> LocalCopies:
-    """Return the copies that put the arrays of ``node`` into ``folder``."""
-    return [
-        (node.uuid, f"{name}.npy", str(PurePosixPath(folder, f"{name}.npy")))
-        for name in node.get_arraynames()
-    ]
+    """Return the copy that puts the arrays of ``node`` into ``folder``."""
+    # AiiDA takes half the time for a folder that it takes for its files one by one.
+    return [(node.uuid, ".", folder)]
 
 
 def copies_of_namespace(nodes: Any, folder: str) -> LocalCopies:
@@ -171,11 +169,16 @@ def folders_of(uploaded: Mapping[str, str] | None) -> dict[str, RemoteData]:
 def split_copies(
     copies: LocalCopies, folders: Mapping[str, RemoteData]
 ) -> tuple[LocalCopies, RemoteCopies]:
-    """Return which files to send, and which to link to where they are on the computer already."""
+    """Return what to send, and which files to link to where they are on the computer already."""
     links = [
-        (folder.computer.uuid, str(PurePosixPath(folder.get_remote_path(), name)), target)
-        for uuid, name, target in copies
+        (
+            folder.computer.uuid,
+            str(PurePosixPath(folder.get_remote_path(), name)),
+            f"{target}/{name}",
+        )
+        for uuid, _, target in copies
         if (folder := folders.get(uuid))
+        for name in load_node(uuid).base.repository.list_object_names()
     ]
     return [copy for copy in copies if copy[0] not in folders], links
 

@@ -5,8 +5,6 @@ from aiida.common.folders import Folder
 from aiida.engine import CalcJob, CalcJobProcessSpec
 from aiida.orm import ArrayData, ProcessNode
 
-from aiida_eipnn.calculations.base import copies_of_arrays
-
 
 class UploadCalculation(CalcJob):
     """Copy the arrays of a node into a folder of a computer; nothing runs there.
@@ -37,6 +35,10 @@ class UploadCalculation(CalcJob):
         info = CalcInfo()
         info.skip_submit = True
         info.codes_info = []
-        info.local_copy_list = copies_of_arrays(self.inputs.node, ".")
+        # One by one: AiiDA holds the files of a folder in its memory.
+        info.local_copy_list = [
+            (self.inputs.node.uuid, name, name)
+            for name in self.inputs.node.base.repository.list_object_names()
+        ]
         info.retrieve_list = []
         return info

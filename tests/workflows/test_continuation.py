@@ -329,9 +329,9 @@ def test_a_loop_that_goes_on_may_treat_its_files_otherwise(whole):
     )
 
     assert made.upload_above == 100
-    assert not any(
-        place.clean_workdir for place in (made, made["label"], made["train"])
-    ), "all jobs are treated alike"
+    assert not any(place.clean_workdir for place in (made, made["label"], made["train"])), (
+        "all jobs are treated alike"
+    )
 
 
 def test_a_loop_that_seems_to_run_is_continued_only_if_it_is_said_to_be_lost(whole):
