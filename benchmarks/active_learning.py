@@ -343,16 +343,42 @@ def savings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def worst_types(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return by how much the error of the worst type is below that of `random`, at equal points.
+
+    Intervals as for :func:`savings`.
+    """
+    found = []
+    for name in dict.fromkeys(row["dataset"] for row in rows):
+        curves = {arm: curve_of(rows, name, arm, "worst_type_force_mae_mev") for arm in ARMS}
+        reference = curves.pop("random")
+        for arm, curve in curves.items():
+            if reference is None or curve is None:
+                continue
+            seeds = sorted(set(reference[1]) & set(curve[1]))
+            if not seeds or not np.array_equal(reference[0], curve[0]):
+                continue
+            means = _means(reference, curve, seeds)
+            lower = np.array([1 - mine / theirs for mine, theirs in means])
+            for column, n in enumerate(reference[0]):
+                where = {"dataset": name, "arm": arm, "seeds": len(seeds), "n": int(n)}
+                found.append({**where, "lower_by": round(float(lower[0, column]), 3)})
+                found[-1] |= _interval(lower[1:, column], len(seeds))
+    return found
+
+
 Curve = tuple[IntArray, dict[int, FloatArray]]
 
 
-def curve_of(rows: list[dict[str, Any]], name: str, arm: str) -> Curve | None:
-    """Return sizes, and force errors by seed, of the runs that are complete."""
+def curve_of(
+    rows: list[dict[str, Any]], name: str, arm: str, error: str = "force_mae_mev"
+) -> Curve | None:
+    """Return sizes, and errors by seed, of the runs that are complete."""
     mine = [row for row in rows if (row["dataset"], row["arm"]) == (name, arm)]
     sizes = np.array(sorted({row["n"] for row in mine}), dtype=np.int64)
     by_seed: dict[int, dict[int, float]] = {}
     for row in mine:
-        by_seed.setdefault(row["seed"], {})[row["n"]] = row["force_mae_mev"]
+        by_seed.setdefault(row["seed"], {})[row["n"]] = row[error]
     whole = {
         seed: np.array([values[n] for n in sizes])
         for seed, values in by_seed.items()
@@ -364,21 +390,31 @@ def curve_of(rows: list[dict[str, Any]], name: str, arm: str) -> Curve | None:
 def _savings(
     name: str, reference: Curve, curve: Curve, seeds: list[int]
 ) -> Iterator[dict[str, Any]]:
-    mine, theirs = (np.array([item[1][seed] for seed in seeds]) for item in (curve, reference))
-    rng = np.random.default_rng(0)
-    draws = [np.arange(len(seeds)), *rng.integers(0, len(seeds), (1000, len(seeds)))]
-    means = [(mine[rows].mean(axis=0), theirs[rows].mean(axis=0)) for rows in draws]
+    means = _means(reference, curve, seeds)
     for fixed in (None, FIXED_TARGETS[name]):
         values = [_saving(reference[0], *pair, fixed) for pair in means]
-        # One seed has no interval.
-        low, high = np.quantile(values[1:], (0.025, 0.975)) if len(seeds) > 1 else (np.nan, np.nan)
         yield {
             "target": "relative" if fixed is None else "fixed",
             "target_force_mae_mev": fixed or round(TARGET * float(means[0][1][-1]), 2),
             "saving": round(values[0], 3),
-            "low": None if np.isnan(low) else round(float(low), 3),
-            "high": None if np.isnan(high) else round(float(high), 3),
+            **_interval(values[1:], len(seeds)),
         }
+
+
+def _means(reference: Curve, curve: Curve, seeds: list[int]) -> list[tuple[FloatArray, FloatArray]]:
+    """Return the means over seeds of both curves: of all seeds, then of seeds drawn at random."""
+    mine, theirs = (np.array([item[1][seed] for seed in seeds]) for item in (curve, reference))
+    rng = np.random.default_rng(0)
+    draws = [np.arange(len(seeds)), *rng.integers(0, len(seeds), (1000, len(seeds)))]
+    return [(mine[rows].mean(axis=0), theirs[rows].mean(axis=0)) for rows in draws]
+
+
+def _interval(values: Any, n_seeds: int) -> dict[str, float | None]:
+    """Return the middle 95 % of the values; of one seed there is no interval."""
+    if n_seeds == 1:
+        return {"low": None, "high": None}
+    low, high = np.quantile(values, (0.025, 0.975))
+    return {"low": round(float(low), 3), "high": round(float(high), 3)}
 
 
 def _saving(sizes: IntArray, mine: FloatArray, theirs: FloatArray, fixed: float | None) -> float:
@@ -413,6 +449,7 @@ def save(path: Path, rows: list[dict[str, Any]]) -> None:
         "steps": STEPS,
         "rows": rows,
         "savings": savings(rows),
+        "worst_types": worst_types(rows),
         "coverage_90": coverage,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -99,3 +99,24 @@ def test_savings_are_points_at_equal_error(benchmark):
     assert [item["low"] for item in one] == [item["high"] for item in one] == [None, None]
     # A run that is not complete does not count.
     assert benchmark.savings([*rows("random", 1.0), *rows("full", 0.5)[:2]]) == []
+
+
+def test_the_worst_type_is_compared_at_equal_points(benchmark):
+    def rows(arm, errors):
+        return [
+            {
+                "dataset": "mvl_W",
+                "arm": arm,
+                "seed": seed,
+                "n": n,
+                "force_mae_mev": 1.0,
+                "worst_type_force_mae_mev": error * (1 + seed),
+            }
+            for seed in (0, 1)
+            for n, error in zip((5, 10), errors, strict=True)
+        ]
+
+    made = benchmark.worst_types([*rows("random", (100, 50)), *rows("full", (80, 60))])
+    assert [(item["n"], item["lower_by"]) for item in made] == [(5, 0.2), (10, -0.2)]
+    assert made[0]["low"] == made[0]["high"] == 0.2
+    assert benchmark.worst_types(rows("full", (80, 60))) == []
