@@ -6,6 +6,7 @@ the pre-training is longer than its walltime. The calm one runs the same jobs on
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -43,6 +44,8 @@ EIPS = (
 OVERRIDES = {
     "n_members": 2,
     "train_scratch": False,
+    # As if the pool was large.
+    "upload_above": 0,
     "label": {"n_workers": 1},
     "train": {"n_workers": 1},
     "dft": {
@@ -351,6 +354,25 @@ def test_a_node_that_one_job_holds_runs_all_of_pw(loops, place):
     assert queue == {held.strip()}
     assert ledger(place, "cluster-node") == (11, 0)
     assert dataset(load_node(pk)) == dataset(loops.calm)
+
+
+def test_what_many_jobs_read_is_sent_once_and_folders_are_gone(loops):
+    uploads = jobs(loops.shaken.pk, "UploadCalculation")
+    sent = [node.inputs.node.pk for node in uploads]
+    assert len(sent) >= 2
+    assert len(sent) == len(set(sent))
+    trainings = jobs(loops.shaken.pk, "TrainCalculation")
+    for before, after in itertools.pairwise(trainings):
+        if before.exit_status == 400:
+            # The checkpoint went from folder to folder on the cluster.
+            assert after.inputs.parent_folder.pk == before.outputs.remote_folder.pk
+    others = ("LabelCalculation", "EvaluateCalculation")
+    for node in [
+        *uploads,
+        *trainings,
+        *(job for name in others for job in jobs(loops.shaken.pk, name)),
+    ]:
+        assert not Path(node.get_remote_workdir()).exists(), node
 
 
 def test_commands_tell_of_the_loop(loops):
