@@ -16,8 +16,8 @@ meV/atom, force components in meV/Å. A run that is there already is not run aga
     representative     in that window, those that stand for the more uncertain half of it
     random_eip         any points, and a network that learnt from EIPs
     window_lcmd_eip    LCMD, and a network that learnt from EIPs
-    representative_eip the same with points that stand for the more uncertain half
-    full               this, the first points by what EIPs disagree about, and pseudo-labels
+    full               points that stand for the more uncertain half, a network that learnt from
+                       EIPs, the first points by what EIPs disagree about, and pseudo-labels
     dpgen_rule         any points in a fixed window of uncertainty
     trains_pot_rule    any points above a threshold from the line of spread on error
 """
@@ -123,7 +123,6 @@ ARMS = {
     "representative": Arm("representative", window="calibrated"),
     "random_eip": Arm("random", transfer=True),
     "window_lcmd_eip": Arm("lcmd", transfer=True, window="calibrated"),
-    "representative_eip": Arm("representative", transfer=True, window="calibrated"),
     "full": Arm("representative", transfer=True, cold_start=True, pseudo=True, window="calibrated"),
     "dpgen_rule": Arm("random", window="fixed"),
     "trains_pot_rule": Arm("random", window="line"),

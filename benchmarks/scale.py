@@ -180,7 +180,16 @@ def steering(n: int, n_labelled: int = 400, n_test: int = 40) -> list[dict[str, 
     choose = {"n_select": 20}
     calls: dict[str, Any] = {
         "refuse": lambda: loop.refuse(nodes[0], Dict({})),
-        "split_pool": lambda: loop.split_pool(nodes[0], Dict({"test": 40, "initial": 20}), seed),
+        **{
+            f"split_pool, {first}": partial(
+                loop.split_pool,
+                nodes[0],
+                Dict({"test": 40, "initial": 20, "first": first}),
+                seed,
+                eip_labels,
+            )
+            for first in (loop.RANDOM, loop.DISPUTED)
+        },
         "refuse_dft_labels": lambda: loop.refuse_dft_labels(
             nodes[0], new, eip_labels, initial=labels["initial"]
         ),
