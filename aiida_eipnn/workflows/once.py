@@ -1,8 +1,8 @@
-"""Work chains that submit each child once, whatever happens to the daemon."""
+"""Work chains that submit each child once, and go on, whatever happens to them and the daemon."""
 
 from typing import Any
 
-from aiida.engine import Process, WorkChain
+from aiida.engine import Process, ProcessState, WorkChain
 from aiida.orm import ProcessNode
 
 SUBMITTED = "submitted"
@@ -41,6 +41,16 @@ class SubmitsOnce(WorkChain):
         if SUBMITTED in self.ctx:
             self.ctx[SUBMITTED].append(node.pk)
         return node
+
+    def on_playing(self) -> None:
+        """Go on where the last child ended in the moment of the pause.
+
+        The engine forgets a child that ends between the request to pause and the pause itself: the
+        work chain would wait for ever, for nothing.
+        """
+        super().on_playing()
+        if self.state == ProcessState.WAITING and not self._awaitables:
+            self.call_soon(self.resume)
 
     def _submitted_before(self, process: type[Process], label: str | None) -> ProcessNode | None:
         if label is None or SUBMITTED not in self.ctx:
