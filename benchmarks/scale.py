@@ -203,16 +203,18 @@ def steering(n: int, n_labelled: int = 400, n_test: int = 40) -> list[dict[str, 
             **choices,
         ),
     }
-    for strategy in Strategy:
+    made: dict[str, Any] = {}
+
+    def acquire(strategy: Strategy) -> Any:
         parameters = Dict({**choose, "strategy": str(strategy)})
-        calls[f"acquire, {strategy}"] = partial(
-            loop.acquire, *nodes, parameters, stop, seed, **choices
-        )
+        return loop.acquire(*nodes, parameters, stop, made["assess"], seed, **choices)
+
+    calls |= {f"acquire, {strategy}": partial(acquire, strategy) for strategy in Strategy}
     found = []
     for name, call in calls.items():
         before = start_counting_memory()
         wall, cpu = time.perf_counter(), time.process_time()
-        call()
+        made[name] = call()
         row = {
             "function": name,
             "configurations": n,
