@@ -49,8 +49,12 @@ class SubmitsOnce(WorkChain):
         work chain would wait for ever, for nothing.
         """
         super().on_playing()
+        self.call_soon(self._stop_waiting_for_nothing)
+
+    def _stop_waiting_for_nothing(self) -> None:
+        # Looked at when it runs, not before: it may have gone on by itself, or wait for others.
         if self.state == ProcessState.WAITING and not self._awaitables:
-            self.call_soon(self.resume)
+            self.resume()
 
     def _submitted_before(self, process: type[Process], label: str | None) -> ProcessNode | None:
         if label is None or SUBMITTED not in self.ctx:
