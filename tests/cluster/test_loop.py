@@ -402,7 +402,10 @@ def test_nothing_is_left_running(loops):
     cut_off = {
         node.pk for node in loops.shaken.called_descendants if isinstance(node, CalcFunctionNode)
     }
-    assert [node for node in active.all(flat=True) if node.pk not in cut_off] == []
+    left_over = active.all(flat=True)
+    assert [node for node in left_over if node.pk not in cut_off] == []
+    # One at most for each worker that was killed.
+    assert len(left_over) <= 2
     work = Path(os.environ["EIPNN_CLUSTER_DIR"]) / "work"
     left = [
         item for item in psutil.process_iter(["cwd"]) if str(item.info["cwd"]).startswith(str(work))

@@ -18,6 +18,7 @@ from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.reports.dft_cost import cost_rate
+from aiida_eipnn.science.dft_cost import cost_units
 from aiida_eipnn.science.eip.engine import label_with_eips
 from aiida_eipnn.science.io import write_labelled
 from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
@@ -228,10 +229,10 @@ def test_a_dry_run_estimates_the_cost_by_the_runs_of_the_profile(
     assert hours == pytest.approx(5 * rate.median * 4 * 40 / 3600, rel=0.2)
     assert "budget" not in text
     # As much as forty of them take, then as little as one: four are paid for in any case.
-    long = {"stop": {"max_iterations": 50, "core_hours_budget": 8 * hours}}
-    found = re.search(r"enough for about (\d+) of these points", described(**long))
-    # The hours were read from two digits, which are off by up to a twentieth.
-    assert 38 <= int(found.group(1)) <= 42
+    known = pool.value()
+    each = rate.median * cost_units(known.n_atoms, known.cells).mean() / 3600
+    long = {"stop": {"max_iterations": 50, "core_hours_budget": 40.5 * each}}
+    assert "enough for about 40 of these points" in described(**long)
     long["stop"]["core_hours_budget"] = hours / 5
     assert "enough for about 4 of these points" in described(**long)
 
