@@ -115,9 +115,9 @@ def learn_for(stage: Stage, network: Network, seconds: float) -> float:
     # Far from the end of the schedule, whatever the speed.
     parameters = replace(stage.settings.training, steps=10**7)
     state = start_training(network, parameters, seed=0)
-    fit(state, stage, parameters, out_of_time=partial(_has_taken, state, WARM_UP_STEPS))
+    fit(state, stage, parameters, must_stop=partial(_has_taken, state, WARM_UP_STEPS))
     taken, start = state.n_steps, _now(stage.settings.device)
-    fit(state, stage, parameters, out_of_time=lambda: time.perf_counter() - start > seconds)
+    fit(state, stage, parameters, must_stop=lambda: time.perf_counter() - start > seconds)
     spent = _now(stage.settings.device) - start
     per_step = len(stage) / np.ceil(len(stage) / parameters.batch_size)
     return float((state.n_steps - taken) * per_step / spent)
@@ -310,7 +310,7 @@ def _agreement_rows(
         network = stage.network(0, 0)
         parameters = replace(stage.settings.training, steps=10**6)
         state = start_training(network, parameters, seed=0)
-        fit(state, stage, parameters, out_of_time=partial(_has_taken, state, 50))
+        fit(state, stage, parameters, must_stop=partial(_has_taken, state, 50))
         there = _committee_of(network)
         here = there.to(torch.device("cpu"))
         some = test_set[0].take(np.arange(5))

@@ -77,7 +77,7 @@ def train(trunk: str, seed: int, train_set: tuple[Configurations, Labels]) -> tu
     training = settings_for(trunk, max(1, int(left / per_step))).training
     state = start_training(stage.network(seed, 0), training, seed)
     # Steps take longer where the machine is busy: nothing is learnt after the time is up.
-    fit(state, stage, training, out_of_time=lambda: time.process_time() - start > SECONDS)
+    fit(state, stage, training, must_stop=lambda: time.process_time() - start > SECONDS)
     return Committee(members=(state.network,), stage="finetune", seeds=(seed,)), state.n_steps
 
 

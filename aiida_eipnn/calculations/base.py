@@ -7,11 +7,12 @@ from typing import Any
 from aiida.common.datastructures import CalcInfo, CodeInfo
 from aiida.common.folders import Folder
 from aiida.engine import CalcJob, CalcJobProcessSpec
-from aiida.orm import AbstractCode, ArrayData, RemoteData, load_node
+from aiida.orm import AbstractCode, ArrayData, Dict, RemoteData, load_node
 
 from aiida_eipnn.data.committee import CONFIG, WEIGHTS, CommitteeData
 from aiida_eipnn.jobs import spec as files
 from aiida_eipnn.jobs.spec import Job
+from aiida_eipnn.jobs.stop import HEED_SIGNALS
 
 LocalCopies = list[tuple[str, str, str]]
 RemoteCopies = list[tuple[str, str, str]]
@@ -42,6 +43,20 @@ class JobCalculation(CalcJob):
             non_db=True,
             help="What need not be sent again: by any name, the uuid of a remote folder that "
             "eipnn.upload made of an input. The graph shows the inputs themselves.",
+        )
+        spec.input(
+            files.PARENT_FOLDER,
+            valid_type=RemoteData,
+            required=False,
+            help="The folder of an interrupted job of the same inputs, on the same computer: its "
+            "checkpoint is taken over there.",
+        )
+        spec.output(
+            "checkpoint",
+            valid_type=Dict,
+            required=False,
+            help="Where the job was interrupted, the checksums of what tells how far its "
+            "checkpoint is. The checkpoint itself stays in the remote folder.",
         )
         spec.inputs["metadata"]["options"]["resources"].default = {
             "num_machines": 1,
@@ -113,6 +128,7 @@ class JobCalculation(CalcJob):
         code_info.join_files = True
         info = CalcInfo()
         info.codes_info = [code_info]
+        info.prepend_text = HEED_SIGNALS
         info.local_copy_list, info.remote_symlink_list = split_copies(
             self.copies(), folders_of(self.inputs.get("uploaded"))
         )

@@ -26,7 +26,6 @@ class LabelCalculation(JobCalculation):
         ports.add_dict(
             spec, "parameters", "n_workers, timeout (s) and memory (MB) of an EIP, atomic_energies."
         )
-        ports.add_checkpoint(spec)
         spec.output("labels", valid_type=LabelsData, help="Energy, forces and stress by each EIP.")
         spec.output(
             "metrics", valid_type=Dict, help="Counts, failures, times and citations by EIP."

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from aiida.engine import CalcJobProcessSpec
-from aiida.orm import Dict, Int, List, RemoteData, to_aiida_type
+from aiida.orm import Dict, Int, List, to_aiida_type
 
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
@@ -38,24 +38,6 @@ def add_exclude(spec: CalcJobProcessSpec) -> None:
         valid_type=ChoiceData,
         required=False,
         help="Configurations that the job must not see, such as the test set.",
-    )
-
-
-def add_checkpoint(spec: CalcJobProcessSpec) -> None:
-    """Add the input and the output that let an interrupted job go on."""
-    spec.input(
-        "parent_folder",
-        valid_type=RemoteData,
-        required=False,
-        help="The folder of an interrupted job of the same inputs, on the same computer: its "
-        "checkpoint is taken over there.",
-    )
-    spec.output(
-        "checkpoint",
-        valid_type=Dict,
-        required=False,
-        help="Where the job was interrupted, the checksums of what tells how far its checkpoint "
-        "is. The checkpoint itself stays in the remote folder.",
     )
 
 

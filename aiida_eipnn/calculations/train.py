@@ -62,7 +62,6 @@ class TrainCalculation(JobCalculation):
             "n_workers: members that train side by side; device: cpu, cuda, or auto, the GPU "
             "where there is one; batch_parts: parts that a batch is computed in, for less memory.",
         )
-        ports.add_checkpoint(spec)
         spec.output("committee", valid_type=CommitteeData, help="The trained committee.")
         spec.output(
             "selection",

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiida_eipnn
 from aiida_eipnn.jobs import spec
+from aiida_eipnn.jobs.stop import NEVER, Stop
 
 # What jobs import beside this package.
 PACKAGES = ("numpy", "ase", "vesin", "safetensors", "torch", "kimpy", "numba")
@@ -24,7 +25,7 @@ DRIVER_SECONDS = 30.0
 ENVIRONMENT = ("PYTHONDONTWRITEBYTECODE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
-def run(job: spec.CheckJob, folder: Path) -> spec.State:
+def run(job: spec.CheckJob, folder: Path, stop: Stop = NEVER) -> spec.State:
     """Write what is there into the metrics below ``output``; what is missing is no failure."""
     facts = {
         "host": platform.node(),

@@ -1,5 +1,6 @@
 """How every job reads the sets that lie in its folder."""
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -62,6 +63,18 @@ def ids_of_sets(folder: Path, name: str, sets: Iterable[str]) -> StrArray:
 def excluded_ids(folder: Path) -> list[str]:
     """Return the ids of the configurations that the job must not see (held out for the test)."""
     return [str(name) for path in _sets(folder, spec.EXCLUDE) for name in load_arrays(path)["ids"]]
+
+
+def digest_of(folder: Path, names: Iterable[str], facts: bytes = b"") -> str:
+    """Return what a checkpoint is known by: a digest of facts, and of the inputs of these names."""
+    digest = hashlib.blake2b(facts, digest_size=16)
+    for name in names:
+        for path in sorted((folder / name).rglob("*")):
+            if path.is_file():
+                digest.update(str(path.relative_to(folder)).encode())
+                with path.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
 
 
 def _sets(folder: Path, name: str) -> list[Path]:

@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from ase.data import atomic_numbers
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.inputs import read_configurations
+from aiida_eipnn.jobs.stop import NEVER, Stop
 from aiida_eipnn.science.arrays import load_arrays, save_arrays
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.checked import fault_of
@@ -36,7 +36,7 @@ DESCRIBE_SECONDS = 60.0
 LOGGER = logging.getLogger(__name__)
 
 
-def run(job: spec.LabelJob, folder: Path) -> spec.State:
+def run(job: spec.LabelJob, folder: Path, stop: Stop = NEVER) -> spec.State:
     """Label the configurations in ``folder``; write labels and metrics below its ``output``.
 
     Labels lie in the checkpoint while they are made: a job that was killed goes on where it was,
@@ -48,7 +48,6 @@ def run(job: spec.LabelJob, folder: Path) -> spec.State:
     ValueError
         If there are no configurations, or if an element is known to no EIP.
     """
-    started = time.monotonic()
     pool = read_configurations(folder, mapped=True)
     descriptions = describe_eips(job.eips)
     require_known_elements(pool, descriptions)
@@ -59,7 +58,7 @@ def run(job: spec.LabelJob, folder: Path) -> spec.State:
         n_workers=job.n_workers,
         limits=Limits(timeout=job.timeout, memory=job.memory),
         atomic_energies=job.atomic_energies,
-        deadline=None if job.max_seconds is None else started + job.max_seconds,
+        must_stop=stop,
         on_progress=report_progress,
         progress_interval=PROGRESS_SECONDS,
     )

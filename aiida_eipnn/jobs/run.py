@@ -12,6 +12,7 @@ from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.failures import InputsGoneError, is_out_of_memory, reason_of
 from aiida_eipnn.jobs.place import ALONE, Place
 from aiida_eipnn.jobs.spec import State, TrainJob
+from aiida_eipnn.jobs.stop import Stop, heeding_signals
 from aiida_eipnn.science.arrays import write_whole
 from aiida_eipnn.science.versions import versions_of
 
@@ -29,6 +30,9 @@ def run_job(folder: Path, place: Place = ALONE) -> State:
     Until the job ends the status says ``running``: found after the end, it means that the job
     was killed. Of several processes the first one says how it ended, and any other that it failed.
 
+    A job whose time is up stops by itself, and so does one that gets a signal of
+    :data:`~aiida_eipnn.jobs.stop.SIGNALS`: ``interrupted``, with a checkpoint to go on from.
+
     Parameters
     ----------
     folder
@@ -37,28 +41,37 @@ def run_job(folder: Path, place: Place = ALONE) -> State:
         Of this process among those that run it.
     """
     start = time.monotonic()
-    if place.is_first:
-        _write_status(folder, State.RUNNING, kind=None, reason="", seconds=0.0)
+    with heeding_signals():
+        if place.is_first:
+            _write_status(folder, State.RUNNING, kind=None, reason="", seconds=0.0)
+        state, facts = _run(folder, place)
+    if place.is_first or state in _FAILURES:
+        _end(folder, state, place, **facts, seconds=time.monotonic() - start)
+    return state
+
+
+def _run(folder: Path, place: Place) -> tuple[State, dict[str, Any]]:
     kind, reason = None, ""
     try:
         job = spec.read_job(folder / spec.JOB)
         kind = job.kind
         require_inputs(folder)
         module = importlib.import_module(f"aiida_eipnn.jobs.{kind}")
+        stop = Stop.after(job.max_seconds)
+        state = State.DONE
         if isinstance(job, TrainJob):
-            state: State = module.run(job, folder, place)
+            state = module.run(job, folder, stop, place)
         elif place.is_first:
-            state = module.run(job, folder)
-        else:
-            # Nothing to do: the first one does it all.
-            return State.DONE
+            # It does it all.
+            state = module.run(job, folder, stop)
+        if state is State.INTERRUPTED:
+            reason = stop.reason
+            LOGGER.info("stopped before the end: %s", reason)
     except Exception as error:
         # The last station of a job: whatever went wrong must reach the user as data.
         LOGGER.exception("the job failed")
         state, reason = _state_of(error, place), reason_of(error)
-    if place.is_first or state in _FAILURES:
-        _end(folder, state, place, kind=kind, reason=reason, seconds=time.monotonic() - start)
-    return state
+    return state, {"kind": kind, "reason": reason}
 
 
 def require_inputs(folder: Path) -> None:

@@ -81,7 +81,7 @@ class ExploreJob:
     device
         Where the committee is: ``cpu``, ``cuda``, or ``auto``, a GPU where there is one.
     max_seconds
-        Stop by then, with what there is.
+        Stop by then with a checkpoint; a restart goes on from there.
     """
 
     kind: ClassVar[str] = "explore"
@@ -193,7 +193,7 @@ class EvaluateJob:
     device
         ``cpu``, ``cuda``, or ``auto``: the GPU where there is one.
     max_seconds
-        Stop by then.
+        Stop by then with a checkpoint; a restart goes on from there.
     """
 
     kind: ClassVar[str] = "evaluate"

@@ -5,7 +5,6 @@ back from a worker process. So a job that was killed loses seconds, and goes on 
 """
 
 import errno
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -24,9 +23,10 @@ import torch
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.failures import is_out_of_memory, reason_of
-from aiida_eipnn.jobs.inputs import ids_of_sets, read_configurations, read_labels
+from aiida_eipnn.jobs.inputs import digest_of, ids_of_sets, read_configurations, read_labels
 from aiida_eipnn.jobs.place import ALONE, Place, check_meeting
 from aiida_eipnn.jobs.spec import State, TrainJob
+from aiida_eipnn.jobs.stop import NEVER, SIGNALS, Stop, heeding_signals, was_asked
 from aiida_eipnn.science.arrays import load_arrays, save_arrays, write_whole
 from aiida_eipnn.science.eip.label_model import LabelModelParameters, make_pseudo_labels
 from aiida_eipnn.science.eip.pseudo_labels import PseudoLabels
@@ -63,7 +63,7 @@ _NO_MEMORY = errno.ENOMEM
 _POLL = 0.05
 
 
-def run(job: TrainJob, folder: Path, place: Place = ALONE) -> State:
+def run(job: TrainJob, folder: Path, stop: Stop = NEVER, place: Place = ALONE) -> State:
     """Train the committee; write it, and metrics, below ``folder/output``.
 
     Stage ``classify`` also writes the selection of EIPs for all configurations.
@@ -72,6 +72,8 @@ def run(job: TrainJob, folder: Path, place: Place = ALONE) -> State:
     ----------
     job, folder
         The job, and where it is: on a disk that all processes see.
+    stop
+        Asked before every step.
     place
         Of this process among those that train each member together; the first one writes.
 
@@ -83,18 +85,16 @@ def run(job: TrainJob, folder: Path, place: Place = ALONE) -> State:
         If another process died.
     """
     started = time.monotonic()
-    deadline = None if job.max_seconds is None else started + job.max_seconds
     torch.set_num_threads(1)
     if place.count > 1:
         check_meeting(os.environ)
     device = read_settings(job, place.local).device
     with gathered(place.number, place.count, device) as processes:
-        inputs, stage = train_committee(job, folder, device, processes, deadline)
+        inputs, stage = train_committee(job, folder, device, processes, stop)
     if not place.is_first:
         return State.DONE
     finished = finished_members(job, folder, stage)
     if finished is None:
-        LOGGER.info("the time is up; the checkpoint is complete")
         return State.INTERRUPTED
     committee = committee_of(job, stage, inputs, [network for network, _ in finished])
     records = [record for _, record in finished]
@@ -131,7 +131,7 @@ def train_committee(
     folder: Path,
     device: torch.device,
     processes: Processes,
-    deadline: float | None,
+    stop: Stop,
 ) -> tuple[StageInputs, Stage]:
     """Train all members as far as the time goes; return what they learn from, and how."""
     if processes.is_first:
@@ -144,9 +144,9 @@ def train_committee(
         settings = replace(settings, device=ON_CPU)
     stage = prepare(str(job.stage), inputs, settings)
     if n_workers > 1:
-        train_side_by_side(job, folder, n_workers, deadline)
+        train_side_by_side(job, folder, n_workers, stop)
     else:
-        train_members(job, folder, stage, settings, deadline, processes)
+        train_members(job, folder, stage, settings, stop, processes)
     # What the first one does now removes what the others may still have to read.
     processes.wait()
     return inputs, stage
@@ -245,7 +245,7 @@ def train_members(
     folder: Path,
     stage: Stage,
     settings: StageSettings,
-    deadline: float | None,
+    stop: Stop,
     processes: Processes = ONE_PROCESS,
 ) -> None:
     """Train one member after the other as far as the time goes; their checkpoints say how far.
@@ -256,7 +256,7 @@ def train_members(
         If a member diverges twice.
     """
     for member in range(len(job.seeds)):
-        train_member(job, folder, stage, settings, member, lambda: _is_late(deadline), processes)
+        train_member(job, folder, stage, settings, member, stop, processes)
 
 
 def train_member(
@@ -265,7 +265,7 @@ def train_member(
     stage: Stage,
     settings: StageSettings,
     member: int,
-    out_of_time: Callable[[], bool],
+    must_stop: Callable[[], bool],
     processes: Processes = ONE_PROCESS,
 ) -> None:
     """Train one member from its checkpoint, if there is one, until it is complete or time is up.
@@ -293,7 +293,7 @@ def train_member(
                 stage,
                 settings.training,
                 save=lambda state: save_checkpoint(path, state, mark),
-                out_of_time=out_of_time,
+                must_stop=must_stop,
                 report=lambda record: report_progress(folder, member, record),
                 processes=processes,
                 n_parts=settings.batch_parts,
@@ -320,9 +320,7 @@ def report_progress(folder: Path, member: int, record: dict[str, float]) -> None
         file.write(line)
 
 
-def train_side_by_side(
-    job: TrainJob, folder: Path, n_processes: int, deadline: float | None
-) -> None:
+def train_side_by_side(job: TrainJob, folder: Path, n_processes: int, stop: Stop) -> None:
     """Train every ``n_processes``-th member in one process.
 
     Raises
@@ -337,7 +335,7 @@ def train_side_by_side(
     members = range(len(job.seeds))
     shares = [members[first::n_processes] for first in range(n_processes)]
     processes = [
-        context.Process(target=work, args=(job, folder, share, deadline), daemon=True)
+        context.Process(target=work, args=(job, folder, share, stop), daemon=True)
         for share in shares
     ]
     try:
@@ -345,37 +343,40 @@ def train_side_by_side(
             process.start()
         while any(process.is_alive() for process in processes):
             # One that failed ends the others: the job has failed.
-            if any(process.exitcode for process in processes):
+            if any(_has_failed(process) for process in processes):
                 break
+            if was_asked():
+                _ask_to_stop(processes)
             time.sleep(_POLL)
         for process, share in zip(processes, shares, strict=True):
             _check_exit(folder, share, process)
     finally:
         for process in processes:
             if process.pid is not None:
-                process.terminate()
+                process.kill()
                 process.join()
 
 
-def work(job: TrainJob, folder: Path, members: Sequence[int], deadline: float | None) -> None:
+def work(job: TrainJob, folder: Path, members: Sequence[int], stop: Stop) -> None:
     """Train some members one after the other: the whole life of a worker process."""
     parent = os.getppid()
     torch.set_num_threads(1)
 
-    def out_of_time() -> bool:
+    def must_stop() -> bool:
         # Where the job was killed, another process adopts its workers: nobody waits for them.
-        return _is_late(deadline) or os.getppid() != parent
+        return stop() or os.getppid() != parent
 
-    try:
-        # The first member of a share is the number of its process.
-        inputs, settings = read_inputs(job, folder), read_settings(job, members[0])
-        stage = prepare(str(job.stage), inputs, settings)
-        for member in members:
-            train_member(job, folder, stage, settings, member, out_of_time)
-    except (ValueError, RuntimeError, MemoryError) as error:
-        # A RuntimeError is what torch says of a GPU that is busy.
-        _reason_path(folder, members).write_text(reason_of(error))
-        raise SystemExit(_NO_MEMORY if is_out_of_memory(error) else 1) from error
+    with heeding_signals():
+        try:
+            # The first member of a share is the number of its process.
+            inputs, settings = read_inputs(job, folder), read_settings(job, members[0])
+            stage = prepare(str(job.stage), inputs, settings)
+            for member in members:
+                train_member(job, folder, stage, settings, member, must_stop)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            # A RuntimeError is what torch says of a GPU that is busy.
+            _reason_path(folder, members).write_text(reason_of(error))
+            raise SystemExit(_NO_MEMORY if is_out_of_memory(error) else 1) from error
 
 
 def finished_members(
@@ -417,7 +418,6 @@ def committee_of(
 
 def fingerprint(job: TrainJob, folder: Path) -> str:
     """Return what must be equal for a checkpoint to fit: settings, data, networks to start from."""
-    digest = hashlib.blake2b(digest_size=16)
     relevant = (
         job.stage,
         job.seeds,
@@ -427,14 +427,9 @@ def fingerprint(job: TrainJob, folder: Path) -> str:
         job.pseudo_labels,
         job.judges,
     )
-    digest.update(json.dumps(relevant, sort_keys=True).encode())
     names = (spec.CONFIGURATIONS, spec.LABELS, spec.EIP_LABELS, spec.EXCLUDE, spec.SELECTION)
-    for name in (*names, spec.COMMITTEE):
-        for path in sorted((folder / name).rglob("*")):
-            if path.is_file():
-                digest.update(str(path.relative_to(folder)).encode())
-                digest.update(hashlib.blake2b(path.read_bytes()).digest())
-    return digest.hexdigest()
+    facts = json.dumps(relevant, sort_keys=True).encode()
+    return digest_of(folder, (*names, spec.COMMITTEE), facts)
 
 
 def count_classes(stage: Stage) -> dict[str, int]:
@@ -443,12 +438,19 @@ def count_classes(stage: Stage) -> dict[str, int]:
     return {name: counts[number] for number, name in enumerate(stage.class_names)}
 
 
-def _is_late(deadline: float | None) -> bool:
-    return deadline is not None and time.monotonic() >= deadline
+def _has_failed(process: BaseProcess) -> bool:
+    # One that was asked to stop before it could heed that has left what was there.
+    return process.exitcode not in (None, 0, *(-number for number in SIGNALS))
+
+
+def _ask_to_stop(processes: Sequence[BaseProcess]) -> None:
+    """Hand on a signal: not every scheduler sends it to all processes of a job."""
+    for process in processes:
+        process.terminate()
 
 
 def _check_exit(folder: Path, members: Sequence[int], process: BaseProcess) -> None:
-    if not process.exitcode:
+    if not _has_failed(process):
         return
     path = _reason_path(folder, members)
     if path.exists():

@@ -2,7 +2,7 @@
 
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -30,8 +30,12 @@ def save_arrays(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 def save_parts(
-    folder: Path, rows: Mapping[str, int], parts: Iterable[Mapping[str, NDArray[Any]]]
-) -> None:
+    folder: Path,
+    rows: Mapping[str, int],
+    parts: Iterable[Mapping[str, NDArray[Any]]],
+    done: Mapping[str, int] | None = None,
+    report: Callable[[dict[str, int]], None] = lambda _: None,
+) -> bool:
     """Write arrays that come in parts, so that no more than a part is in memory.
 
     Parameters
@@ -41,17 +45,34 @@ def save_parts(
     rows
         Length of each array, all parts together.
     parts
-        Arrays of the same names, each as many rows as it has.
+        Arrays of the same names, each as many rows as it has. They may end early.
+    done
+        How many rows of each are there from an earlier call that ended early, or was killed: the
+        parts go on from there. Rows beyond are written anew.
+    report
+        Is told after each part how many rows of each are there.
+
+    Returns
+    -------
+    bool
+        Whether all rows are there: before, :func:`load_arrays` does not see the arrays.
 
     Raises
     ------
     ValueError
-        If there are no parts, if they have more or fewer rows than announced, or differ in type.
+        If the parts have more rows than announced, or differ in type, or if what should be there
+        is not.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    found, types = dict.fromkeys(rows, 0), dict[str, np.dtype[Any]]()
+    found = dict(done) if done else dict.fromkeys(rows, 0)
+    types = dict[str, np.dtype[Any]]()
     with ExitStack() as stack:
-        streams = {name: stack.enter_context((folder / f".{name}.npy").open("wb")) for name in rows}
+        streams = {}
+        for name in rows:
+            path = folder / f".{name}.npy"
+            streams[name] = stack.enter_context(path.open("r+b" if found[name] else "wb"))
+            if found[name]:
+                types[name] = _cut(streams[name], found[name])
         for part in parts:
             for name, stream in streams.items():
                 array = np.ascontiguousarray(part[name])
@@ -62,16 +83,33 @@ def save_parts(
                     raise ValueError(f"parts of {name} are of {types[name]} and {array.dtype}")
                 stream.write(array.tobytes())
                 found[name] += len(array)
-    if found != dict(rows):
+                stream.flush()
+            report(dict(found))
+    if any(found[name] > rows[name] for name in rows):
         raise ValueError(f"the parts have {found} rows, not {dict(rows)}")
+    if found != dict(rows):
+        return False
     for name in rows:
         (folder / f".{name}.npy").replace(folder / f"{name}.npy")
+    return True
 
 
 def _write_header(stream: IO[bytes], array: NDArray[Any], n_rows: int) -> None:
     shape = (n_rows, *array.shape[1:])
     header = npy.header_data_from_array_1_0(array) | {"shape": shape, "fortran_order": False}
     npy.write_array_header_1_0(stream, header)
+
+
+def _cut(stream: IO[bytes], n_rows: int) -> np.dtype[Any]:
+    """Leave the first rows of an array, to go on after them; return its type."""
+    npy.read_magic(stream)
+    shape, _, dtype = npy.read_array_header_1_0(stream)
+    size = stream.tell() + n_rows * int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+    if size > stream.seek(0, os.SEEK_END):
+        raise ValueError(f"{stream.name} is shorter than the {n_rows} rows that it should have")
+    stream.truncate(size)
+    stream.seek(size)
+    return dtype
 
 
 def write_whole(path: Path, text: str) -> None:

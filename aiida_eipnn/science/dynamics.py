@@ -70,6 +70,10 @@ class Dynamics:
             )
 
 
+class Stopped(Exception):  # noqa: N818 - an outcome, not a fault of the program
+    """What was under way had to stop."""
+
+
 class Trajectory(NamedTuple):
     """The snapshots, and why there are fewer than asked for; an empty ``fault`` if all came."""
 
@@ -82,7 +86,7 @@ def run_dynamics(
     calculator: Calculator,
     rng: np.random.Generator,
     settings: Dynamics,
-    keep_going: Callable[[], bool] = lambda: True,
+    must_stop: Callable[[], bool] = lambda: False,
 ) -> Trajectory:
     """Run dynamics and keep snapshots.
 
@@ -99,8 +103,13 @@ def run_dynamics(
         Draws velocities and the thermostat's kicks: the same generator state, the same frames.
     settings
         How hot and how long.
-    keep_going
-        Asked after each snapshot; ``False`` ends the run.
+    must_stop
+        Asked after each snapshot.
+
+    Raises
+    ------
+    Stopped
+        If it had to stop before it was complete.
     """
     if settings.pressure is not None and not atoms.pbc.all():
         return Trajectory([], "constant pressure needs a cell that is periodic in all directions")
@@ -127,8 +136,8 @@ def run_dynamics(
             )
         if fault:
             return Trajectory(frames, f"stopped after step {done}: {fault}")
-        if not keep_going():
-            return Trajectory(frames, "stopped: the time is up")
+        if must_stop():
+            raise Stopped
     return Trajectory(frames, "")
 
 

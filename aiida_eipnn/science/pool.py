@@ -3,6 +3,7 @@
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from ase.calculators.calculator import Calculator
 
 from aiida_eipnn.science import perturbation
 from aiida_eipnn.science.configurations import Configurations, configuration_id
-from aiida_eipnn.science.dynamics import FORCES_STD, Dynamics, run_dynamics
+from aiida_eipnn.science.dynamics import FORCES_STD, Dynamics, Stopped, Trajectory, run_dynamics
 from aiida_eipnn.science.gate import MIN_CONTACT, geometry_fault
 from aiida_eipnn.science.settings import build
 
@@ -171,7 +172,8 @@ def make_pool(
     recipes: Sequence[Mapping[str, Any]],
     rng: np.random.Generator,
     calculator: Calculator | None = None,
-    keep_going: Callable[[], bool] = lambda: True,
+    must_stop: Callable[[], bool] = lambda: False,
+    run: Callable[..., Trajectory] = run_dynamics,
 ) -> tuple[Configurations, tuple[str, ...]]:
     """Make configurations by recipe.
 
@@ -189,8 +191,11 @@ def make_pool(
         The source of all randomness.
     calculator
         Drives molecular dynamics; needed only where a recipe asks for it.
-    keep_going
-        Asked between configurations; ``False`` ends with what there is.
+    must_stop
+        Asked between configurations.
+    run
+        Called in place of :func:`~aiida_eipnn.science.dynamics.run_dynamics`, with equal arguments
+        in the same order for the same ``rng``: it may know the outcome already.
 
     Returns
     -------
@@ -201,6 +206,8 @@ def make_pool(
     ------
     ValueError
         If a recipe is wrong, or if nothing at all could be made.
+    Stopped
+        If it had to stop before the pool was complete.
     """
     if not len(seeds):
         raise ValueError("no seeds: give at least one configuration to start from")
@@ -224,10 +231,11 @@ def make_pool(
     notes: list[str] = []
     for recipe, stream in zip(parsed, rng.spawn(len(parsed)), strict=True):
         if recipe.config_type == MD and calculator is not None:
-            source = _dynamics(recipe, seeds, stream, calculator, keep_going, notes)
+            dynamics = partial(run, calculator=calculator, must_stop=must_stop)
+            source = _dynamics(recipe, seeds, stream, dynamics, notes)
         else:
             source = _perturbed(recipe, seeds, stream)
-        made, fault = _collect(source, recipe, seen, keep_going)
+        made, fault = _collect(source, recipe, seen, must_stop)
         if len(made) < recipe.count:
             text = f"{recipe.config_type}: {len(made)} of {recipe.count} were made"
             notes.append(f"{text}: {fault}" if fault else text)
@@ -256,7 +264,7 @@ def _starts(seeds: Configurations, recipe: Recipe) -> list[Atoms]:
 
 
 def _collect(
-    source: Iterator[Atoms], recipe: Recipe, seen: set[str], keep_going: Callable[[], bool]
+    source: Iterator[Atoms], recipe: Recipe, seen: set[str], must_stop: Callable[[], bool]
 ) -> tuple[list[Atoms], str]:
     """Return what is new, and why it is less than the recipe asks for, if a reason is known."""
     made: list[Atoms] = []
@@ -266,8 +274,10 @@ def _collect(
             if name not in seen:
                 seen.add(name)
                 made.append(atoms)
-            if len(made) == recipe.count or not keep_going():
+            if len(made) == recipe.count:
                 break
+            if must_stop():
+                raise Stopped
     except ValueError as error:
         return made, str(error)
     return made, ""
@@ -301,8 +311,7 @@ def _dynamics(
     recipe: Recipe,
     seeds: Configurations,
     rng: np.random.Generator,
-    calculator: Calculator,
-    keep_going: Callable[[], bool],
+    dynamics: Callable[..., Trajectory],
     notes: list[str],
 ) -> Iterator[Atoms]:
     settings: MolecularDynamics = recipe.settings
@@ -314,14 +323,10 @@ def _dynamics(
         # Every seed meets every condition before any pair comes again.
         start = starts[turn % len(starts)]
         run = settings.run(turn // len(starts), recipe.min_contact)
-        trajectory = run_dynamics(
-            perturbation.rattled(start, rng, rattle), calculator, rng, run, keep_going
-        )
+        trajectory = dynamics(perturbation.rattled(start, rng, rattle), rng=rng, settings=run)
         if trajectory.fault:
             where = "" if run.pressure is None else f" and {run.pressure:g} GPa"
             notes.append(
                 f"{MD} at {run.temperature:.0f} K{where}, {len(start)} atoms: {trajectory.fault}"
             )
         yield from trajectory.frames
-        if not keep_going():
-            return

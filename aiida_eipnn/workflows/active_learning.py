@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from aiida.common import AttributeDict
+from aiida.common.links import LinkType
 from aiida.engine import ExitCode, ProcessBuilder, ProcessSpec, ToContext, if_, while_
 from aiida.orm import (
     ArrayData,
@@ -21,6 +22,7 @@ from aiida.orm import (
 from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 
 from aiida_eipnn.calculations import loop, ports
+from aiida_eipnn.calculations.base import JobCalculation
 from aiida_eipnn.calculations.evaluate import EvaluateCalculation
 from aiida_eipnn.calculations.explore import ExploreCalculation
 from aiida_eipnn.calculations.loop import (
@@ -41,7 +43,7 @@ from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.data.predictions import PredictionsData
 from aiida_eipnn.data.selection import SelectionData
-from aiida_eipnn.jobs.spec import Stage
+from aiida_eipnn.jobs.spec import PARENT_FOLDER, Stage
 from aiida_eipnn.science.acquisition import AcquisitionParameters
 from aiida_eipnn.science.convergence import StopCriteria
 from aiida_eipnn.science.eip.label_model import LabelModelParameters
@@ -69,6 +71,7 @@ from aiida_eipnn.workflows.restart import (
     TrainBaseWorkChain,
     died,
     lacked_inputs,
+    was_interrupted,
 )
 
 # In MB: less than this is sent in the time that a job takes to start.
@@ -135,13 +138,13 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         spec.expose_inputs(
             ExploreCalculation,
             namespace="explore",
-            exclude=("uploaded",),
+            exclude=("parent_folder", "uploaded"),
             namespace_options={"required": False, "populate_defaults": False},
         )
         spec.expose_inputs(
             ExploreCalculation,
             namespace="extend",
-            exclude=("committee", "uploaded"),
+            exclude=("committee", "parent_folder", "uploaded"),
             namespace_options={
                 "required": False,
                 "populate_defaults": False,
@@ -188,7 +191,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         spec.expose_inputs(
             EvaluateCalculation,
             namespace="evaluate",
-            exclude=("configurations", "exclude", "committee", "uploaded"),
+            exclude=("configurations", "exclude", "committee", "parent_folder", "uploaded"),
         )
         spec.input_namespace(
             "known",
@@ -418,10 +421,10 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         """Make the pool."""
         inputs = AttributeDict(self.exposed_inputs(ExploreCalculation, namespace="explore"))
         self.report("pool: making configurations")
-        return ToContext(explored=self.submit(ExploreCalculation, **_named(inputs, "explore")))
+        return ToContext(explored=self._submit_job(ExploreCalculation, inputs, "explore"))
 
     def inspect_explore(self) -> ExitCode | None:
-        """Take the pool, unless the job that made it was killed."""
+        """Take the pool, unless the job that makes it has to go on."""
         if self._starts_again(self.ctx.explored):
             return None
         if broken := self._broken(self.ctx.explored, "EXPLORE"):
@@ -660,18 +663,18 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
             self.report(f"verdict: {self.ctx.verdict['text']}")
 
     def should_evaluate(self) -> bool:
-        """Evaluate once in each iteration, and again where a job was killed."""
+        """Evaluate once in each iteration, until the jobs are done."""
         return self.ctx.get("evaluated", 0) < self.ctx.iteration
 
     def evaluate(self) -> None:
         """Ask the committee, and its twin, about the whole pool."""
-        self.to_context(evaluation=self._submit_evaluate(self.ctx.committee, "evaluate"))
+        self._evaluate("evaluation", self.ctx.committee, "evaluate")
         if self.inputs.train_scratch:
             twin = self.ctx.scratch.outputs.committee
-            self.to_context(scratch_evaluation=self._submit_evaluate(twin, "evaluate_scratch"))
+            self._evaluate("scratch_evaluation", twin, "evaluate_scratch")
 
     def inspect_evaluate(self) -> ExitCode | None:
-        """Take the predictions, unless a job that made them was killed."""
+        """Take the predictions, unless a job that makes them has to go on."""
         if self._evaluations_start_again():
             return None
         self.ctx.evaluated = self.ctx.iteration
@@ -764,7 +767,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         return None
 
     def should_extend(self) -> bool:
-        """Explore on, where that was asked for, and again where the job was killed."""
+        """Explore on, where that was asked for, until the job is done."""
         if "extend" not in self.inputs or self.ctx.get("extended", 0) == self.ctx.iteration:
             return False
         every = ExtensionParameters.from_dict(self.inputs.extension.get_dict()).every
@@ -790,7 +793,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
             inputs.pop("eip", None)
             inputs.committee = self.ctx.committee
         self.report(f"exploring; the {planned['driver'].value} drives molecular dynamics")
-        return ToContext(explored=self.submit(ExploreCalculation, **_named(inputs, "extend")))
+        return ToContext(explored=self._submit_job(ExploreCalculation, inputs, "extend"))
 
     def inspect_extension(self) -> None:
         """Take what is new; an exploration that breaks leaves the pool as it is."""
@@ -896,8 +899,11 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         return {name: folder.uuid for name, folder in folders.items() if folder is not None}
 
     def _tidy(self, job: ProcessNode) -> None:
+        """Remove the folder of a job, and of those that it went on from."""
         if self.inputs.clean_workdir:
             clean_folder(self, job)
+            if PARENT_FOLDER in job.inputs:
+                self._tidy(job.inputs[PARENT_FOLDER].creator)
 
     def _train_inputs(self, name: str) -> AttributeDict:
         inputs = AttributeDict(self.exposed_inputs(TrainBaseWorkChain, namespace="train"))
@@ -910,13 +916,20 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
     def _submit_train(self, inputs: AttributeDict, label: str) -> ProcessNode:
         return self.submit(TrainBaseWorkChain, **_named(inputs, label))
 
+    def _evaluate(self, name: str, committee: CommitteeData, label: str) -> None:
+        """Ask a committee about the pool, unless it has been asked."""
+        job = self.ctx.get(name)
+        is_done = job is not None and job.is_finished_ok
+        if not is_done or job.inputs.committee.uuid != committee.uuid:
+            self.to_context(**{name: self._submit_evaluate(committee, label)})
+
     def _submit_evaluate(self, committee: CommitteeData, label: str) -> ProcessNode:
         inputs = AttributeDict(self.exposed_inputs(EvaluateCalculation, namespace="evaluate"))
         inputs.configurations = {"pool": self.ctx.pool}
         inputs.exclude = {REFUSED: self.ctx.choices[REFUSED]}
         inputs.committee = committee
         inputs.uploaded = self._uploaded(computer_of(inputs))
-        return self.submit(EvaluateCalculation, **_named(inputs, label))
+        return self._submit_job(EvaluateCalculation, inputs, label)
 
     def _report_errors(self, record: Mapping[str, Any]) -> None:
         parts = [
@@ -934,11 +947,39 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
     def _evaluations_start_again(self) -> bool:
         names = ("evaluation", "scratch_evaluation")
         jobs = [self.ctx[name] for name in names if name in self.ctx]
-        # Both start again where one was killed: they take seconds.
-        return any(self._starts_again(job) for job in jobs)
+        # All are looked at: each may have a checkpoint.
+        again = [self._starts_again(job) for job in jobs]
+        return any(again)
+
+    def _submit_job(
+        self, process_class: type[JobCalculation], inputs: AttributeDict, label: str
+    ) -> ProcessNode:
+        """Submit a job that goes on where the last one of this step was interrupted, if it was."""
+        inputs = _named(inputs, label)
+        if interrupted := self.ctx.get("interrupted", {}).get(self._step(label)):
+            inputs[PARENT_FOLDER] = interrupted.outputs.remote_folder
+        return self.submit(process_class, **inputs)
+
+    def _step(self, label: str) -> str:
+        return f"{self._name()} {label}"
+
+    def _goes_on(self, job: ProcessNode) -> bool:
+        """Return whether an interrupted job came any further than the one before."""
+        call = job.base.links.get_incoming(link_type=LinkType.CALL_CALC).one()
+        step = self._step(call.link_label)
+        interrupted = self.ctx.setdefault("interrupted", {})
+        before, interrupted[step] = interrupted.get(step), job
+        reached = job.outputs.checkpoint.get_dict()
+        if before is not None and before.outputs.checkpoint.get_dict() == reached:
+            self.report(f"{job.process_label} {job.pk} came no further than its checkpoint")
+            return False
+        self.report(f"{job.process_label} {job.pk} was interrupted: it goes on from its checkpoint")
+        return True
 
     def _starts_again(self, job: ProcessNode) -> bool:
-        """Return whether a job was killed and is worth another try; other failures are final."""
+        """Return whether a job is worth another try: interrupted or killed; else it is final."""
+        if was_interrupted(job):
+            return self._goes_on(job)
         if lacked_inputs(job):
             self.report(f"{job.process_label} {job.pk} lacked inputs: they are put there again")
             self.ctx.uploads = {}

@@ -55,6 +55,12 @@ def lacked_inputs(node: CalcJobNode) -> bool:
     return bool(node.exit_status == gone)
 
 
+def was_interrupted(node: CalcJobNode) -> bool:
+    """Return whether a job of ``eipnn-job`` left a checkpoint to go on from."""
+    interrupted: int = JobCalculation.spec().exit_codes.ERROR_INTERRUPTED.status
+    return bool(node.exit_status == interrupted)
+
+
 class JobBaseWorkChain(SubmitsOnce, BaseRestartWorkChain):
     """Run a job of ``eipnn-job`` until it is done, from its checkpoint after each interruption."""
 

@@ -1,6 +1,7 @@
 """The evaluate job on a folder, without AiiDA."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from aiida_eipnn.science.predictions import Predictions
 
 torch = pytest.importorskip("torch")
 
+from aiida_eipnn.jobs import evaluate  # noqa: E402
 from aiida_eipnn.science.nn.committee import Committee  # noqa: E402
 from aiida_eipnn.science.nn.network import Network, NetworkParameters  # noqa: E402
 
@@ -63,6 +65,34 @@ def test_the_predictions_are_those_of_the_committee(tmp_path, committee):
     metrics = json.loads((tmp_path / spec.OUTPUT / spec.METRICS).read_text())
     assert metrics["n_configurations"] == 5
     assert metrics["uncertainty"]["max"] == pytest.approx(expected.uncertainty.max())
+
+
+def test_a_job_that_was_interrupted_goes_on_after_what_is_predicted(tmp_path, committee):
+    pool = pool_of(n=7)
+    write(tmp_path, committee, pool)
+    job = spec.read_job(tmp_path / spec.JOB)
+    states = [evaluate.run(job, tmp_path, stop=lambda: True) for _ in range(4)]
+
+    # Two at once.
+    assert states == [State.INTERRUPTED] * 3 + [State.DONE]
+    found = Predictions.from_arrays(load_arrays(tmp_path / spec.OUTPUT / spec.PREDICTIONS))
+    expected = committee.predict(pool, batch_size=2)
+    for name, array in expected.arrays().items():
+        np.testing.assert_array_equal(getattr(found, name), array)
+    metrics = json.loads((tmp_path / spec.OUTPUT / spec.METRICS).read_text())
+    assert metrics["uncertainty"]["mean"] == pytest.approx(expected.uncertainty.mean())
+    assert not (tmp_path / spec.CHECKPOINT).exists()
+
+
+def test_predictions_of_another_committee_are_not_gone_on_with(tmp_path, committee):
+    write(tmp_path, committee, pool_of())
+    evaluate.run(spec.read_job(tmp_path / spec.JOB), tmp_path, stop=lambda: True)
+    write(tmp_path, replace(committee, members=committee.members[::-1]), pool_of())
+
+    assert run_job(tmp_path) is State.FAILED
+
+    reason = json.loads((tmp_path / spec.STATUS).read_text())["reason"]
+    assert "the checkpoint is that of another job" in reason
 
 
 @pytest.fixture

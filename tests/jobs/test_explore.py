@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -52,22 +53,52 @@ def test_the_same_seed_writes_the_same_pool(folder):
     np.testing.assert_array_equal(first.ids, again.ids)
 
 
-def test_a_job_whose_time_is_up_is_done_with_what_there_is_and_says_so(folder):
-    state = run(ExploreJob(recipes=(RATTLED,), seed=1, max_seconds=1e-9), folder)
-    pool, metrics = results(folder)
-
-    assert state is State.DONE
-    assert len(pool) == 1
-    assert metrics["notes"] == [
-        "rattled: 1 of 4 were made",
-        "the time was up: 1 of 4 were made",
-    ]
+HEATED = {"config_type": "md", "count": 8, "spacing": 2, "snapshots_per_run": 2, "n_atoms": 4}
+# Atoms this close fly apart.
+HOT = HEATED | {"amplitude": [0.6, 0.8], "count": 3}
 
 
-def test_a_pool_that_is_short_for_another_reason_does_not_blame_the_time(folder):
+def test_a_job_that_was_interrupted_makes_the_pool_of_one_that_was_not(folder, tmp_path):
+    recipes = (RATTLED, HEATED, HOT, RATTLED | {"amplitude": [0.1, 0.2]})
+    job = ExploreJob(recipes=recipes, seed=1, eip=LJ)
+    other = tmp_path / "undisturbed"
+    shutil.copytree(folder / spec.CONFIGURATIONS, other / spec.CONFIGURATIONS)
+    states, n_done = [], []
+    for n_answers in range(7, 30):
+        answers = iter([False] * n_answers)
+        states.append(run(job, folder, stop=lambda answers=answers: next(answers, True)))
+        if states[-1] is State.DONE:
+            break
+        facts = json.loads((folder / spec.CHECKPOINT / "trajectories.json").read_text())
+        n_done.append(len(facts["trajectories"]))
+
+    assert run(job, other) is State.DONE
+
+    assert states[-1] is State.DONE
+    assert n_done == [1, 2, 3, 3, 4, 13]
+    (pool, metrics), (expected, undisturbed) = results(folder), results(other)
+    np.testing.assert_array_equal(pool.positions, expected.positions)
+    np.testing.assert_array_equal(pool.ids, expected.ids)
+    assert metrics["notes"] == undisturbed["notes"]
+    assert not (folder / spec.CHECKPOINT).exists()
+
+
+def test_a_checkpoint_of_another_exploration_is_refused(folder):
+    run(
+        ExploreJob(recipes=(HEATED,), seed=1, eip=LJ),
+        folder,
+        stop=iter([False] * 6 + [True]).__next__,
+    )
+    assert (folder / spec.CHECKPOINT).is_dir()
+
+    with pytest.raises(ValueError, match="the checkpoint is that of another job"):
+        run(ExploreJob(recipes=(HEATED,), seed=2, eip=LJ), folder)
+
+
+def test_a_pool_that_is_short_says_why(folder):
     still = RATTLED | {"amplitude": [0.0, 0.0]}
 
-    state = run(ExploreJob(recipes=(still,), seed=1, max_seconds=600), folder)
+    state = run(ExploreJob(recipes=(still,), seed=1), folder)
     _, metrics = results(folder)
 
     assert state is State.DONE

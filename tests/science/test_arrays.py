@@ -19,9 +19,32 @@ def test_arrays_in_parts_read_as_if_they_were_written_at_once(tmp_path):
     assert found["forces"].dtype == np.float32
 
 
-def test_parts_that_stop_early_leave_no_array(tmp_path):
-    with pytest.raises(ValueError, match=r"have \{'x': 2\} rows, not \{'x': 3\}"):
-        save_parts(tmp_path, {"x": 3}, [{"x": np.zeros(2)}])
+def test_parts_that_end_early_leave_no_array_and_go_on(tmp_path):
+    rows = {"x": 5, "y": 4}
+    x, y = np.arange(10.0).reshape(5, 2), np.array(["a", "bb", "c", "d"])
+    told = []
 
+    assert not save_parts(tmp_path, rows, [{"x": x[:2], "y": y[:1]}], report=told.append)
     with pytest.raises(FileNotFoundError):
         load_arrays(tmp_path)
+    # What a killed process wrote and did not tell is written anew.
+    assert not save_parts(tmp_path, rows, [{"x": -x[2:4], "y": y[1:3]}], told[-1])
+    rest = [{"x": x[2:3], "y": y[1:3]}, {"x": x[3:], "y": y[3:]}]
+    assert save_parts(tmp_path, rows, rest, told[-1], told.append)
+
+    assert told == [{"x": 2, "y": 1}, {"x": 3, "y": 3}, {"x": 5, "y": 4}]
+    found = load_arrays(tmp_path)
+    np.testing.assert_array_equal(found["x"], x)
+    np.testing.assert_array_equal(found["y"], y)
+
+
+def test_more_rows_than_announced_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"have \{'x': 4\} rows, not \{'x': 3\}"):
+        save_parts(tmp_path, {"x": 3}, [{"x": np.zeros(4)}])
+
+
+def test_rows_that_should_be_there_and_are_not_are_an_error(tmp_path):
+    save_parts(tmp_path, {"x": 5}, [{"x": np.zeros(2)}])
+
+    with pytest.raises(ValueError, match="shorter than the 3 rows"):
+        save_parts(tmp_path, {"x": 5}, [{"x": np.zeros(2)}], {"x": 3})

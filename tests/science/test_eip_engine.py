@@ -236,11 +236,15 @@ def read(store, folder) -> Labels:
     return Labels.from_arrays(load_arrays(folder))
 
 
-def test_labelling_stops_at_the_deadline_and_goes_on_from_there(tmp_path):
+def test_labelling_stops_when_it_must_and_goes_on_from_there(tmp_path):
     pool, slow = pool_of(8, 6, 4, 8, 6, 2), misbehaving("is_slow")
 
     chunks, end = tmp_path / "chunks", time.monotonic() + 1.5
-    half = read(label_into(chunks, pool, [slow, LJ], deadline=end), tmp_path / "half")
+
+    def is_late():
+        return time.monotonic() >= end
+
+    half = read(label_into(chunks, pool, [slow, LJ], must_stop=is_late), tmp_path / "half")
     whole = read(label_into(chunks, pool, [slow, LJ]), tmp_path / "whole")
 
     assert 0 < half.ok.sum() < half.ok.size

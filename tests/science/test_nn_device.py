@@ -134,7 +134,7 @@ def test_a_training_goes_on_on_another_device(teaching, tmp_path):
         stage,
         settings.training,
         save=lambda state: save_checkpoint(path, state, "same"),
-        out_of_time=lambda: next(left, True),
+        must_stop=lambda: next(left, True),
     )
     with pretended_device() as device:
         there = replace(settings, device=device)

@@ -99,7 +99,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(eip_inputs, tmp_path
             stage,
             settings.training,
             save=lambda state: save_checkpoint(path, state, "same"),
-            out_of_time=lambda left=left: next(left, True),
+            must_stop=lambda left=left: next(left, True),
         )
         pieces += 1
         if done:
@@ -127,7 +127,7 @@ def test_an_interrupted_training_with_held_out_labels_ends_with_the_same_weights
             stage,
             settings.training,
             save=lambda state: save_checkpoint(path, state, "same"),
-            out_of_time=lambda left=left: next(left, True),
+            must_stop=lambda left=left: next(left, True),
         ):
             break
 

@@ -9,6 +9,7 @@ from ase.calculators.emt import EMT
 
 import aiida_eipnn
 from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.dynamics import Stopped
 from aiida_eipnn.science.eip.analytic import LennardJones
 from aiida_eipnn.science.eip.potential import EipCalculator
 from aiida_eipnn.science.gate import refuse_invalid
@@ -191,18 +192,14 @@ def test_dynamics_that_blows_up_is_noted_and_keeps_what_is_good(seeds):
     assert refuse_invalid(pool) == ()
 
 
-def test_the_pool_ends_with_what_there_is_when_the_time_is_up(seeds):
-    answers = iter([True, True, False, False])
+def test_a_pool_that_must_stop_is_no_pool(seeds):
+    answers = iter([False, False, True])
 
-    pool, notes = make(
-        seeds,
-        {"config_type": "rattled", "count": 10},
-        {"config_type": "strained", "count": 5},
-        keep_going=lambda: next(answers),
-    )
-
-    assert counts_by_type(pool) == {"rattled": 3, "strained": 1}
-    assert notes == ("rattled: 3 of 10 were made", "strained: 1 of 5 were made")
+    with pytest.raises(Stopped):
+        make(seeds, {"config_type": "rattled", "count": 10}, must_stop=lambda: next(answers))
+    # What is complete needs not be asked about.
+    pool, _ = make(seeds, {"config_type": "rattled", "count": 1}, must_stop=lambda: True)
+    assert len(pool) == 1
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,7 @@ def label_into(
     n_workers: int = 1,
     limits: Limits | None = None,
     atomic_energies: bool = False,
-    deadline: float | None = None,
+    must_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[Progress], None] | None = None,
     progress_interval: float = 10.0,
 ) -> Store:
@@ -175,8 +175,8 @@ def label_into(
         again.
     configurations, eips, n_workers, limits, atomic_energies
         As for :func:`label_with_eips`.
-    deadline
-        Stop by then, on the clock of :func:`time.monotonic`; the rest stays ``not run``.
+    must_stop
+        Asked twice a second; once it says so the rest stays ``not run``.
     on_progress
         Called about every ``progress_interval`` seconds, and at the end.
 
@@ -201,7 +201,7 @@ def label_into(
     crew = _Crew(store, n_workers, limits or Limits())
     reported = time.monotonic()
     try:
-        while crew.work(deadline):
+        while crew.work(must_stop):
             if on_progress and time.monotonic() - reported > progress_interval:
                 on_progress(store.progress())
                 reported = time.monotonic()
@@ -226,14 +226,14 @@ class _Crew:
         self.deaths = dict.fromkeys(range(len(store.plan.eips)), 0)
         self.accidents = 0
 
-    def work(self, deadline: float | None) -> bool:
+    def work(self, must_stop: Callable[[], bool]) -> bool:
         """Go on until something happens; return whether there is more to do."""
         while len(self.running) < self.n_workers and self._find_task():
             self.running.append(self.waiting.popleft())
             self.running[-1].start()
-        if not self.running or _is_past(deadline):
+        if not self.running or must_stop():
             return False
-        _wait_for(self.running, deadline)
+        _wait_for(self.running)
         for task in [task for task in self.running if task.step()]:
             self.running.remove(task)
             self._follow_up(task)
@@ -602,18 +602,12 @@ def _memory_of(pid: int | None) -> float:
     return 0.0
 
 
-def _wait_for(running: Sequence[_Task], deadline: float | None) -> None:
+def _wait_for(running: Sequence[_Task]) -> None:
     """Sleep until a process reports or ends, or something is due."""
     due = [0.5, *(task.time_left for task in running)]
-    if deadline is not None:
-        due.append(deadline - time.monotonic())
     # A process that has much to report waits until somebody reads it.
     wakers = [waker for task in running for waker in (task.process.sentinel, task.reports)]
     wait(wakers, max(min(due), 0.0))
-
-
-def _is_past(deadline: float | None) -> bool:
-    return deadline is not None and time.monotonic() >= deadline
 
 
 def _check(eips: Sequence[str], n_workers: int) -> None:

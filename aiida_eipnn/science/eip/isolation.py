@@ -4,6 +4,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -13,6 +14,9 @@ Outcome = TypeVar("Outcome")
 CONTEXT = multiprocessing.get_context("forkserver")
 # The processes are forked from one that has these modules, so that each starts in a moment.
 PRELOADED = ["aiida_eipnn.science.eip.engine", "aiida_eipnn.science.eip.kim"]
+# Schedulers announce the end of a job to all of its processes: what dies of it would look like the
+# fault of an EIP.
+LEFT_TO_PARENT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # The other process ends itself this much later than it would be ended: should this one be killed,
 # nobody else does it.
 _GRACE = 5.0
@@ -34,6 +38,12 @@ class Lost:
 def preload() -> None:
     """Load what processes need before the first of them is started."""
     CONTEXT.set_forkserver_preload(PRELOADED)
+    # A process hands on to those it starts which signals do not reach it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_PARENT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def each_apart(

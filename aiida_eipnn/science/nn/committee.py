@@ -164,15 +164,15 @@ class Committee:
         return join_predictions(parts) if parts else self._nothing(configurations)
 
     def predict_parts(
-        self, configurations: Configurations, batch_size: int = 64
+        self, configurations: Configurations, batch_size: int = 64, first: int = 0
     ) -> Iterator[Predictions]:
-        """Predict one batch after the other: no more than one of them is in memory.
+        """Predict one batch after the other, from row ``first`` on, one of them in memory.
 
-        Parameters and errors are those of :meth:`predict`; what is unknown is found before the
-        first batch.
+        The other parameters and errors are those of :meth:`predict`; what is unknown is found
+        before the first batch.
         """
         energy_head(self.members[0])
-        batches = _row_batches(len(configurations), batch_size)
+        batches = _row_batches(len(configurations), batch_size, first)
         species_of(configurations, self.elements)
         return (self._predict(configurations.take(rows)) for rows in batches)
 
@@ -299,10 +299,10 @@ def _summarise(configurations: Configurations, parts: _Batch) -> Predictions:
     )
 
 
-def _row_batches(n: int, batch_size: int) -> list[IntArray]:
+def _row_batches(n: int, batch_size: int, first: int = 0) -> list[IntArray]:
     if batch_size < 1:
         raise ValueError(f"batch_size must be a whole number from 1 on, not {batch_size}")
-    return [np.arange(start, min(start + batch_size, n)) for start in range(0, n, batch_size)]
+    return [np.arange(start, min(start + batch_size, n)) for start in range(first, n, batch_size)]
 
 
 def _rows_for(configurations: Configurations, labels: Labels) -> Labels:

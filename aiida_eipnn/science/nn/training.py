@@ -295,12 +295,12 @@ def fit(
     parameters: TrainingParameters,
     *,
     save: Callable[[TrainingState], None] = lambda _: None,
-    out_of_time: Callable[[], bool] = lambda: False,
+    must_stop: Callable[[], bool] = lambda: False,
     report: Callable[[dict[str, float]], None] = lambda _: None,
     processes: Processes = ONE_PROCESS,
     n_parts: int = 1,
 ) -> bool:
-    """Train until all epochs are complete; return False where the time was up before.
+    """Train until all epochs are complete; return False where it had to stop before.
 
     Parameters
     ----------
@@ -311,9 +311,9 @@ def fit(
     parameters
         Schedule and weights.
     save
-        Writes a checkpoint: every now and then, and before the loop returns for lack of time.
-    out_of_time
-        Asked before every step. One process for which the time is up stops all.
+        Writes a checkpoint: every now and then, and before the loop stops.
+    must_stop
+        Asked before every step. One process that must stop stops all.
     report
         Is told every new record of the history.
     processes
@@ -337,7 +337,7 @@ def fit(
     while state.epoch < n_epochs:
         order = _epoch_order(len(task), state, bootstrap=parameters.bootstrap)
         while state.step < n_batches:
-            if processes.any(out_of_time()):
+            if processes.any(must_stop()):
                 save(state)
                 return False
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
