@@ -13,6 +13,7 @@ from ase.build import bulk
 
 from aiida_eipnn.jobs import label, spec
 from aiida_eipnn.jobs.spec import LabelJob, State
+from aiida_eipnn.jobs.stop import Stop
 from aiida_eipnn.science.arrays import load_arrays, save_arrays
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import Labels
@@ -147,7 +148,7 @@ def test_a_job_that_runs_out_of_time_goes_on_from_its_checkpoint(tmp_path, monke
     write_pool(tmp_path, pool=pool_of(60))
     slow = "python:slow_potential:Slow"
 
-    first = label.run(LabelJob(eips=(slow,), max_seconds=8.0), tmp_path)
+    first = label.run(LabelJob(eips=(slow,)), tmp_path, Stop.after(8.0))
     n_made = (tmp_path / "calls").stat().st_size
     second = label.run(LabelJob(eips=(slow,)), tmp_path)
 

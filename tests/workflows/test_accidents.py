@@ -9,7 +9,7 @@ import stat
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import psutil
@@ -17,7 +17,7 @@ import pytest
 import yaml
 from aiida.common import AttributeDict
 from aiida.engine import run_get_node
-from aiida.orm import CalcJobNode
+from aiida.orm import CalcJobNode, Dict
 
 from aiida_eipnn.data.choice import Choice, ChoiceData
 from aiida_eipnn.data.configurations import ConfigurationsData
@@ -122,6 +122,32 @@ def test_an_evaluation_that_was_killed_starts_again_but_not_for_ever(exit_status
     loop = SimpleNamespace(ctx=AttributeDict(), report=lambda _: None, _name=lambda: "i001")
     job = SimpleNamespace(exit_status=exit_status, process_label="EvaluateCalculation", pk=1)
     assert [ActiveLearningWorkChain._starts_again(loop, job) for _ in tries] == tries
+
+
+def test_a_job_that_was_interrupted_goes_on_as_long_as_that_leads_anywhere():
+    said = []
+    loop = SimpleNamespace(ctx=AttributeDict(), report=said.append, _name=lambda: "i001")
+    for name in ("_step", "_goes_on"):
+        setattr(loop, name, MethodType(getattr(ActiveLearningWorkChain, name), loop))
+
+    def job(reached):
+        call = SimpleNamespace(one=lambda: SimpleNamespace(link_label="extend"))
+        return SimpleNamespace(
+            exit_status=400,
+            process_label="ExploreCalculation",
+            pk=1,
+            base=SimpleNamespace(links=SimpleNamespace(get_incoming=lambda **_: call)),
+            outputs=SimpleNamespace(checkpoint=Dict({"checksums": reached})),
+        )
+
+    jobs = [job({"a.json": number}) for number in (1, 2, 2)]
+
+    assert [ActiveLearningWorkChain._starts_again(loop, each) for each in jobs] == [
+        True,
+        True,
+        False,
+    ]
+    assert "came no further" in said[-1]
 
 
 PREPARE = """

@@ -15,6 +15,7 @@ from aiida.manage.caching import enable_caching
 from aiida.orm import CalcJobNode, QueryBuilder, WorkChainNode, load_node
 
 from aiida_eipnn.calculations import loop as loop_functions
+from aiida_eipnn.calculations.evaluate import EvaluateCalculation
 from aiida_eipnn.cli.dry_run import n_labelled
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
@@ -227,6 +228,27 @@ def test_what_pw_had_finished_is_taken_when_a_loop_broke_over_its_labels(
     points = [*lineage.points, *lineage.test_points]
     runs = {run.pk for loop in (broken, second) for run in jobs(loop)}
     assert {point.pw_pk for point in points} == runs
+
+
+def test_predictions_that_take_longer_than_a_job_may_are_made_by_several(
+    whole, builder, monkeypatch
+):
+    # After each batch of six the time is up.
+    monkeypatch.setattr(EvaluateCalculation, "_max_seconds", lambda _: 0.0)
+    with enable_caching():
+        _, loop = run_get_node(builder(stop={"max_iterations": 2}, evaluate={"batch_size": 6}))
+
+    assert loop.is_finished_ok, loop.exit_message
+    evaluations = sorted(jobs(loop, "aiida.calculations:eipnn.evaluate"), key=lambda job: job.pk)
+    assert [job.exit_status for job in evaluations] == 2 * [400, 400, 0]
+    assert ["parent_folder" in job.inputs for job in evaluations] == 2 * [False, True, True]
+    assert all(job.outputs.remote_folder.is_cleaned for job in evaluations)
+    same_choices(loop.outputs.iterations.i001.choice, whole.outputs.iterations.i001.choice)
+    predictions, expected = (
+        node.outputs.iterations.i002.predictions.value() for node in (loop, whole)
+    )
+    np.testing.assert_allclose(predictions.forces, expected.forces, rtol=1e-6)
+    assert not unexplained_inputs(loop)
 
 
 def test_a_loop_that_excepted_has_its_labels_and_trains_again(whole, builder, monkeypatch):
