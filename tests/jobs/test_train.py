@@ -19,6 +19,7 @@ from ase.build import bulk
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.run import run_job
 from aiida_eipnn.jobs.spec import Stage, State, TrainJob
+from aiida_eipnn.jobs.stop import Stop
 from aiida_eipnn.science.arrays import load_arrays, save_arrays
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.analytic import LennardJones
@@ -281,7 +282,7 @@ def test_an_interrupted_job_goes_on_elsewhere_and_ends_the_same(pretraining, mon
 
     # Time is up at every third question: in the middle of an epoch, and between members.
     count = iter(range(1000))
-    monkeypatch.setattr(train, "_is_late", lambda _: next(count) % 3 == 2)
+    monkeypatch.setattr(Stop, "__call__", lambda _: next(count) % 3 == 2)
     states, previous = [], None
     while State.DONE not in states and len(states) < 30:
         folder = pretraining(f"piece{len(states)}", batch_size=5)
@@ -307,7 +308,7 @@ def test_heads_are_drawn_alike_whether_a_job_was_interrupted_or_not(tmp_path, po
     whole, side_by_side = finetuning("whole"), finetuning("side", n_workers=2)
     assert run_job(whole) is run_job(side_by_side) is State.DONE
     count = iter(range(1000))
-    monkeypatch.setattr(train, "_is_late", lambda _: next(count) % 3 == 2)
+    monkeypatch.setattr(Stop, "__call__", lambda _: next(count) % 3 == 2)
     pieces = finetuning("pieces")
     states = []
     while State.DONE not in states and len(states) < 30:
