@@ -72,7 +72,7 @@ def save_parts(
             path = folder / f".{name}.npy"
             streams[name] = stack.enter_context(path.open("r+b" if found[name] else "wb"))
             if found[name]:
-                types[name] = _cut(streams[name], found[name])
+                types[name] = _go_to(streams[name], found[name])
         for part in parts:
             for name, stream in streams.items():
                 array = np.ascontiguousarray(part[name])
@@ -100,14 +100,13 @@ def _write_header(stream: IO[bytes], array: NDArray[Any], n_rows: int) -> None:
     npy.write_array_header_1_0(stream, header)
 
 
-def _cut(stream: IO[bytes], n_rows: int) -> np.dtype[Any]:
-    """Leave the first rows of an array, to go on after them; return its type."""
+def _go_to(stream: IO[bytes], n_rows: int) -> np.dtype[Any]:
+    """Go to where that many rows of an array end; return its type."""
     npy.read_magic(stream)
     shape, _, dtype = npy.read_array_header_1_0(stream)
     size = stream.tell() + n_rows * int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
     if size > stream.seek(0, os.SEEK_END):
         raise ValueError(f"{stream.name} is shorter than the {n_rows} rows that it should have")
-    stream.truncate(size)
     stream.seek(size)
     return dtype
 

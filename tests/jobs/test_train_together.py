@@ -187,8 +187,9 @@ def test_a_deadline_of_one_process_stops_both_and_any_number_of_them_goes_on(tmp
     assert run_job(whole) is State.DONE
     # Only the second process finds that it is late, in the third step and then for the next member.
     late = """
+from aiida_eipnn.jobs.stop import Stop
 count = iter(range(1000))
-train._is_late = lambda _: os.environ["RANK"] == "1" and next(count) in (2, 3)
+Stop.__call__ = lambda _: os.environ["RANK"] == "1" and next(count) in (2, 3)
 """
     assert ends_of(start_two(tmp_path, pieces, late)) == [0, 0]
     assert state_of(pieces) == State.INTERRUPTED
