@@ -42,7 +42,7 @@ def run(job: spec.EvaluateJob, folder: Path) -> spec.State:
     committee = Committee.load(folder / spec.COMMITTEE).to(device)
     output = folder / spec.OUTPUT
     summary = _Summary()
-    parts = committee.predict_parts(configurations, job.batch_size)
+    parts = committee.predict_parts(configurations, job.batch_size, job.batch_edges)
     write_predictions(output / spec.PREDICTIONS, configurations, map(summary.add, parts))
     metrics = {
         "n_configurations": len(configurations),
