@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -54,8 +55,8 @@ def main() -> None:
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     rows = []
     for case in product(TRUNKS, PRECISIONS, TASKS, BATCHES):
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows.append(pool.apply(measure, case))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            rows.append(pool.submit(measure, *case).result())
         row = rows[-1]
         print(
             f"{row['trunk']:16} {row['precision']} {row['task']:8} {row['places']:8d} places "

@@ -29,6 +29,8 @@ CUTOFF = 3.0
 SMALL = {"cutoff": CUTOFF, "width": 4, "depth": 1, "n_radial": 4, "l_max": 1}
 # Atoms of the cells of the pool: a step may meet any of them.
 CELLS = [(1, 1, 1), (2, 1, 1), (2, 2, 2)]
+# Places that are allowed: those of 16 atoms are more.
+EDGES = 60
 
 
 def pool_of(n, seed=0):
@@ -206,6 +208,7 @@ def test_sizes_are_those_of_what_the_loss_computes(trunk, stage, graphs, monkeyp
 
 @pytest.mark.parametrize("trunk", ["power_spectrum", "schnet"])
 def test_a_bound_changes_no_training_and_is_kept(trunk, graphs, monkeypatch):
+    edges = 150
     settings = settings_of(
         "finetune",
         trunk,
@@ -216,9 +219,9 @@ def test_a_bound_changes_no_training_and_is_kept(trunk, graphs, monkeypatch):
     )
     inputs = inputs_of("finetune", trunk)
     whole = train(prepare("finetune", inputs, settings))
-    assert max(places for places, _ in graphs) > 500
+    assert max(places for places, _ in graphs) > 2 * edges
     graphs.clear()
-    stage = prepare("finetune", inputs, replace(settings, batch_edges=200))
+    stage = prepare("finetune", inputs, replace(settings, batch_edges=edges))
     shares, loss = [], type(stage).loss
 
     def seen(self, network, rows, step):
@@ -229,28 +232,30 @@ def test_a_bound_changes_no_training_and_is_kept(trunk, graphs, monkeypatch):
 
     monkeypatch.setattr(type(stage), "loss", seen)
 
-    bounded = train(stage, batch_edges=200)
+    bounded = train(stage, batch_edges=edges)
 
     for name, weight in whole[0].items():
-        torch.testing.assert_close(bounded[0][name], weight, rtol=1e-7, atol=1e-9, msg=name)
+        # The root of an inverse magnifies how sums are rounded.
+        rtol = 1e-5 if "density" in name else 1e-7
+        torch.testing.assert_close(bounded[0][name], weight, rtol=rtol, atol=1e-9, msg=name)
     for one, other in zip(whole[1], bounded[1], strict=True):
         assert {**other, "seconds": 0} == pytest.approx({**one, "seconds": 0}, rel=1e-7)
     # Descriptions, statistics, errors on held-out labels and heads that are drawn keep it too.
     assert any(n > 1 for _, n in graphs)
-    assert all(n == 1 or places <= 200 for places, n in graphs)
+    assert all(n == 1 or places <= edges for places, n in graphs)
     for _, parts in shares:
-        assert all(n == 1 for _, n in parts) or sum(places for places, _ in parts) <= 200
+        assert all(n == 1 for _, n in parts) or sum(places for places, _ in parts) <= edges
     # As many parts as the batch takes, not always as many as the largest one.
     assert len({share.count for share, _ in shares}) > 1
 
 
 def test_a_part_of_a_training_in_parts_has_less_than_a_part_of_the_bound(graphs):
     settings = settings_of("finetune", "schnet")
-    settings = replace(settings, batch_edges=400, batch_parts=2)
-    assert settings.edges_at_once == 200
+    settings = replace(settings, batch_edges=2 * EDGES, batch_parts=2)
+    assert settings.edges_at_once == EDGES
     assert replace(settings, batch_parts=1000).edges_at_once == 1
     prepare("finetune", inputs_of("finetune", "schnet"), settings).network(0, 0)
-    assert all(n == 1 or places <= 200 for places, n in graphs)
+    assert all(n == 1 or places <= EDGES for places, n in graphs)
 
 
 @pytest.fixture(scope="module")
@@ -269,11 +274,11 @@ def test_predictions_with_a_bound_are_those_without(committee, graphs):
     whole = committee.predict(pool, 6)
     graphs.clear()
 
-    bounded = committee.predict(pool, 6, 200)
+    bounded = committee.predict(pool, 6, EDGES)
 
-    assert all(n == 1 or places <= 200 for places, n in graphs)
+    assert all(n == 1 or places <= EDGES for places, n in graphs)
     # One of 16 atoms has more, and is alone; the others are not.
-    assert max(places for places, _ in graphs) > 200
+    assert max(places for places, _ in graphs) > EDGES
     assert len(graphs) < len(pool)
     assert sum(n for _, n in graphs) == len(pool)
     assert bounded.ids.tolist() == whole.ids.tolist()
@@ -303,10 +308,10 @@ def test_a_selection_with_a_bound_is_that_without(graphs):
     whole = committee.select(pool, said)
     graphs.clear()
 
-    bounded = committee.select(pool, said, batch_edges=200)
+    bounded = committee.select(pool, said, batch_edges=EDGES)
 
     assert len(graphs) > 1
-    assert all(n == 1 or places <= 200 for places, n in graphs)
+    assert all(n == 1 or places <= EDGES for places, n in graphs)
     for name, array in whole.arrays().items():
         found = bounded.arrays()[name]
         if array.dtype.kind == "f":
