@@ -100,11 +100,12 @@ def sizes_of(*pairs):
 
 
 def test_the_places_of_a_batch_are_those_of_its_graph():
-    lone = Configurations.from_atoms([Atoms("Si", pbc=False)])
-    frames = [*map(pool_of(5).atoms, range(5)), lone.atoms(0)]
+    # Atoms of a cluster have different numbers of neighbours, and a lone one has none.
+    frames = [*map(pool_of(5).atoms, range(5)), Atoms("Si", pbc=False)]
+    frames[2].pbc = False
     neighbours = find_neighbours(Configurations.from_atoms(frames), (14,), CUTOFF)
     table, sizes = GraphTable(neighbours), neighbours.sizes
-    for rows in ([0], [5], [5, 5], [2, 5, 0], [4, 3, 2, 1, 0]):
+    for rows in ([0], [2], [5], [5, 5], [2, 5, 0], [4, 3, 2, 1, 0]):
         chosen = sizes.take(np.array(rows))
         places = table.batch(np.array(rows)).partners.numel()
         assert chosen.n_atoms.sum() * chosen.n_places.max() == places
@@ -117,14 +118,13 @@ def test_batches_are_in_order_and_below_both_bounds():
     def places(rows):
         return sizes.n_atoms[rows].sum() * sizes.n_places[rows].max()
 
-    batches = sizes.batches(5, 900)
+    batches = sizes.batches(3, 900)
 
     assert np.concatenate(batches).tolist() == list(range(200))
     assert any(len(rows) == 1 and places(rows) > 900 for rows in batches)
-    assert any(len(rows) == 5 for rows in batches)
     for rows, following in zip(batches, [*batches[1:], None], strict=True):
-        assert len(rows) == 1 or (len(rows) <= 5 and places(rows) <= 900)
-        if following is not None and len(rows) < 5:
+        assert len(rows) == 1 or (len(rows) <= 3 and places(rows) <= 900)
+        if following is not None and len(rows) < 3:
             assert places(np.append(rows, following[0])) > 900
 
 
@@ -152,6 +152,7 @@ def test_a_batch_must_hold_something(batch_size, batch_edges):
         ([(2, 5), (2, 5), (2, 5), (1, 50)], 300, 2),
         # A large one alone is above the bound whatever is done.
         ([(100, 5), (2, 5)], 100, 2),
+        ([(100, 5), (2, 5), (2, 5), (2, 5)], 100, 3),
     ],
 )
 def test_a_batch_is_computed_in_as_many_parts_as_it_takes(pairs, edges, parts):
@@ -162,6 +163,8 @@ def test_what_is_drawn_beside_the_batch_counts_too():
     batch, beside = sizes_of(*[(2, 5)] * 4), sizes_of(*[(4, 5)] * 8)
     assert count_parts([batch], 50) == 1
     assert count_parts([batch, beside], 50) == 4
+    uneven = sizes_of((10, 5), *[(1, 5)] * 7)
+    assert count_parts([batch, uneven], 60) == 5
 
 
 def test_processes_share_the_parts_and_more_may_be_asked_for():
@@ -176,7 +179,8 @@ def test_processes_share_the_parts_and_more_may_be_asked_for():
 @pytest.mark.parametrize("trunk", ["power_spectrum", "schnet"])
 @pytest.mark.parametrize("stage", ["pretrain", "classify", "finetune"])
 def test_sizes_are_those_of_what_the_loss_computes(trunk, stage, graphs, monkeypatch):
-    prepared = prepare(stage, inputs_of(stage, trunk), settings_of(stage, trunk))
+    settings = settings_of(stage, trunk, validation_fraction=0.3)
+    prepared = prepare(stage, inputs_of(stage, trunk), settings)
     network, moved = prepared.network(0, 0), []
     for kind in (KeptDirections, DrawnDirections):
 
@@ -186,7 +190,7 @@ def test_sizes_are_those_of_what_the_loss_computes(trunk, stage, graphs, monkeyp
 
         monkeypatch.setattr(kind, "move", seen)
     graphs.clear()
-    rows = np.array([3, 0, 5, 1])
+    rows = np.array([3, 0, 4, 1])
     prepared.loss(network, rows, Step(0.1, np.random.default_rng(3)))
 
     told = prepared.sizes(rows, Step(0.1, np.random.default_rng(3)))
@@ -208,7 +212,7 @@ def test_sizes_are_those_of_what_the_loss_computes(trunk, stage, graphs, monkeyp
 
 @pytest.mark.parametrize("trunk", ["power_spectrum", "schnet"])
 def test_a_bound_changes_no_training_and_is_kept(trunk, graphs, monkeypatch):
-    edges = 150
+    edges = 100
     settings = settings_of(
         "finetune",
         trunk,
@@ -218,10 +222,7 @@ def test_a_bound_changes_no_training_and_is_kept(trunk, graphs, monkeypatch):
         validation_fraction=0.3,
     )
     inputs = inputs_of("finetune", trunk)
-    whole = train(prepare("finetune", inputs, settings))
-    assert max(places for places, _ in graphs) > 2 * edges
-    graphs.clear()
-    stage = prepare("finetune", inputs, replace(settings, batch_edges=edges))
+    stage = prepare("finetune", inputs, settings)
     shares, loss = [], type(stage).loss
 
     def seen(self, network, rows, step):
@@ -232,6 +233,13 @@ def test_a_bound_changes_no_training_and_is_kept(trunk, graphs, monkeypatch):
 
     monkeypatch.setattr(type(stage), "loss", seen)
 
+    whole = train(stage)
+    # Usual batches are below the bound there is by default.
+    assert {share.count for share, _ in shares} == {1}
+    assert max(places for places, _ in graphs) > 2 * edges
+    graphs.clear()
+    shares.clear()
+    stage = prepare("finetune", inputs, replace(settings, batch_edges=edges))
     bounded = train(stage, batch_edges=edges)
 
     for name, weight in whole[0].items():
@@ -247,6 +255,20 @@ def test_a_bound_changes_no_training_and_is_kept(trunk, graphs, monkeypatch):
         assert all(n == 1 for _, n in parts) or sum(places for places, _ in parts) <= edges
     # As many parts as the batch takes, not always as many as the largest one.
     assert len({share.count for share, _ in shares}) > 1
+
+
+def test_errors_on_held_out_labels_with_a_bound_are_those_without(graphs):
+    inputs, settings = inputs_of("finetune", "schnet"), settings_of("finetune", "schnet")
+    stage = prepare("finetune", inputs, settings)
+    network, stage.held_out = stage.network(0, 0), np.array([7, 2, 5, 4, 0])
+    whole = stage.validate(network)
+    graphs.clear()
+    stage.settings = replace(settings, batch_edges=EDGES)
+
+    assert stage.validate(network) == pytest.approx(whole, rel=1e-9)
+
+    # Of 4 atoms, which do not fit beside 16; twice 16; then 4 and 2.
+    assert [n for _, n in graphs] == [1, 1, 1, 2]
 
 
 def test_a_part_of_a_training_in_parts_has_less_than_a_part_of_the_bound(graphs):
