@@ -85,7 +85,8 @@ def count_parts(
 
     In the fewest with which none has more than ``batch_edges`` places, unless of one configuration
     of each set: that cannot be divided. It follows from the batch alone, so all processes that
-    take a step together say the same.
+    take a step together say the same; if one did not, as where machines round a distance at the
+    cutoff otherwise, its parts would still be those of its share.
 
     Parameters
     ----------

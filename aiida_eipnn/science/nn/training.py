@@ -349,21 +349,17 @@ def fit(
     while state.epoch < n_epochs:
         order = _epoch_order(len(task), state, bootstrap=parameters.bootstrap)
         while state.step < n_batches:
-            first = state.step * parameters.batch_size
-            progress = (state.epoch * n_batches + state.step) / (n_epochs * n_batches)
-            rows = order[first : first + parameters.batch_size]
-            sets = task.sizes(rows, Step(progress, _rng_of(state)))
-            parts = count_parts(sets, batch_edges, n_parts=n_parts, n_processes=processes.count)
-            # All say the same of the parts, unless machines round a distance at the cutoff
-            # otherwise.
-            late, total = processes.add([float(out_of_time()), float(parts)])
-            if late:
+            if processes.any(out_of_time()):
                 save(state)
                 return False
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save(state)
                 saved = time.monotonic()
-            parts = math.ceil(total / processes.count)
+            first = state.step * parameters.batch_size
+            progress = (state.epoch * n_batches + state.step) / (n_epochs * n_batches)
+            rows = order[first : first + parameters.batch_size]
+            sets = task.sizes(rows, Step(progress, _rng_of(state)))
+            parts = count_parts(sets, batch_edges, n_parts=n_parts, n_processes=processes.count)
             _take_step(state, task, parameters, rows, progress, processes, parts)
         if _end_epoch(state, task, n_epochs, processes):
             report(state.history[-1])
