@@ -31,7 +31,7 @@ export PATH := $(BIN):$(PATH)
 .PHONY: help install system demo setup test lint bench-label bench-label-bulk bench-training \
   bench-injection bench-injection-full bench-committee bench-device \
   test-cluster bench-active-learning bench-active-learning-full bench-workchain bench-scale bench-scale-full bench-kill \
-  bench-overhead bench-overhead-full \
+  bench-overhead bench-overhead-full bench-memory \
   clean
 
 help:
@@ -48,6 +48,7 @@ help:
 	@echo 'make bench-workchain  whether a loop on AiiDA asks for what the same loop without it asks for'
 	@echo 'make bench-scale, make bench-scale-full   large pools and a long loop: time, memory, nodes, disk'
 	@echo 'make bench-overhead, make bench-overhead-full   what AiiDA costs for each DFT point and iteration'
+	@echo 'make bench-memory     memory of a batch by neighbours, which batch_edges bounds'
 	@echo 'make bench-kill       what a loop loses when its daemon is killed ten times'
 	@echo 'make bench-injection, make bench-injection-full   what EIPs are worth to a network'
 	@echo 'make clean     remove what was made here, the demo and its data too'
@@ -134,6 +135,9 @@ bench-committee: install
 
 bench-device: install
 	python benchmarks/device.py
+
+bench-memory: install
+	python benchmarks/memory.py
 
 bench-scale bench-scale-full: export OMP_NUM_THREADS := 1
 bench-scale: install

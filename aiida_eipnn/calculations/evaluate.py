@@ -21,7 +21,12 @@ class EvaluateCalculation(JobCalculation):
         ports.add_configurations(spec)
         ports.add_exclude(spec)
         spec.input("committee", valid_type=CommitteeData, help="The committee to ask.")
-        ports.add_dict(spec, "parameters", "batch_size: configurations predicted at once; device.")
+        ports.add_dict(
+            spec,
+            "parameters",
+            "batch_size: configurations predicted at once, at most; batch_edges: neighbour pairs "
+            "computed at once, at most; device.",
+        )
         spec.output("predictions", valid_type=PredictionsData, help="What the committee says.")
         spec.output("metrics", valid_type=Dict, help="Counts and times.")
         spec.default_output_node = "metrics"

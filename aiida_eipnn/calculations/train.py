@@ -60,7 +60,9 @@ class TrainCalculation(JobCalculation):
             spec,
             "parameters",
             "n_workers: members that train side by side; device: cpu, cuda, or auto, the GPU "
-            "where there is one; batch_parts: parts that a batch is computed in, for less memory.",
+            "where there is one; batch_parts: parts that a batch is computed in, for less memory; "
+            "batch_edges: neighbour pairs that are computed at once, at most, so that batches of "
+            "large configurations are computed in more parts.",
         )
         spec.output("committee", valid_type=CommitteeData, help="The trained committee.")
         spec.output(

@@ -48,7 +48,8 @@ def run(job: spec.EvaluateJob, folder: Path, stop: Stop = NEVER) -> spec.State:
     checkpoint = Checkpoint(folder / spec.CHECKPOINT, digest_of(folder, INPUTS))
 
     def parts_from(first: int) -> Iterator[Predictions]:
-        return _until(stop, committee.predict_parts(configurations, job.batch_size, first))
+        parts = committee.predict_parts(configurations, job.batch_size, job.batch_edges, first)
+        return _until(stop, parts)
 
     if not write_predictions(checkpoint, configurations, parts_from):
         return spec.State.INTERRUPTED

@@ -11,6 +11,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
+from aiida_eipnn.science.nn.sizes import BATCH_EDGES
+
 JOB = "job.json"
 STATUS = "status.json"
 LOG = "eipnn-job.log"
@@ -153,6 +155,9 @@ class TrainJob:
         like starts several, which take each step of a member together.
     batch_parts
         Parts that a batch is computed in, one after the other: less memory, and the same result.
+    batch_edges
+        Neighbour pairs that are computed at once, at most, every atom counting as many as the one
+        with most in its batch: one with more is computed in more parts. ``batch_parts`` divides it.
     device
         ``cpu``, ``cuda``, or ``auto``: the GPU where there is one.
     max_seconds
@@ -170,16 +175,15 @@ class TrainJob:
     judges: tuple[str, ...] = ()
     n_workers: int = 1
     batch_parts: int = 1
+    batch_edges: int = BATCH_EDGES
     device: str = "auto"
     max_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if not self.seeds:
             raise ValueError("a committee needs at least one member: give one seed for each")
-        if not isinstance(self.batch_parts, int) or self.batch_parts < 1:
-            raise ValueError(
-                f"batch_parts must be a whole number from 1 on, not {self.batch_parts!r}"
-            )
+        _check_count("batch_parts", self.batch_parts)
+        _check_count("batch_edges", self.batch_edges)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +193,10 @@ class EvaluateJob:
     Parameters
     ----------
     batch_size
-        Configurations that are predicted at once.
+        Configurations that are predicted at once, at most.
+    batch_edges
+        Neighbour pairs that are computed at once, at most, every atom counting as many as the one
+        with most in its batch; a configuration that has more is predicted alone.
     device
         ``cpu``, ``cuda``, or ``auto``: the GPU where there is one.
     max_seconds
@@ -199,8 +206,12 @@ class EvaluateJob:
     kind: ClassVar[str] = "evaluate"
 
     batch_size: int = 64
+    batch_edges: int = BATCH_EDGES
     device: str = "auto"
     max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_count("batch_edges", self.batch_edges)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +233,11 @@ Job = ExploreJob | LabelJob | TrainJob | EvaluateJob | CheckJob
 KINDS: dict[str, type[Job]] = {
     job.kind: job for job in (ExploreJob, LabelJob, TrainJob, EvaluateJob, CheckJob)
 }
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1 on, not {value!r}")
 
 
 def write_job(path: Path, job: Job) -> None:

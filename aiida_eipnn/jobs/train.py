@@ -116,7 +116,8 @@ def run(job: TrainJob, folder: Path, stop: Stop = NEVER, place: Place = ALONE) -
         metrics["label_model"] = json.loads(report.read_text(), parse_constant=lambda _: None)
     if job.stage is spec.Stage.CLASSIFY:
         assert inputs.eip_labels is not None
-        selection = committee.select(inputs.configurations, inputs.eip_labels)
+        edges = stage.settings.edges_at_once
+        selection = committee.select(inputs.configurations, inputs.eip_labels, batch_edges=edges)
         save_arrays(output / spec.SELECTION, selection.arrays())
         metrics |= {"choices": selection.counts, "classes": count_classes(stage)}
     metrics["seconds"] = time.monotonic() - started
@@ -228,6 +229,7 @@ def read_settings(job: TrainJob, number: int = 0) -> StageSettings:
         selection=SelectionParameters.from_dict(job.selection),
         device=choose_device(job.device, number),
         batch_parts=job.batch_parts,
+        batch_edges=job.batch_edges,
     )
 
 
@@ -297,6 +299,7 @@ def train_member(
                 report=lambda record: report_progress(folder, member, record),
                 processes=processes,
                 n_parts=settings.batch_parts,
+                batch_edges=settings.edges_at_once,
             )
         except Diverged as error:
             reason = error

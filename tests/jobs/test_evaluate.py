@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 
 from aiida_eipnn.jobs import evaluate  # noqa: E402
 from aiida_eipnn.science.nn.committee import Committee  # noqa: E402
+from aiida_eipnn.science.nn.graph import GraphTable  # noqa: E402
 from aiida_eipnn.science.nn.network import Network, NetworkParameters  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("torch")
@@ -93,6 +94,38 @@ def test_predictions_of_another_committee_are_not_gone_on_with(tmp_path, committ
 
     reason = json.loads((tmp_path / spec.STATUS).read_text())["reason"]
     assert "the checkpoint is that of another job" in reason
+
+
+def test_no_more_neighbours_than_the_job_allows_are_predicted_at_once(
+    tmp_path, committee, monkeypatch
+):
+    pool = pool_of()
+    write(tmp_path, committee, pool)
+    spec.write_job(tmp_path / spec.JOB, EvaluateJob(batch_edges=120))
+    made, batch = [], GraphTable.batch
+
+    def seen(self, rows):
+        graph = batch(self, rows)
+        made.append(graph.partners.numel())
+        return graph
+
+    monkeypatch.setattr(GraphTable, "batch", seen)
+
+    assert run_job(tmp_path) is State.DONE
+
+    assert len(made) > 1
+    assert max(made) <= 120
+    found = Predictions.from_arrays(load_arrays(tmp_path / spec.OUTPUT / spec.PREDICTIONS))
+    assert found.ids.tolist() == pool.ids.tolist()
+    np.testing.assert_allclose(found.forces, committee.predict(pool).forces, atol=1e-10)
+
+
+@pytest.mark.parametrize("value", [0, 2.5, "many"])
+def test_a_bound_of_neighbours_is_a_whole_number(value):
+    with pytest.raises(
+        ValueError, match=f"batch_edges must be a whole .* from 1 on, not {value!r}"
+    ):
+        EvaluateJob(batch_edges=value)
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ from safetensors import safe_open  # noqa: E402
 
 from aiida_eipnn.jobs import train  # noqa: E402
 from aiida_eipnn.science.nn.committee import Committee  # noqa: E402
+from aiida_eipnn.science.nn.graph import GraphTable  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("torch")
 
@@ -503,6 +504,43 @@ def test_a_checkpoint_serves_on_another_device(pretraining):
     assert here == there
     exact = replace(job, training=job.training | {"mixed_precision": "tf32"})
     assert train.fingerprint(exact, folder) != here
+
+
+def test_a_checkpoint_serves_with_parts_of_another_size(pretraining):
+    folder = pretraining()
+    job = spec.read_job(folder / spec.JOB)
+    smaller = replace(job, batch_parts=2, batch_edges=100)
+    assert train.fingerprint(smaller, folder) == train.fingerprint(job, folder)
+
+
+def test_no_part_of_a_training_has_more_neighbours_than_the_job_allows(pretraining, monkeypatch):
+    folder = pretraining(network=NETWORK | {"trunk": "schnet"}, batch_size=6)
+    made, batch = [], GraphTable.batch
+
+    def seen(self, rows):
+        graph = batch(self, rows)
+        made.append(graph.partners.numel())
+        return graph
+
+    monkeypatch.setattr(GraphTable, "batch", seen)
+    assert run_job(folder) is State.DONE
+    whole = max(made)
+    for parts in (1, 2):
+        made.clear()
+        smaller = replace(spec.read_job(folder / spec.JOB), batch_edges=300, batch_parts=parts)
+        spec.write_job(folder / spec.JOB, smaller)
+
+        assert run_job(folder) is State.DONE
+
+        assert 100 < max(made) <= 300 / parts < whole
+
+
+@pytest.mark.parametrize("name", ["batch_parts", "batch_edges"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, "many", None])
+def test_bounds_of_batches_are_whole_numbers(name, value):
+    wrong = re.escape(f"{name} must be a whole number from 1 on, not {value!r}")
+    with pytest.raises(ValueError, match=wrong):
+        TrainJob(stage=Stage.PRETRAIN, seeds=(1,), **{name: value})
 
 
 def steps_of(path):

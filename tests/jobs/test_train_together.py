@@ -22,6 +22,7 @@ from aiida_eipnn.jobs.run import run_job  # noqa: E402
 from aiida_eipnn.jobs.spec import EvaluateJob, Stage, State, TrainJob  # noqa: E402
 from aiida_eipnn.science.arrays import save_arrays  # noqa: E402
 from aiida_eipnn.science.nn.committee import Committee  # noqa: E402
+from aiida_eipnn.science.nn.sizes import BATCH_EDGES  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("torch")
 
@@ -51,7 +52,16 @@ def pool():
 def write(tmp_path, pool):
     """Write a folder with a training of one stage."""
 
-    def make(name, stage, trunk="power_spectrum", *, seeds=(1, 2), start=None, **training):
+    def make(
+        name,
+        stage,
+        trunk="power_spectrum",
+        *,
+        seeds=(1, 2),
+        start=None,
+        batch_edges=BATCH_EDGES,
+        **training,
+    ):
         job = TrainJob(
             stage=stage,
             seeds=seeds,
@@ -59,6 +69,7 @@ def write(tmp_path, pool):
             training={"steps": 6, "min_epochs": 3, **training},
             pseudo_labels={} if stage is Stage.FINETUNE else None,
             device="cpu",
+            batch_edges=batch_edges,
         )
         folder = tmp_path / name
         parts = {
@@ -170,9 +181,9 @@ def test_two_processes_train_the_networks_that_one_trains(write, trunk):
     # Batches of 3 and 1 of 4 labels: one process has no part in the second one.
     settings = {"batch_size": 3, "seeds": (1, 2), "validation_fraction": 0.3, "start": one}
     settings |= {"stress_weight": 1.0, "n_heads": 3}
-    one, two = (
-        write(f"{name}-tuned", Stage.FINETUNE, trunk, **settings) for name in ("one", "two")
-    )
+    one = write("one-tuned", Stage.FINETUNE, trunk, **settings)
+    # Cells of 8 atoms, of which two do not fit: as many parts as there are configurations.
+    two = write("two-tuned", Stage.FINETUNE, trunk, batch_edges=100, **settings)
     assert run_job(one) is State.DONE
     done = torchrun("-m", "aiida_eipnn.jobs", two / spec.JOB)
     assert done.returncode == 0, done.stderr

@@ -37,6 +37,7 @@ from aiida_eipnn.science.nn.heads import sum_atoms  # noqa: E402
 from aiida_eipnn.science.nn.network import (  # noqa: E402
     describe_configurations,
 )
+from aiida_eipnn.science.nn.sizes import Sizes  # noqa: E402
 from aiida_eipnn.science.nn.stage import StageInputs  # noqa: E402
 from aiida_eipnn.science.nn.stages import prepare  # noqa: E402
 from aiida_eipnn.science.nn.training import (  # noqa: E402
@@ -252,6 +253,9 @@ def test_a_loss_that_is_not_finite_ends_the_training(eip_inputs):
 
         def loss(self, network, rows, step):
             return Loss(network.heads.weight.sum() * math.nan, {})
+
+        def sizes(self, rows, step):
+            return [Sizes(np.ones_like(rows), np.ones_like(rows))]
 
         def validate(self, network):
             return {}

@@ -1,6 +1,6 @@
 """The stage that learns which EIP is right where."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import nn
 from aiida_eipnn.science.arrays import IntArray
 from aiida_eipnn.science.eip.selection import NONE, class_labels
 from aiida_eipnn.science.nn.network import Network, describe_configurations, fit_pooling
+from aiida_eipnn.science.nn.sizes import Sizes
 from aiida_eipnn.science.nn.stage import (
     StageInputs,
     StageSettings,
@@ -41,7 +42,7 @@ class Classification:
         self.settings, self.inputs = settings, inputs
         self.held_out = np.zeros(0, dtype=np.int64)
         self.parameters = network_parameters(inputs, settings)
-        self.statistics = Statistics(inputs, self.parameters, settings.device)
+        self.statistics = Statistics(inputs, self.parameters, settings)
         self.elements = self.statistics.elements
         alignment = fit_alignment(inputs.configurations, labels, eip_labels)
         self.aligned = alignment.apply(inputs.configurations, eip_labels)
@@ -59,7 +60,9 @@ class Classification:
             self.parameters,
             self.elements,
             device=settings.device,
+            batch_edges=settings.edges_at_once,
         )
+        self._sizes = self.described.neighbours.sizes
 
     def __len__(self) -> int:
         return len(self.described)
@@ -92,7 +95,7 @@ class Classification:
         if source:
             network.trunk.load_state_dict(source.trunk.state_dict())
             network.heads.load_state_dict(source.heads.state_dict())
-        fit_pooling(network, self.statistics.described)
+        fit_pooling(network, self.statistics.described, self.settings.edges_at_once)
         return network
 
     def loss(self, network: Network, rows: IntArray, step: Step) -> Loss:
@@ -106,6 +109,10 @@ class Classification:
         hits = int((logits.argmax(dim=1) == wanted).sum())
         value = nn.functional.cross_entropy(logits, wanted, reduction="sum") / n
         return Loss(value, {"accuracy": (hits, len(rows))})
+
+    def sizes(self, rows: IntArray, step: Step) -> Sequence[Sizes]:
+        """Return the sizes of these configurations."""
+        return [self._sizes.take(rows)]
 
     def validate(self, network: Network) -> dict[str, float]:
         """Return nothing: no label is held out."""

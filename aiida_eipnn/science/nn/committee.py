@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -13,7 +14,7 @@ from ase.data import chemical_symbols
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aiida_eipnn.science.arrays import FloatArray, IntArray
+from aiida_eipnn.science.arrays import FloatArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.selection import Selection, select
 from aiida_eipnn.science.labels import Labels, join_labels
@@ -25,6 +26,7 @@ from aiida_eipnn.science.nn.network import (
     NetworkParameters,
     describe_configurations,
 )
+from aiida_eipnn.science.nn.sizes import BATCH_EDGES, check_bounds
 from aiida_eipnn.science.nn.stage import energy_head, predict_heads
 from aiida_eipnn.science.nn.tensor_files import load_tensors, save_tensors
 from aiida_eipnn.science.nn.trunk import Batch, BatchSet
@@ -144,7 +146,12 @@ class Committee:
             facts=config["facts"],
         )
 
-    def predict(self, configurations: Configurations, batch_size: int = 64) -> Predictions:
+    def predict(
+        self,
+        configurations: Configurations,
+        batch_size: int = 64,
+        batch_edges: int = BATCH_EDGES,
+    ) -> Predictions:
         """Predict energies, forces, stresses, and the spread of the members.
 
         Parameters
@@ -152,7 +159,10 @@ class Committee:
         configurations
             Any number of them.
         batch_size
-            Configurations that are predicted at once.
+            Configurations that are predicted at once, at most.
+        batch_edges
+            Places for neighbours that they may have together; a configuration that has more is
+            predicted alone (:class:`aiida_eipnn.science.nn.sizes.Sizes`).
 
         Raises
         ------
@@ -160,11 +170,15 @@ class Committee:
             If a configuration contains an element that the networks do not know, or if they were
             not trained to predict energies.
         """
-        parts = list(self.predict_parts(configurations, batch_size))
+        parts = list(self.predict_parts(configurations, batch_size, batch_edges))
         return join_predictions(parts) if parts else self._nothing(configurations)
 
     def predict_parts(
-        self, configurations: Configurations, batch_size: int = 64, first: int = 0
+        self,
+        configurations: Configurations,
+        batch_size: int = 64,
+        batch_edges: int = BATCH_EDGES,
+        first: int = 0,
     ) -> Iterator[Predictions]:
         """Predict one batch after the other, from row ``first`` on, one of them in memory.
 
@@ -172,12 +186,23 @@ class Committee:
         before the first batch.
         """
         energy_head(self.members[0])
-        batches = _row_batches(len(configurations), batch_size, first)
+        check_bounds(batch_size, batch_edges)
         species_of(configurations, self.elements)
-        return (self._predict(configurations.take(rows)) for rows in batches)
+        # Neighbours of so many are found at once, which takes little: how many they have is not
+        # known before.
+        starts = range(first, len(configurations), batch_size)
+        chunks = (
+            configurations.take(range(start, min(start + batch_size, len(configurations))))
+            for start in starts
+        )
+        return chain.from_iterable(self._predict(chunk, batch_edges) for chunk in chunks)
 
     def select(
-        self, configurations: Configurations, eip_labels: Labels, batch_size: int = 64
+        self,
+        configurations: Configurations,
+        eip_labels: Labels,
+        batch_size: int = 64,
+        batch_edges: int = BATCH_EDGES,
     ) -> Selection:
         """Choose for each configuration the EIP to believe, or none.
 
@@ -188,7 +213,9 @@ class Committee:
         eip_labels
             Labels of the EIPs; an EIP is not chosen where it has none.
         batch_size
-            Configurations that are classified at once.
+            Configurations that are classified at once, at most.
+        batch_edges
+            Places for neighbours that they may have together.
 
         Raises
         ------
@@ -203,7 +230,7 @@ class Committee:
         described = self._describe(configurations)
         parts = [
             self._probabilities(described.batch(rows))
-            for rows in _row_batches(len(configurations), batch_size)
+            for rows in described.neighbours.sizes.batches(batch_size, batch_edges)
         ]
         empty = np.zeros((0, len(self.eips) + 1))
         return select(np.concatenate([empty, *parts]), _rows_for(configurations, eip_labels))
@@ -215,9 +242,11 @@ class Committee:
             configurations, self.parameters, self.elements, keep=False, device=device
         )
 
-    def _predict(self, configurations: Configurations) -> Predictions:
-        batch = self._describe(configurations).batch(np.arange(len(configurations)))
-        return _summarise(configurations, self._predict_batch(batch))
+    def _predict(self, configurations: Configurations, batch_edges: int) -> Iterator[Predictions]:
+        described = self._describe(configurations)
+        for rows in described.neighbours.sizes.batches(len(configurations), batch_edges):
+            part = self._predict_batch(described.batch(rows))
+            yield _summarise(configurations.take(rows), part)
 
     def _nothing(self, configurations: Configurations) -> Predictions:
         m = self.n_heads
@@ -297,12 +326,6 @@ def _summarise(configurations: Configurations, parts: _Batch) -> Predictions:
         features=parts.features,
         **parts.of_atoms,
     )
-
-
-def _row_batches(n: int, batch_size: int, first: int = 0) -> list[IntArray]:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number from 1 on, not {batch_size}")
-    return [np.arange(start, min(start + batch_size, n)) for start in range(first, n, batch_size)]
 
 
 def _rows_for(configurations: Configurations, labels: Labels) -> Labels:

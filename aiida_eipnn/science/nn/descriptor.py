@@ -27,6 +27,7 @@ from aiida_eipnn.science.arrays import IntArray
 from aiida_eipnn.science.configurations import ragged_rows
 from aiida_eipnn.science.nn.device import ON_CPU
 from aiida_eipnn.science.nn.graph import Graph, GraphTable, Neighbours
+from aiida_eipnn.science.nn.sizes import BATCH_EDGES
 
 # Elements up to which each one has weights of its own; more are mixed into as many channels.
 MAX_ELEMENT_CHANNELS = 4
@@ -137,6 +138,8 @@ class DescribedSet:
         large for that.
     device
         Where everything that is kept, and every batch, is.
+    batch_edges
+        Places for neighbours that are described at once, at most.
     """
 
     def __init__(
@@ -147,12 +150,14 @@ class DescribedSet:
         *,
         keep: bool = True,
         device: torch.device = ON_CPU,
+        batch_edges: int = BATCH_EDGES,
     ) -> None:
         self.neighbours = neighbours
         self.device = device
         self._table = GraphTable(neighbours, device)
         self.basis = basis
         self.dtype = dtype
+        self._batch_edges = batch_edges
         small = 0 < self._bytes() <= MAX_KEPT_BYTES
         self._kept = self._keep() if keep and small else None
 
@@ -183,8 +188,7 @@ class DescribedSet:
         return torch.cat([none, *parts])
 
     def _chunks(self) -> list[IntArray]:
-        starts = range(0, len(self), _CHUNK)
-        return [np.arange(start, min(start + _CHUNK, len(self))) for start in starts]
+        return self.neighbours.sizes.batches(_CHUNK, self._batch_edges)
 
     def _bytes(self) -> int:
         n_pairs, n_atoms = len(self.neighbours.partners), len(self.neighbours.species)

@@ -6,7 +6,7 @@ the force along :math:`d` of *every* head, where derivatives by all positions ta
 each head. For random :math:`d` the mean square of :math:`(F - F') \cdot d` is that of the forces.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -32,12 +32,15 @@ from aiida_eipnn.science.nn.network import (
 )
 from aiida_eipnn.science.nn.power_spectrum import PowerSpectrumTrunk
 from aiida_eipnn.science.nn.shares import WHOLE, Share
+from aiida_eipnn.science.nn.sizes import BATCH_EDGES, Sizes
 from aiida_eipnn.science.nn.trunk import BatchSet
 
 # Directions that are kept of each configuration: a new one in each of as many epochs.
 N_DIRECTIONS = 6
 # Configurations that are described at once.
 _CHUNK = 32
+# Places for neighbours that take as much memory as an atom whose descriptors are kept.
+_PLACES_OF_KEPT = 8
 
 
 class Moved(NamedTuple):
@@ -84,8 +87,14 @@ A = TypeVar("A", Moved, Pooled)
 class DirectedSet(Protocol):
     """Configurations of which each batch is moved along a random direction."""
 
+    sizes: Sizes
+
     def __len__(self) -> int:
         """Return the number of configurations."""
+        ...
+
+    def draw(self, rows: IntArray, rng: np.random.Generator) -> object:
+        """Draw what these configurations are moved along, as :meth:`move` does."""
         ...
 
     def move(
@@ -113,6 +122,8 @@ class KeptDirections:
         Draws the directions.
     device
         Where the network is, and what is kept.
+    batch_edges
+        Places for neighbours that are described at once, at most.
     """
 
     def __init__(
@@ -122,12 +133,17 @@ class KeptDirections:
         elements: tuple[int, ...],
         seed: int,
         device: torch.device = ON_CPU,
+        batch_edges: int = BATCH_EDGES,
     ) -> None:
         neighbours = find_neighbours(configurations, elements, parameters.cutoff)
         basis = parameters.basis(len(elements))
         n_atoms = len(neighbours.species)
         rng = np.random.default_rng(seed)
         self.offsets = configurations.offsets
+        # No neighbours are looked at any more.
+        self.sizes = Sizes(
+            neighbours.n_atoms, np.full(len(neighbours), _PLACES_OF_KEPT, dtype=np.int64)
+        )
         self.device = device
         self.species = torch.as_tensor(neighbours.species, device=device)
         self.directions = rng.normal(size=(N_DIRECTIONS, n_atoms, 3)).astype(np.float32)
@@ -135,8 +151,7 @@ class KeptDirections:
         self.descriptors = torch.empty(shape, dtype=parameters.dtype, device=device)
         self.changes = self.descriptors.new_empty(N_DIRECTIONS, *shape)
         table = GraphTable(neighbours, device)
-        for start in range(0, len(configurations), _CHUNK):
-            rows = np.arange(start, min(start + _CHUNK, len(configurations)))
+        for rows in neighbours.sizes.batches(_CHUNK, batch_edges):
             self._describe(table.batch(rows), rows, basis)
 
     def __len__(self) -> int:
@@ -150,12 +165,16 @@ class KeptDirections:
         n_values = len(configurations.numbers) * parameters.basis(n_elements).n_descriptors
         return 8 * n_values * (1 + N_DIRECTIONS) <= MAX_KEPT_BYTES
 
+    def draw(self, rows: IntArray, rng: np.random.Generator) -> int:
+        """Return the number of the directions that these configurations are moved along."""
+        return int(rng.integers(N_DIRECTIONS))
+
     def move(
         self, network: Network, rows: IntArray, rng: np.random.Generator, share: Share = WHOLE
     ) -> Moved:
         """Return what the heads say about a share of these configurations."""
         assert isinstance(network.trunk, PowerSpectrumTrunk)
-        drawn = int(rng.integers(N_DIRECTIONS))
+        drawn = self.draw(rows, rng)
         rows = share.of(rows)
         if not len(rows):
             return _read(network, _nothing(network))
@@ -184,13 +203,25 @@ class DrawnDirections:
     ----------
     described
         The configurations, as the trunk wants them.
+    batch_edges
+        Places for neighbours of each of the :meth:`batches`, at most.
     """
 
-    def __init__(self, described: BatchSet) -> None:
+    def __init__(self, described: BatchSet, batch_edges: int = BATCH_EDGES) -> None:
         self.described = described
+        self.sizes = described.neighbours.sizes
+        self.batch_edges = batch_edges
 
     def __len__(self) -> int:
         return len(self.described)
+
+    def batches(self, rows: IntArray) -> list[IntArray]:
+        """Return the given rows, a few at a time."""
+        return [rows[part] for part in self.sizes.take(rows).batches(_CHUNK, self.batch_edges)]
+
+    def draw(self, rows: IntArray, rng: np.random.Generator) -> FloatArray:
+        """Return the directions that the atoms of these configurations are moved along."""
+        return rng.normal(size=(int(self.sizes.n_atoms[rows].sum()), 3))
 
     def move(
         self, network: Network, rows: IntArray, rng: np.random.Generator, share: Share = WHOLE
@@ -202,8 +233,8 @@ class DrawnDirections:
         self, network: Network, rows: IntArray, rng: np.random.Generator, share: Share = WHOLE
     ) -> Pooled:
         """Return what heads read of a share of these configurations; differentiable."""
-        n_atoms = self.described.neighbours.n_atoms[rows]
-        directions = rng.normal(size=(int(n_atoms.sum()), 3))
+        n_atoms = self.sizes.n_atoms[rows]
+        directions = self.draw(rows, rng)
         first, last = share.bounds(len(rows))
         if first == last:
             return _nothing(network)
@@ -219,12 +250,13 @@ def directed_set(
     elements: tuple[int, ...],
     seed: int,
     device: torch.device = ON_CPU,
+    batch_edges: int = BATCH_EDGES,
 ) -> DirectedSet:
     """Return the configurations ready to be moved, kept in memory where that is possible."""
     if parameters.has_fixed_descriptors and KeptDirections.fits(
         configurations, parameters, len(elements)
     ):
-        return KeptDirections(configurations, parameters, elements, seed, device)
+        return KeptDirections(configurations, parameters, elements, seed, device, batch_edges)
     return DrawnDirections(
         describe_configurations(configurations, parameters, elements, keep=False, device=device)
     )
@@ -246,7 +278,7 @@ def tangent_of(graph: Graph, directions: FloatArray) -> Tensor:
 
 
 def ask_along(
-    ask: Callable[[IntArray], A], rows: IntArray, forces: FloatArray, n_atoms: IntArray
+    ask: Callable[[IntArray], A], batches: Iterable[IntArray], forces: FloatArray, n_atoms: IntArray
 ) -> tuple[list[A], FloatArray]:
     """Ask about configurations, moved along new directions; return answers and true forces.
 
@@ -254,7 +286,7 @@ def ask_along(
     ----------
     ask
         Moves the atoms of some configurations and says what comes of it.
-    rows
+    batches
         The configurations; a few at a time, for all of them at once take gigabytes with MACE.
     forces
         Of their labels, in eV/Å. Shape ``(1, N, 3)``.
@@ -267,7 +299,7 @@ def ask_along(
         An answer for each part, and the forces along the directions, in eV/Å, shape ``(n,)``.
     """
     with torch.no_grad():
-        answers = [ask(rows[start : start + _CHUNK]) for start in range(0, len(rows), _CHUNK)]
+        answers = [ask(rows) for rows in batches]
     directions = np.concatenate([item.directions for item in answers])
     return answers, forces_along(forces, directions, n_atoms)[:, 0]
 

@@ -7,7 +7,7 @@ them that fits the DFT labels best.
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -44,6 +44,7 @@ from aiida_eipnn.science.nn.network import (
 )
 from aiida_eipnn.science.nn.pretraining import EipTask
 from aiida_eipnn.science.nn.shares import WHOLE, Share
+from aiida_eipnn.science.nn.sizes import BATCH_EDGES, Sizes
 from aiida_eipnn.science.nn.stage import (
     LOGGER,
     StageInputs,
@@ -99,6 +100,8 @@ class PseudoTask:
         Atomic numbers that the networks know.
     device
         Where the networks are.
+    batch_edges
+        Places for neighbours that are described at once, at most.
     """
 
     def __init__(
@@ -108,11 +111,14 @@ class PseudoTask:
         parameters: NetworkParameters,
         elements: tuple[int, ...],
         device: torch.device = ON_CPU,
+        batch_edges: int = BATCH_EDGES,
     ) -> None:
         part = configurations.take(configurations.rows_of(labels.ids))
         self.labels = labels
         self.counts = count_elements(part, np.array(elements))
-        self.directed = directed_set(part, parameters, elements, seed=1, device=device)
+        self.directed = directed_set(
+            part, parameters, elements, seed=1, device=device, batch_edges=batch_edges
+        )
         self.believed, self.pulled = (
             torch.as_tensor(pseudo_weights(error, half), device=device)
             for error, half in (
@@ -138,12 +144,16 @@ class PseudoTask:
     def _n_at_once(self) -> int:
         return min(PSEUDO_BATCH, len(self.labels))
 
+    def draw(self, rng: np.random.Generator) -> IntArray:
+        """Return those that a step learns from."""
+        return rng.choice(len(self.labels), self._n_at_once, replace=False)
+
     def errors(
         self, network: Network, rng: np.random.Generator, share: Share = WHOLE
     ) -> PseudoErrors:
         """Return the errors of a share of some of them."""
         labels, row = self.labels, network.heads.row(DFT_HEAD)
-        rows = rng.choice(len(labels), self._n_at_once, replace=False)
+        rows = self.draw(rng)
         moved = self.directed.move(network, rows, rng, share)
         rows = share.of(rows)
         n_atoms = np.diff(labels.offsets)[rows]
@@ -184,17 +194,22 @@ class Finetuning:
         labels = need_labels(inputs.labels, "fine-tuning", "DFT labels")
         self.settings, self.inputs, self.labels = settings, inputs, labels
         self.parameters = network_parameters(inputs, settings)
-        self.statistics = Statistics(inputs, self.parameters, settings.device)
+        self.statistics = Statistics(inputs, self.parameters, settings)
         self.elements = self.statistics.elements
         configurations = inputs.configurations
         self.configurations = configurations.take(configurations.rows_of(labels.ids))
         self.described = describe_configurations(
-            self.configurations, self.parameters, self.elements, device=settings.device
+            self.configurations,
+            self.parameters,
+            self.elements,
+            device=settings.device,
+            batch_edges=settings.edges_at_once,
         )
+        self._sizes = self.described.neighbours.sizes
         # Those of another training on the same inputs serve as well, and take long to prepare.
         self.teachers = teachers or Teachers(
             replay_task(inputs, settings, self.parameters, self.elements),
-            pseudo_task(inputs, labels, self.parameters, self.elements, settings.device),
+            pseudo_task(inputs, settings, labels, self.parameters, self.elements),
         )
         # Those that are held out were paid for too.
         self.n_labels = len(labels)
@@ -248,6 +263,20 @@ class Finetuning:
         value, sums = self._loss_of_labels(network, self.learnt[rows], step.share)
         return Loss(value + self.knowledge(network, step), sums)
 
+    def sizes(self, rows: IntArray, step: Step) -> Sequence[Sizes]:
+        """Return the sizes of these configurations, and of those that EIPs are asked about."""
+        return [self._sizes.take(self.learnt[rows]), *self._sizes_of_knowledge(step)]
+
+    def _sizes_of_knowledge(self, step: Step) -> Iterator[Sizes]:
+        """Yield the sizes of what :meth:`knowledge` draws, and draw what it does."""
+        replay, pseudo = self.teachers.replay, self._pseudo_at(step)
+        if replay is not None:
+            rows = _draw_replay(replay, step.rng)
+            yield replay.directed.sizes.take(rows)
+            replay.directed.draw(rows, step.rng)
+        if pseudo is not None:
+            yield pseudo.directed.sizes.take(pseudo.draw(step.rng))
+
     def _loss_of_labels(self, network: Network, whole: IntArray, share: Share) -> Loss:
         """Return the loss of a share of these labels."""
         rows = share.of(whole)
@@ -285,8 +314,8 @@ class Finetuning:
         if not len(rows):
             return {}
         size = max(1, _BATCH // self.settings.batch_parts)
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        parts = [predict_batch(network, self.described.batch(batch)) for batch in batches]
+        batches = self._sizes.take(rows).batches(size, self.settings.edges_at_once)
+        parts = [predict_batch(network, self.described.batch(rows[batch])) for batch in batches]
         energy, forces = (
             np.concatenate([getattr(part, name) for part in parts]) for name in ("energy", "forces")
         )
@@ -303,21 +332,22 @@ class Finetuning:
 
     def finish(self, network: Network, seed: int) -> None:
         """Fit the standardisation of the pooled features, and how unsure features make it."""
-        fit_pooling(network, self.statistics.described)
+        edges = self.settings.edges_at_once
+        fit_pooling(network, self.statistics.described, edges)
         known = network.feature_uncertainty
         if known is None:
             return
         rng = np.random.default_rng([seed, 4])
         root = fit_last_layer(
             network,
-            DrawnDirections(self.described),
+            DrawnDirections(self.described, edges),
             self.configurations,
             self.labels,
             self.learnt,
             self.held_out,
             rng,
         )
-        centres, density = fit_density(network, self.described)
+        centres, density = fit_density(network, self.described, edges)
         fitted = {"last_layer": root, "centres": centres, "density": density}
         if self.n_drawn:
             trained = network.heads.weight[network.heads.row(DFT_HEAD)]
@@ -329,16 +359,21 @@ class Finetuning:
         """Return the loss of what EIPs say."""
         weights = self.settings.training
         value = torch.zeros((), device=network.device)
-        replay, pseudo = self.teachers
+        replay, pseudo = self.teachers.replay, self._pseudo_at(step)
         if replay is not None:
-            rows = step.rng.choice(len(replay), min(REPLAY_BATCH, len(replay)), replace=False)
+            rows = _draw_replay(replay, step.rng)
             errors = replay.errors(network, rows, step.rng, weights, step.share)
             value = value + weights.replay_weight * errors.loss
-        if pseudo is not None and step.progress < PSEUDO_END and weights.pseudo_weight:
+        if pseudo is not None:
             fading = weights.pseudo_weight * (1 - step.progress / PSEUDO_END)
             loss = pseudo.loss(network, step.rng, weights.energy_weight, step.share)
             value = value + fading * loss
         return value
+
+    def _pseudo_at(self, step: Step) -> PseudoTask | None:
+        """Return the pseudo-labels, where a step learns them."""
+        learnt = step.progress < PSEUDO_END and self.settings.training.pseudo_weight
+        return self.teachers.pseudo if learnt else None
 
     def _transfer(self, network: Network, source: Network, seed: int) -> None:
         """Take over the trunk and the heads, and start the head of DFT from them."""
@@ -360,7 +395,7 @@ class Finetuning:
         """Let the head of DFT be the combination of EIP heads that fits its labels."""
         fitted = combine_heads(
             source,
-            DrawnDirections(self.described),
+            DrawnDirections(self.described, self.settings.edges_at_once),
             self.configurations,
             self.labels,
             self.learnt,
@@ -378,7 +413,7 @@ class Finetuning:
             predicted = torch.cat(
                 [
                     network.energies(network.trunk(batch), batch.graph)[:, row]
-                    for batch in batches_of(self.described)
+                    for batch in batches_of(self.described, self.settings.edges_at_once)
                 ]
             )
         residual = self.labels.energy[:, 0] - array_of(predicted)
@@ -460,15 +495,20 @@ def replay_task(
     rows = np.unique(np.linspace(0, n - 1, min(n, MAX_REPLAY)).astype(np.int64))
     reference = array_of(heads.reference)[[heads.row(name) for name in sources]]
     targets = eip_targets(inputs.configurations, labels.take(rows), elements, reference)
-    return EipTask(targets, parameters, elements, settings.device)
+    return EipTask(targets, parameters, elements, settings.device, settings.edges_at_once)
+
+
+def _draw_replay(replay: EipTask, rng: np.random.Generator) -> IntArray:
+    """Return the configurations of a step that EIP heads are held by."""
+    return rng.choice(len(replay), min(REPLAY_BATCH, len(replay)), replace=False)
 
 
 def pseudo_task(
     inputs: StageInputs,
+    settings: StageSettings,
     labels: Labels,
     parameters: NetworkParameters,
     elements: tuple[int, ...],
-    device: torch.device,
 ) -> PseudoTask | None:
     """Return the pseudo-labels where there is no DFT label; ``None`` where there are none.
 
@@ -486,4 +526,11 @@ def pseudo_task(
     known = pseudo.take(pseudo.ids[np.isfinite(pseudo.energy_error)])
     if not len(known):
         return None
-    return PseudoTask(inputs.configurations, known, parameters, elements, device)
+    return PseudoTask(
+        inputs.configurations,
+        known,
+        parameters,
+        elements,
+        settings.device,
+        settings.edges_at_once,
+    )

@@ -18,6 +18,7 @@ from aiida_eipnn.science.configurations import Configurations, ragged_rows
 from aiida_eipnn.science.eip.potential import symbols_of
 from aiida_eipnn.science.neighbour_list import NeighborList
 from aiida_eipnn.science.nn.device import ON_CPU
+from aiida_eipnn.science.nn.sizes import Sizes
 
 # Fewer configurations than this are not worth a thread.
 _MIN_FOR_A_THREAD = 16
@@ -61,6 +62,15 @@ class Neighbours:
     def n_atoms(self) -> IntArray:
         """Number of atoms of each configuration. Shape ``(n,)``."""
         return np.diff(self.offsets)
+
+    @property
+    def sizes(self) -> Sizes:
+        """What each configuration takes of the memory."""
+        counts = np.diff(self.pair_offsets)
+        most = np.zeros(len(self), dtype=np.int64)
+        filled = np.flatnonzero(self.n_atoms)
+        most[filled] = np.maximum.reduceat(counts, self.offsets[filled])
+        return Sizes(self.n_atoms, np.maximum(most, 1))
 
 
 class Graph(NamedTuple):

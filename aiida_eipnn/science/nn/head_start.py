@@ -88,7 +88,10 @@ def _compare(
     said, true = [], []
     for _ in range(N_PROBES):
         moved, along = ask_along(
-            lambda rows: described.move(network, rows, rng), chosen, known.forces, part.n_atoms
+            lambda rows: described.move(network, rows, rng),
+            described.batches(chosen),
+            known.forces,
+            part.n_atoms,
         )
         said.append(_joined([item.along for item in moved]))
         true.append(along)

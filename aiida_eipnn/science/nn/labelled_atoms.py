@@ -7,6 +7,7 @@ from aiida_eipnn.science.arrays import FloatArray
 from aiida_eipnn.science.nn.device import array_of
 from aiida_eipnn.science.nn.last_layer import symmetric_root
 from aiida_eipnn.science.nn.network import Network, batches_of
+from aiida_eipnn.science.nn.sizes import BATCH_EDGES
 from aiida_eipnn.science.nn.trunk import BatchSet
 
 # Of the covariance towards a sphere. Atoms are many: less than that of whole configurations ranks
@@ -16,7 +17,9 @@ SHRINKAGE = 1e-3
 MIN_VARIANCE = 1e-6
 
 
-def fit_density(network: Network, described: BatchSet) -> tuple[FloatArray, FloatArray]:
+def fit_density(
+    network: Network, described: BatchSet, batch_edges: int = BATCH_EDGES
+) -> tuple[FloatArray, FloatArray]:
     """Return the mean feature of each element, and the root of the inverse of the covariance.
 
     The covariance is that about the mean of an atom's element, the same for all, and shrunk
@@ -28,6 +31,8 @@ def fit_density(network: Network, described: BatchSet) -> tuple[FloatArray, Floa
         The network.
     described
         The labelled configurations; a batch of them at a time is in memory.
+    batch_edges
+        Places for neighbours of a batch, at most.
 
     Returns
     -------
@@ -38,7 +43,7 @@ def fit_density(network: Network, described: BatchSet) -> tuple[FloatArray, Floa
     counts, sums = np.zeros(n_elements), np.zeros((n_elements, width))
     squares = np.zeros((width, width))
     with torch.no_grad():
-        for batch in batches_of(described):
+        for batch in batches_of(described, batch_edges):
             features = array_of(network.trunk(batch).double())
             species = array_of(batch.graph.species).astype(np.int64)
             counts += np.bincount(species, minlength=n_elements)

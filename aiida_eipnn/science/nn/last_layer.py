@@ -170,7 +170,10 @@ def read_rows(
     forces, errors = [], []
     for _ in range(count_probes(len(chosen), network.trunk.n_features)):
         pooled, true = ask_along(
-            lambda rows: described.pool(network, rows, rng), chosen, known.forces, part.n_atoms
+            lambda rows: described.pool(network, rows, rng),
+            described.batches(chosen),
+            known.forces,
+            part.n_atoms,
         )
         change = np.concatenate([array_of(item.change.double()) for item in pooled])
         forces.append(-scale * change)

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from aiida_eipnn.science.nn.graph import Graph, GraphSet, find_neighbours
 from aiida_eipnn.science.nn.heads import ClassifierHead, EnergyHeads, pool_features, sum_atoms
 from aiida_eipnn.science.nn.power_spectrum import PowerSpectrumTrunk
 from aiida_eipnn.science.nn.schnet import SchNetTrunk
+from aiida_eipnn.science.nn.sizes import BATCH_EDGES
 from aiida_eipnn.science.nn.trunk import B, Batch, BatchSet, Trunk, draw
 from aiida_eipnn.science.settings import build
 
@@ -33,6 +33,8 @@ PRECISIONS = {"float64": torch.float64, "float32": torch.float32}
 
 # Spreads below this part of the root mean square of all spreads are noise.
 _MIN_RELATIVE_SPREAD = 1e-3
+# Configurations of a set that are looked at at once.
+_BATCH = 32
 _VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 
 
@@ -240,6 +242,7 @@ def describe_configurations(
     *,
     keep: bool = True,
     device: torch.device = ON_CPU,
+    batch_edges: int = BATCH_EDGES,
 ) -> BatchSet:
     """Return configurations as the trunk reads them.
 
@@ -255,6 +258,8 @@ def describe_configurations(
         Whether to compute beforehand what can be, for a set that is read again and again.
     device
         Where the network is.
+    batch_edges
+        Places for neighbours that are computed at once, at most.
 
     Raises
     ------
@@ -265,7 +270,9 @@ def describe_configurations(
     if parameters.trunk != POWER_SPECTRUM:
         return GraphSet(neighbours, device)
     basis = parameters.basis(len(elements))
-    return DescribedSet(neighbours, basis, parameters.dtype, keep=keep, device=device)
+    return DescribedSet(
+        neighbours, basis, parameters.dtype, keep=keep, device=device, batch_edges=batch_edges
+    )
 
 
 def with_gradient(batch: B) -> B:
@@ -299,11 +306,14 @@ def derivatives(energy: Tensor, batch: Batch, *, trainable: bool) -> Derivatives
     return Derivatives(slope.sum(dim=1) - reaction, voigt)
 
 
-def fit_pooling(network: Network, described: BatchSet) -> None:
+def fit_pooling(network: Network, described: BatchSet, batch_edges: int = BATCH_EDGES) -> None:
     """Fit the standardisation of the pooled features on a set."""
     with torch.no_grad():
         pooled = torch.cat(
-            [pool_features(network.trunk(batch), batch.graph) for batch in batches_of(described)]
+            [
+                pool_features(network.trunk(batch), batch.graph)
+                for batch in batches_of(described, batch_edges)
+            ]
         )
     spread = pooled.std(dim=0, correction=0)
     floor = _MIN_RELATIVE_SPREAD * pooled.square().mean().sqrt() + 1e-12
@@ -311,7 +321,6 @@ def fit_pooling(network: Network, described: BatchSet) -> None:
     network.pooled_spread.copy_(torch.clamp(spread, min=floor))
 
 
-def batches_of(described: BatchSet, batch_size: int = 32) -> Iterator[Any]:
-    """Yield all configurations in batches, in order."""
-    for start in range(0, len(described), batch_size):
-        yield described.batch(np.arange(start, min(start + batch_size, len(described))))
+def batches_of(described: BatchSet, batch_edges: int = BATCH_EDGES) -> Iterator[Any]:
+    """Yield all configurations in batches with so many places for neighbours at most, in order."""
+    return map(described.batch, described.neighbours.sizes.batches(_BATCH, batch_edges))

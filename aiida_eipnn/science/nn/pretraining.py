@@ -1,6 +1,6 @@
 """The stage that learns what every EIP says, and what they say in the median."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -16,6 +16,7 @@ from aiida_eipnn.science.nn.heads import CONSENSUS
 from aiida_eipnn.science.nn.losses import absolute, weighted_huber
 from aiida_eipnn.science.nn.network import Network, NetworkParameters, fit_pooling
 from aiida_eipnn.science.nn.shares import WHOLE, Share
+from aiida_eipnn.science.nn.sizes import BATCH_EDGES, Sizes
 from aiida_eipnn.science.nn.stage import (
     StageInputs,
     StageSettings,
@@ -55,6 +56,8 @@ class EipTask:
         Atomic numbers that the networks know.
     device
         Where the networks are.
+    batch_edges
+        Places for neighbours that are described at once, at most.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class EipTask:
         parameters: NetworkParameters,
         elements: tuple[int, ...],
         device: torch.device = ON_CPU,
+        batch_edges: int = BATCH_EDGES,
     ) -> None:
         self.offsets = targets.configurations.offsets
         self.names = (*targets.sources, CONSENSUS)
@@ -76,7 +80,12 @@ class EipTask:
         self.forces_unit = torch.as_tensor(UNIT_OF_FORCES * targets.forces_spread, **place)
         # The directions belong to the set, not to a member: they are drawn once for all.
         self.directed = directed_set(
-            targets.configurations, parameters, elements, seed=0, device=device
+            targets.configurations,
+            parameters,
+            elements,
+            seed=0,
+            device=device,
+            batch_edges=batch_edges,
         )
 
     def __len__(self) -> int:
@@ -125,11 +134,17 @@ class Pretraining:
         self.settings, self.inputs = settings, inputs
         self.held_out = np.zeros(0, dtype=np.int64)
         self.parameters = network_parameters(inputs, settings)
-        self.statistics = Statistics(inputs, self.parameters, settings.device)
+        self.statistics = Statistics(inputs, self.parameters, settings)
         self.elements = self.statistics.elements
         self.targets = eip_targets(inputs.configurations, labels, self.elements)
         self.n_labels = int(self.targets.known[:, :-1].sum())
-        self.task = EipTask(self.targets, self.parameters, self.elements, settings.device)
+        self.task = EipTask(
+            self.targets,
+            self.parameters,
+            self.elements,
+            settings.device,
+            settings.edges_at_once,
+        )
 
     def __len__(self) -> int:
         return len(self.task)
@@ -174,10 +189,14 @@ class Pretraining:
             {"energy_mae": absolute(errors.energy), "forces_mae": absolute(errors.along)},
         )
 
+    def sizes(self, rows: IntArray, step: Step) -> Sequence[Sizes]:
+        """Return the sizes of these configurations."""
+        return [self.task.directed.sizes.take(rows)]
+
     def validate(self, network: Network) -> dict[str, float]:
         """Return nothing: no label is held out."""
         return {}
 
     def finish(self, network: Network, seed: int) -> None:
         """Fit the standardisation of the pooled features."""
-        fit_pooling(network, self.statistics.described)
+        fit_pooling(network, self.statistics.described, self.settings.edges_at_once)

@@ -5,6 +5,7 @@ A stage is prepared once for all members, and is then the task of the training l
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self
 
@@ -26,6 +27,7 @@ from aiida_eipnn.science.nn.network import (
     describe_configurations,
     with_gradient,
 )
+from aiida_eipnn.science.nn.sizes import BATCH_EDGES, Sizes
 from aiida_eipnn.science.nn.training import Loss, Step, TrainingParameters
 from aiida_eipnn.science.nn.trunk import Batch
 from aiida_eipnn.science.reference import (
@@ -91,6 +93,8 @@ class StageSettings:
         Where networks and data are.
     batch_parts
         Parts that a batch is computed in, one after the other, where the memory is small.
+    batch_edges
+        Places for neighbours that are computed at once, at most; divided by ``batch_parts``.
     """
 
     network: NetworkParameters
@@ -98,6 +102,12 @@ class StageSettings:
     selection: SelectionParameters
     device: torch.device = ON_CPU
     batch_parts: int = 1
+    batch_edges: int = BATCH_EDGES
+
+    @property
+    def edges_at_once(self) -> int:
+        """Places that a part of a batch may have: whatever does not fit is halved by two parts."""
+        return max(1, self.batch_edges // self.batch_parts)
 
 
 class Stage(Protocol):
@@ -142,6 +152,10 @@ class Stage(Protocol):
         """Return the loss of the given labelled configurations."""
         ...
 
+    def sizes(self, rows: IntArray, step: Step) -> Sequence[Sizes]:
+        """Return the sizes of all that the loss of these configurations computes."""
+        ...
+
     def validate(self, network: Network) -> dict[str, float]:
         """Return errors on labels that are held out, empty where there are none."""
         ...
@@ -155,13 +169,17 @@ class Statistics:
     """The configurations that standardisations are fitted on: the set, or an even part of it."""
 
     def __init__(
-        self, inputs: StageInputs, parameters: NetworkParameters, device: torch.device
+        self, inputs: StageInputs, parameters: NetworkParameters, settings: StageSettings
     ) -> None:
         n = len(inputs.configurations)
         rows = np.unique(np.linspace(0, n - 1, min(n, _MAX_FOR_STATISTICS)).astype(np.int64))
         self.elements = elements_of(inputs)
         self.described = describe_configurations(
-            inputs.configurations.take(rows), parameters, self.elements, device=device
+            inputs.configurations.take(rows),
+            parameters,
+            self.elements,
+            device=settings.device,
+            batch_edges=settings.edges_at_once,
         )
 
 

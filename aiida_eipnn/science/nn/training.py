@@ -20,6 +20,7 @@ from aiida_eipnn.science.nn.device import FULL, MIXED_PRECISIONS, mixed_precisio
 from aiida_eipnn.science.nn.network import Network
 from aiida_eipnn.science.nn.processes import ONE_PROCESS, Processes
 from aiida_eipnn.science.nn.shares import WHOLE, Share
+from aiida_eipnn.science.nn.sizes import BATCH_EDGES, Sizes, count_parts
 from aiida_eipnn.science.settings import build
 from aiida_eipnn.science.verdict import SCORE
 
@@ -205,6 +206,13 @@ class Task(Protocol):
         """Return the loss of the given labelled configurations, as far as it is of this share."""
         ...
 
+    def sizes(self, rows: IntArray, step: Step) -> Sequence[Sizes]:
+        """Return the sizes of all that the loss of these configurations computes.
+
+        Of themselves, and of what the loss draws beside them: the step's generator is as new.
+        """
+        ...
+
     def validate(self, network: Network) -> dict[str, float]:
         """Return errors on labels that are held out, empty where there are none.
 
@@ -299,6 +307,7 @@ def fit(
     report: Callable[[dict[str, float]], None] = lambda _: None,
     processes: Processes = ONE_PROCESS,
     n_parts: int = 1,
+    batch_edges: int = BATCH_EDGES,
 ) -> bool:
     """Train until all epochs are complete; return False where it had to stop before.
 
@@ -320,7 +329,10 @@ def fit(
         Those that take each step together, each with its share of the batch. Only the first one
         saves, reports and judges by held-out labels.
     n_parts
-        Parts that each computes one after the other: less memory, and the same sum.
+        Parts that each computes one after the other, at least: less memory, and the same sum.
+    batch_edges
+        Places for neighbours that a part may have (:class:`aiida_eipnn.science.nn.sizes.Sizes`): a
+        batch of large configurations is computed in more parts.
 
     Raises
     ------
@@ -346,7 +358,9 @@ def fit(
             first = state.step * parameters.batch_size
             progress = (state.epoch * n_batches + state.step) / (n_epochs * n_batches)
             rows = order[first : first + parameters.batch_size]
-            _take_step(state, task, parameters, rows, progress, processes, n_parts)
+            sets = task.sizes(rows, Step(progress, _rng_of(state)))
+            parts = count_parts(sets, batch_edges, n_parts=n_parts, n_processes=processes.count)
+            _take_step(state, task, parameters, rows, progress, processes, parts)
         if _end_epoch(state, task, n_epochs, processes):
             report(state.history[-1])
             if _is_patience_over(state, parameters):
@@ -379,8 +393,7 @@ def _take_step(
     state.optimiser.zero_grad()
     with mixed_precision(state.network, parameters.mixed_precision):
         for share in processes.shares(n_parts):
-            rng = np.random.default_rng([state.seed, state.epoch, state.step, 1])
-            loss = task.loss(state.network, rows, Step(progress, rng, share))
+            loss = task.loss(state.network, rows, Step(progress, _rng_of(state), share))
             # A share may be empty.
             if loss.value.requires_grad:
                 # Without naming them, torch would differentiate by the positions too.
@@ -397,6 +410,11 @@ def _take_step(
         state.sums[name] = (before[0] + total, before[1] + count)
     state.step += 1
     state.seconds += time.monotonic() - start
+
+
+def _rng_of(state: TrainingState) -> np.random.Generator:
+    """Return the generator of the next step, as new."""
+    return np.random.default_rng([state.seed, state.epoch, state.step, 1])
 
 
 def _add_losses(
