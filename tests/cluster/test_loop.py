@@ -1,8 +1,8 @@
 """A loop on a cluster as in production, with accidents, against the same loop undisturbed.
 
 The daemon has two workers, PostgreSQL and RabbitMQ. The shaken loop runs its jobs in Slurm over
-ssh. In the middle of it each worker is killed once, the ssh server goes away for half a minute, and
-the pre-training is longer than its walltime. The calm one runs the same jobs on this machine.
+ssh. In the middle of it each worker is killed once, Slurm cancels a training, the ssh server goes
+away for half a minute, and the pre-training is longer than its walltime. The calm one runs the same jobs on this machine.
 """
 
 import contextlib
@@ -35,6 +35,7 @@ from aiida.orm import (
 )
 from ase.build import bulk
 
+from aiida_eipnn.jobs import spec
 from aiida_eipnn.reports.points import outputs_of
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.io import write_labelled
@@ -115,8 +116,9 @@ def loops(place):
     calm = start(place, "localhost")
     shaken = start(place, "cluster", "--options", str(place / "options.yaml"))
     accidents = [
-        accident("worker killed", shaken, "PwCalculation", lambda: kill_worker(0)),
-        accident("worker killed", shaken, "TrainCalculation", lambda: kill_worker(1)),
+        accident("worker killed", shaken, "PwCalculation", lambda _: kill_worker(0)),
+        accident("worker killed", shaken, "TrainCalculation", lambda _: kill_worker(1)),
+        accident("job cancelled", shaken, "TrainCalculation", cancel),
         accident("ssh server away", shaken, "PwCalculation", take_ssh_away),
     ]
     for pk in (shaken, calm):
@@ -226,7 +228,9 @@ def jobs(pk: int, name: str, **attributes: str) -> list[CalcJobNode]:
     ]
 
 
-def accident(what: str, pk: int, name: str, happen: Callable[[], None]) -> dict[str, str]:
+def accident(
+    what: str, pk: int, name: str, happen: Callable[[CalcJobNode], None]
+) -> dict[str, str]:
     """Let something happen while such a job of the loop runs in Slurm, one that ran not before."""
     seen = {node.pk for node in jobs(pk, name)}
 
@@ -235,7 +239,7 @@ def accident(what: str, pk: int, name: str, happen: Callable[[], None]) -> dict[
         return [node for node in found if node.pk not in seen and not node.is_terminated]
 
     (job, *_) = wait(running, f"a new {name} to run")
-    happen()
+    happen(job)
     return {"what": what, "while": name, "pk": job.pk}
 
 
@@ -245,7 +249,14 @@ def kill_worker(number: int) -> None:
     psutil.Process(int(workers[number])).kill()
 
 
-def take_ssh_away() -> None:
+def cancel(job: CalcJobNode) -> None:
+    """Let Slurm cancel a training that has learnt something, as it does to preempt one."""
+    progress = Path(job.outputs.remote_folder.get_remote_path(), spec.PROGRESS)
+    wait(progress.exists, "the training to learn")
+    run("scancel", job.get_job_id())
+
+
+def take_ssh_away(_: CalcJobNode) -> None:
     """Stop the ssh server with all that are logged in, and start it again later."""
     script = Path(os.environ["EIPNN_CLUSTER"]) / "sshd.sh"
     pid = (Path(os.environ["EIPNN_CLUSTER_DIR"]) / "sshd" / "sshd.pid").read_text()
@@ -334,6 +345,16 @@ def test_a_training_went_on_after_its_walltime(loops):
     ended = [node.exit_status for node in jobs(loops.shaken.pk, "TrainCalculation")]
     assert 400 in ended
     assert ended[-1] == 0
+
+
+def test_a_training_that_was_cancelled_went_on_from_where_it_was(loops):
+    (pk,) = [item["pk"] for item in loops.accidents if item["what"] == "job cancelled"]
+    job = load_node(pk)
+    status = json.loads(job.outputs.retrieved.base.repository.get_object_content(spec.STATUS))
+    assert (status["state"], status["reason"]) == ("interrupted", "SIGTERM")
+    assert job.exit_status == 400
+    following = [node for node in jobs(loops.shaken.pk, "TrainCalculation") if node.pk > pk]
+    assert following[0].inputs.parent_folder.uuid == job.outputs.remote_folder.uuid
 
 
 def test_each_stage_has_its_own_options(loops):
