@@ -2,7 +2,8 @@
 
 The daemon has two workers, PostgreSQL and RabbitMQ. The shaken loop runs its jobs in Slurm over
 ssh. In the middle of it each worker is killed once, Slurm cancels a training, the ssh server goes
-away for half a minute, and the pre-training is longer than its walltime. The calm one runs the same jobs on this machine.
+away for half a minute, and the pre-training is longer than its walltime. The calm one runs the same
+jobs on this machine.
 """
 
 import contextlib
