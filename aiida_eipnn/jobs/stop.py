@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from aiida_eipnn.science.eip.isolation import LEFT_TO_PARENT
+
 # What schedulers send some time before they kill: SIGTERM where a job is preempted, cancelled or
 # out of time (Slurm, PBS, LSF), the others where users ask for it (``--signal``, ``-notify``).
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = LEFT_TO_PARENT
 
 # What starts a job in a script of the shell: the shell must not die of what the job heeds.
 HEED_SIGNALS = f"trap : {' '.join(number.name.removeprefix('SIG') for number in SIGNALS)}"

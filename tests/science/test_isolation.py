@@ -4,7 +4,7 @@ import math
 import signal
 import time
 
-from aiida_eipnn.science.eip.isolation import Lost, each_apart
+from aiida_eipnn.science.eip.isolation import LEFT_TO_PARENT, Lost, each_apart
 
 # Ignored by default.
 HARMLESS = signal.SIGCHLD
@@ -29,3 +29,10 @@ def test_an_item_that_hangs_is_lost_and_the_rest_is_not():
     outcomes = [outcome for _, outcome in each_apart(time.sleep, [0, 600, 0], seconds=5)]
 
     assert outcomes == [None, Lost("not done within 5 s"), None]
+
+
+def test_what_asks_a_job_to_stop_ends_no_process_of_an_eip():
+    # A scheduler sends it to all processes of a job, and an EIP must not get the blame.
+    outcomes = list(each_apart(signal.raise_signal, LEFT_TO_PARENT, seconds=60))
+
+    assert outcomes == [(number, None) for number in LEFT_TO_PARENT]
