@@ -4,7 +4,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -38,6 +38,8 @@ class Lost:
 def preload() -> None:
     """Load what processes need before the first of them is started."""
     CONTEXT.set_forkserver_preload(PRELOADED)
+    # It lets SIGTERM through once it has started.
+    resource_tracker.ensure_running()
     # A process hands on to those it starts which signals do not reach it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_PARENT)
     try:
