@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,7 +212,10 @@ async def _end(processes: Sequence[CalcJob], tasks: Sequence["asyncio.Task[None]
     """Leave nothing behind in the queue, nor a process that nobody runs."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for process in processes:
-        if not process.has_terminated():
+        if process.has_terminated():
+            continue
+        # What plumpy raises where a process has just got what it waited for: it steps on, and ends.
+        with suppress(asyncio.InvalidStateError):
             done = process.kill("the check of the computer is over")
             if isinstance(done, asyncio.Future):
                 await asyncio.wait([done], timeout=END_SECONDS)
