@@ -13,8 +13,9 @@ import torch
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.inputs import digest_of, read_configurations
+from aiida_eipnn.jobs.progress import read_progress, write_progress
 from aiida_eipnn.jobs.stop import NEVER, Stop
-from aiida_eipnn.science.arrays import Arrays, load_arrays, save_arrays, save_parts, write_whole
+from aiida_eipnn.science.arrays import Arrays, load_arrays, save_arrays, save_parts
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.nn.committee import Committee
 from aiida_eipnn.science.nn.device import choose_device
@@ -22,6 +23,8 @@ from aiida_eipnn.science.predictions import OF_FEATURES, Predictions
 
 OFFSETS = "offsets"
 OF_ATOMS = ("forces", "forces_std", *OF_FEATURES)
+# What predictions depend on.
+INPUTS = (spec.CONFIGURATIONS, spec.EXCLUDE, spec.COMMITTEE)
 CHECKPOINT_SECONDS = 10.0
 
 LOGGER = logging.getLogger(__name__)
@@ -74,10 +77,6 @@ def run(job: spec.EvaluateJob, folder: Path, stop: Stop = NEVER) -> spec.State:
     return spec.State.DONE
 
 
-# What predictions depend on.
-INPUTS = (spec.CONFIGURATIONS, spec.EXCLUDE, spec.COMMITTEE)
-
-
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """Predictions that are not complete.
@@ -99,7 +98,7 @@ class Checkpoint:
         return self.folder / spec.PREDICTIONS
 
     @property
-    def _facts(self) -> Path:
+    def _progress(self) -> Path:
         return self.folder / f"{spec.PREDICTIONS}.json"
 
     def read(self) -> dict[str, int]:
@@ -110,20 +109,14 @@ class Checkpoint:
         ValueError
             If they are predictions of something else.
         """
-        if not self._facts.exists() or not self.predictions.is_dir():
+        if not self._progress.exists() or not self.predictions.is_dir():
             return {}
-        facts = json.loads(self._facts.read_text())
-        if facts["mark"] != self.mark:
-            raise ValueError(
-                "the checkpoint is that of another job: its configurations or its committee are "
-                "not those of this one; start without `parent_folder`"
-            )
-        rows: dict[str, int] = facts["rows"]
+        rows: dict[str, int] = read_progress(self._progress, self.mark)
         return rows
 
     def write(self, rows: dict[str, int]) -> None:
         """Write down how many rows of each array are there."""
-        write_whole(self._facts, json.dumps({"mark": self.mark, "rows": rows}, sort_keys=True))
+        write_progress(self._progress, self.mark, rows)
 
 
 def write_predictions(

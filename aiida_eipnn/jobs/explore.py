@@ -13,9 +13,10 @@ from ase.calculators.calculator import Calculator
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.inputs import digest_of, read_configurations
+from aiida_eipnn.jobs.progress import read_progress, write_progress
 from aiida_eipnn.jobs.spec import ExploreJob, State
 from aiida_eipnn.jobs.stop import NEVER, Stop
-from aiida_eipnn.science.arrays import load_arrays, save_arrays, write_whole
+from aiida_eipnn.science.arrays import load_arrays, save_arrays
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.dynamics import Stopped, Trajectory, run_dynamics
 from aiida_eipnn.science.eip.potential import EipCalculator, open_potential
@@ -81,19 +82,11 @@ class Trajectories:
 
     def __init__(self, folder: Path, mark: str) -> None:
         self.folder, self.mark = folder, mark
-        self.records: list[dict[str, Any]] = []
+        self.records: list[dict[str, Any]] = read_progress(self._progress, mark) or []
         self.n_asked = 0
-        if self._facts.exists():
-            facts = json.loads(self._facts.read_text())
-            if facts["mark"] != mark:
-                raise ValueError(
-                    "the checkpoint is that of another job: its recipes, its seeds or what drives "
-                    "its dynamics are not those of this one; start without `parent_folder`"
-                )
-            self.records = facts["trajectories"]
 
     @property
-    def _facts(self) -> Path:
+    def _progress(self) -> Path:
         return self.folder / "trajectories.json"
 
     def _arrays(self, number: int) -> Path:
@@ -125,7 +118,7 @@ class Trajectories:
             {"n_frames": len(frames), "fault": fault, "rng": rng.bit_generator.state}
         )
         # Written last: it says that the arrays are complete.
-        write_whole(self._facts, json.dumps({"mark": self.mark, "trajectories": self.records}))
+        write_progress(self._progress, self.mark, self.records)
 
 
 def fingerprint(job: ExploreJob, folder: Path) -> str:

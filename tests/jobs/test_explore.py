@@ -70,7 +70,7 @@ def test_a_job_that_was_interrupted_makes_the_pool_of_one_that_was_not(folder, t
         if states[-1] is State.DONE:
             break
         facts = json.loads((folder / spec.CHECKPOINT / "trajectories.json").read_text())
-        n_done.append(len(facts["trajectories"]))
+        n_done.append(len(facts["progress"]))
 
     assert run(job, other) is State.DONE
 

@@ -1,0 +1,31 @@
+"""How far a job is, in a file of its checkpoint that fits the same inputs only."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from aiida_eipnn.science.arrays import write_whole
+
+
+def read_progress(path: Path, mark: str) -> Any:
+    """Return what was written, ``None`` where nothing was.
+
+    Raises
+    ------
+    ValueError
+        If the checkpoint is that of a job with other inputs, which have another ``mark``.
+    """
+    if not path.exists():
+        return None
+    content = json.loads(path.read_text())
+    if content["mark"] != mark:
+        raise ValueError(
+            "the checkpoint is that of another job: its inputs are not those of this one; start "
+            "without `parent_folder`"
+        )
+    return content["progress"]
+
+
+def write_progress(path: Path, mark: str, progress: Any) -> None:
+    """Write how far the job is, once what it tells of is there."""
+    write_whole(path, json.dumps({"mark": mark, "progress": progress}, sort_keys=True))
