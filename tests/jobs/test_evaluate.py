@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from ase.build import bulk
+from watched import watch_neighbours
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.run import run_job
@@ -18,7 +19,6 @@ torch = pytest.importorskip("torch")
 
 from aiida_eipnn.jobs import evaluate  # noqa: E402
 from aiida_eipnn.science.nn.committee import Committee  # noqa: E402
-from aiida_eipnn.science.nn.graph import GraphTable  # noqa: E402
 from aiida_eipnn.science.nn.network import Network, NetworkParameters  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("torch")
@@ -102,14 +102,7 @@ def test_no_more_neighbours_than_the_job_allows_are_predicted_at_once(
     pool = pool_of()
     write(tmp_path, committee, pool)
     spec.write_job(tmp_path / spec.JOB, EvaluateJob(batch_edges=120))
-    made, batch = [], GraphTable.batch
-
-    def seen(self, rows):
-        graph = batch(self, rows)
-        made.append(graph.partners.numel())
-        return graph
-
-    monkeypatch.setattr(GraphTable, "batch", seen)
+    made = watch_neighbours(monkeypatch)
 
     assert run_job(tmp_path) is State.DONE
 

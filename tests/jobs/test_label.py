@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ase.build import bulk
+from watched import SLOW
 
 from aiida_eipnn.jobs import label, spec
 from aiida_eipnn.jobs.spec import LabelJob, State
@@ -20,23 +21,6 @@ from aiida_eipnn.science.labels import Labels
 
 LJ = "lennard-jones"
 SW = "SW_StillingerWeber_1985_Si__MO_405512056662_005"
-
-SLOW = """
-import time
-from pathlib import Path
-from aiida_eipnn.science.eip.analytic import LennardJones
-
-
-class Slow:
-    name, elements, cutoff = "slow", LennardJones().elements, 5.0
-    description = LennardJones().description
-
-    def label(self, atoms):
-        time.sleep(0.2)
-        with Path(__file__).with_name("calls").open("a") as calls:
-            calls.write("x")
-        return LennardJones().label(atoms)
-"""
 
 RUN = """
 import sys

@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from ase.build import bulk
+from watched import SLOW, wait_for
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.run import run_job
@@ -28,20 +28,6 @@ LJ = "lennard-jones[epsilon=0.4,sigma=2.3,cutoff=5]"
 # A minute of work, with a record every half second.
 STEPS = 40_000
 NETWORK = {"n_radial": 4, "l_max": 1, "width": 8}
-
-SLOW = """
-import time
-from aiida_eipnn.science.eip.analytic import LennardJones
-
-
-class Slow:
-    name, elements, cutoff = "slow", LennardJones().elements, 5.0
-    description = LennardJones().description
-
-    def label(self, atoms):
-        time.sleep(0.2)
-        return LennardJones().label(atoms)
-"""
 
 
 def pool_of(n):
@@ -61,8 +47,8 @@ def write(folder, job, pool):
 
 
 def write_labelling(folder):
-    (folder / "slow_eip.py").write_text(SLOW)
-    eips = ("python:slow_eip:Slow", "lennard-jones")
+    (folder / "slow_potential.py").write_text(SLOW)
+    eips = ("python:slow_potential:Slow", "lennard-jones")
     return write(folder, LabelJob(eips=eips, n_workers=2), pool_of(40))
 
 
@@ -122,13 +108,6 @@ def start(folder):
     return subprocess.Popen(
         ["/bin/bash", script], start_new_session=True, env=os.environ | {"PYTHONPATH": paths}
     )
-
-
-def wait_for(condition, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def status_of(folder):

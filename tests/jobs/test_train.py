@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from ase.build import bulk
+from watched import wait_for, watch_neighbours
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.run import run_job
@@ -32,7 +32,6 @@ from safetensors import safe_open  # noqa: E402
 
 from aiida_eipnn.jobs import train  # noqa: E402
 from aiida_eipnn.science.nn.committee import Committee  # noqa: E402
-from aiida_eipnn.science.nn.graph import GraphTable  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("torch")
 
@@ -515,14 +514,7 @@ def test_a_checkpoint_serves_with_parts_of_another_size(pretraining):
 
 def test_no_part_of_a_training_has_more_neighbours_than_the_job_allows(pretraining, monkeypatch):
     folder = pretraining(network=NETWORK | {"trunk": "schnet"}, batch_size=6)
-    made, batch = [], GraphTable.batch
-
-    def seen(self, rows):
-        graph = batch(self, rows)
-        made.append(graph.partners.numel())
-        return graph
-
-    monkeypatch.setattr(GraphTable, "batch", seen)
+    made = watch_neighbours(monkeypatch)
     assert run_job(folder) is State.DONE
     whole = max(made)
     for parts in (1, 2):
@@ -546,13 +538,6 @@ def test_bounds_of_batches_are_whole_numbers(name, value):
 def steps_of(path):
     with safe_open(path, "np") as content:
         return json.loads(content.metadata()["facts"])["n_steps"]
-
-
-def wait_for(condition, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def children_of(pid):
