@@ -66,6 +66,15 @@ def files(tmp_path, rattled_silicon, pseudo_family):
     return tmp_path
 
 
+@pytest.fixture
+def one_iteration(files):
+    """The same overrides for a loop that stops after one iteration."""
+    overrides = yaml.safe_load((files / "overrides.yaml").read_text())
+    path = files / "one_iteration.yaml"
+    path.write_text(yaml.safe_dump(overrides | {"stop": {"max_iterations": 1}}))
+    return path
+
+
 def newest(kind):
     query = QueryBuilder().append(kind, project="*").order_by({kind: {"id": "desc"}})
     return query.first(flat=True)
@@ -111,11 +120,11 @@ def test_the_steps_one_after_another(kim, torch, job_code, pw_code, files, run):
     ]
 
 
-def test_the_whole_loop_and_its_report(kim, torch, job_code, pw_code, files, run):
+def test_the_whole_loop_and_its_report(kim, torch, job_code, pw_code, files, one_iteration, run):
     printed = run(
         "active_learning.py",
         *("--pool", files / "pool.xyz", "--eip", SW, "--eip", EDIP),
-        *("--overrides", files / "overrides.yaml", "--report", files / "first.html"),
+        *("--overrides", one_iteration, "--report", files / "first.html"),
         *("--job-code", job_code.full_label, "--pw-code", pw_code.full_label),
     )
     assert "finished" in printed
@@ -138,7 +147,7 @@ def test_the_whole_loop_and_its_report(kim, torch, job_code, pw_code, files, run
         printed = run(
             "active_learning.py",
             *("--pool", files / "pool.xyz", "--eip", SW, "--eip", EDIP),
-            *("--overrides", files / "overrides.yaml", "--report", files / "third.html"),
+            *("--overrides", one_iteration, "--report", files / "third.html"),
             *("--job-code", job_code.full_label, "--pw-code", pw_code.full_label),
         )
         assert f"loop {loop.pk} finished with these inputs: nothing to do" in printed
@@ -243,18 +252,15 @@ def test_a_dry_run_refuses_what_a_run_would(described):
 
 
 def test_a_loop_on_the_labels_of_a_file_needs_no_pw(
-    kim, torch, job_code, files, run, rattled_silicon
+    kim, torch, job_code, files, one_iteration, run, rattled_silicon
 ):
     pool = rattled_silicon(10)
     stored = replace(label_with_eips(pool, [SW]), sources=np.array(["dft"]))
     write_labelled(files / "labelled.xyz", pool, [stored])
-    overrides = yaml.safe_load((files / "overrides.yaml").read_text())
-    short = overrides | {"stop": {"max_iterations": 1}}
-    (files / "short.yaml").write_text(yaml.safe_dump(short))
     printed = run(
         "active_learning.py",
         *("--stored", files / "labelled.xyz", "--eip", SW, "--eip", EDIP),
-        *("--overrides", files / "short.yaml", "--report", files / "report.html"),
+        *("--overrides", one_iteration, "--report", files / "report.html"),
         *("--job-code", job_code.full_label),
     )
     assert "finished" in printed

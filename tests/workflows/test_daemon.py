@@ -77,7 +77,7 @@ def daemon(tmp_path, pw_code):
 def test_lanes_label_more_configurations_than_the_daemon_has_slots(
     daemon, tmp_path, si_pseudo, rattled_silicon
 ):
-    n_lanes, n_configurations = 2, 8
+    n_lanes, n_configurations = 2, 5
     folder = tmp_path / "upf"
     folder.mkdir()
     (folder / "Si.upf").write_bytes(si_pseudo.read_bytes())
@@ -91,7 +91,7 @@ def test_lanes_label_more_configurations_than_the_daemon_has_slots(
     }
     (tmp_path / "overrides.yaml").write_text(yaml.safe_dump(overrides))
     write_labelled(tmp_path / "pool.xyz", rattled_silicon(n_configurations))
-    # One fan-out step over all of them would need 3 * 8 + 4 slots.
+    # One fan-out step over all of them would need 3 * 5 + 4 slots.
     daemon("verdi", "config", "set", "daemon.worker_process_slots", slots_needed(n_lanes))
     daemon("verdi", "daemon", "start", 1)
     printed = daemon(
