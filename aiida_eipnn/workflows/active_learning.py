@@ -7,63 +7,27 @@ from typing import Any
 from aiida.common import AttributeDict
 from aiida.common.links import LinkType
 from aiida.engine import ExitCode, ProcessBuilder, ProcessSpec, ToContext, if_, while_
-from aiida.orm import (
-    ArrayData,
-    Bool,
-    Computer,
-    Data,
-    Dict,
-    Float,
-    List,
-    ProcessNode,
-    Str,
-    to_aiida_type,
-)
+from aiida.orm import ArrayData, Computer, Data, Dict, ProcessNode, Str
 from aiida_quantumespresso.workflows.protocols.utils import ProtocolMixin
 
-from aiida_eipnn.calculations import loop, ports
+from aiida_eipnn.calculations import loop
 from aiida_eipnn.calculations.base import JobCalculation
 from aiida_eipnn.calculations.evaluate import EvaluateCalculation
 from aiida_eipnn.calculations.explore import ExploreCalculation
-from aiida_eipnn.calculations.loop import (
-    DISPUTED,
-    FIRST,
-    INITIAL,
-    KNOWN,
-    LAST,
-    RANDOM,
-    REFUSED,
-    TEST,
-)
-from aiida_eipnn.calculations.train import validate_seeds
+from aiida_eipnn.calculations.loop import INITIAL, KNOWN, LAST, REFUSED, TEST
 from aiida_eipnn.calculations.upload import UploadCalculation
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
-from aiida_eipnn.data.predictions import PredictionsData
-from aiida_eipnn.data.selection import SelectionData
-from aiida_eipnn.jobs.spec import PARENT_FOLDER, Stage
-from aiida_eipnn.science.acquisition import AcquisitionParameters
-from aiida_eipnn.science.convergence import StopCriteria
-from aiida_eipnn.science.eip.label_model import LabelModelParameters
+from aiida_eipnn.jobs.spec import PARENT_FOLDER
 from aiida_eipnn.science.extension import COMMITTEE, ExtensionParameters
 from aiida_eipnn.science.verdict import SCORE
+from aiida_eipnn.workflows import loop_ports
 from aiida_eipnn.workflows.builder import PROTOCOLS, Codes, Start, fill_builder
-from aiida_eipnn.workflows.continuation import (
-    add_previous,
-    fill_continuation,
-    must_train,
-    runs_of,
-)
+from aiida_eipnn.workflows.continuation import fill_continuation, must_train, runs_of
 from aiida_eipnn.workflows.folders import clean_folder, computer_of, missing_uploads, upload_name
-from aiida_eipnn.workflows.label_dft import (
-    DftLabelWorkChain,
-    runs_pw,
-    validate_labeller,
-    validate_occupations,
-    validate_pw,
-)
+from aiida_eipnn.workflows.label_dft import DftLabelWorkChain
 from aiida_eipnn.workflows.once import SubmitsOnce
 from aiida_eipnn.workflows.restart import (
     MAX_DEATHS,
@@ -74,17 +38,6 @@ from aiida_eipnn.workflows.restart import (
     was_interrupted,
 )
 
-# In MB: less than this is sent in the time that a job takes to start.
-UPLOAD_ABOVE = 10.0
-
-# The twin is fine-tuned like the committee, but from scratch.
-STAGES = {
-    "pretrain": Stage.PRETRAIN,
-    "classify": Stage.CLASSIFY,
-    "finetune": Stage.FINETUNE,
-    "scratch": Stage.FINETUNE,
-}
-
 
 class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
     """Train a committee on EIP and DFT labels, with as few DFT points as it needs."""
@@ -93,8 +46,9 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
     def define(cls, spec: ProcessSpec) -> None:
         """Define the process specification."""
         super().define(spec)
-        cls._define_inputs(spec)
-        cls._define_outputs(spec)
+        loop_ports.add_inputs(spec)
+        loop_ports.add_outputs(spec)
+        loop_ports.add_exit_codes(spec)
         spec.outline(
             cls.setup,
             while_(cls.should_explore)(cls.explore, cls.inspect_explore),
@@ -125,194 +79,6 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
                 ),
             ),
             cls.results,
-        )
-
-    @classmethod
-    def _define_inputs(cls, spec: ProcessSpec) -> None:
-        spec.input(
-            "pool",
-            valid_type=ConfigurationsData,
-            required=False,
-            help="The pool; without it `explore` makes one.",
-        )
-        spec.expose_inputs(
-            ExploreCalculation,
-            namespace="explore",
-            exclude=("parent_folder", "uploaded"),
-            namespace_options={"required": False, "populate_defaults": False},
-        )
-        spec.expose_inputs(
-            ExploreCalculation,
-            namespace="extend",
-            exclude=("committee", "parent_folder", "uploaded"),
-            namespace_options={
-                "required": False,
-                "populate_defaults": False,
-                "help": "Exploration after each batch of DFT labels; what it finds joins the pool.",
-            },
-        )
-        ports.add_dict(
-            spec,
-            "extension",
-            "When a committee drives `extend`: fields of ExtensionParameters.",
-            ports.settings_validator(ExtensionParameters.from_dict),
-        )
-        spec.expose_inputs(
-            LabelBaseWorkChain,
-            namespace="label",
-            exclude=(
-                "job.configurations",
-                "job.exclude",
-                "job.parent_folder",
-                "job.uploaded",
-            ),
-        )
-        spec.expose_inputs(
-            DftLabelWorkChain, namespace="dft", exclude=("configurations", "choice", "runs")
-        )
-        spec.expose_inputs(
-            TrainBaseWorkChain,
-            namespace="train",
-            exclude=tuple(
-                f"job.{name}"
-                for name in (
-                    "configurations",
-                    "labels",
-                    "eip_labels",
-                    "exclude",
-                    "selection",
-                    "committee",
-                    "training",
-                    "parent_folder",
-                    "uploaded",
-                )
-            ),
-        )
-        spec.expose_inputs(
-            EvaluateCalculation,
-            namespace="evaluate",
-            exclude=("configurations", "exclude", "committee", "parent_folder", "uploaded"),
-        )
-        spec.input_namespace(
-            "known",
-            required=False,
-            help="DFT labels that are there already: they are trained on from the start.",
-        )
-        spec.input("known.configurations", valid_type=ConfigurationsData, required=False)
-        spec.input("known.labels", valid_type=LabelsData, required=False)
-        add_previous(spec)
-        for name, stage in STAGES.items():
-            ports.add_training(spec, name, stage)
-        ports.add_dict(
-            spec,
-            "split",
-            "How many configurations to hold out (test) and to start from (initial), and which of "
-            "them come first: random or disputed, those that EIPs disagree about.",
-            _validate_split,
-        )
-        ports.add_dict(
-            spec,
-            "label_model",
-            "How to make pseudo-labels: fields of LabelModelParameters.",
-            ports.settings_validator(LabelModelParameters.from_dict),
-        )
-        ports.add_dict(spec, "gate", "What to refuse: min_contact, in sums of covalent radii.")
-        ports.add_dict(
-            spec,
-            "acquisition",
-            "How to choose the next DFT points: fields of AcquisitionParameters.",
-            ports.settings_validator(AcquisitionParameters.from_dict),
-        )
-        ports.add_dict(
-            spec,
-            "stop",
-            "When to stop: fields of StopCriteria.",
-            ports.settings_validator(StopCriteria.from_dict),
-        )
-        ports.add_seed(spec)
-        spec.input(
-            "pretrain_seeds",
-            valid_type=List,
-            required=False,
-            serializer=to_aiida_type,
-            validator=_validate_pretrain_seeds,
-            help=(
-                "Seeds of the networks to pre-train, from which the members start in turn; without "
-                "it each member is pre-trained from its own seed."
-            ),
-        )
-        for name, text in (
-            ("train_scratch", "Train a twin from scratch too, to see what the EIPs bring."),
-            ("use_pseudo_labels", "Fine-tune on what EIP and DFT labels say of the pool too."),
-        ):
-            spec.input(
-                name,
-                valid_type=Bool,
-                serializer=to_aiida_type,
-                default=lambda: Bool(False),
-                help=text,
-            )
-        spec.input(
-            "upload_above",
-            valid_type=Float,
-            serializer=to_aiida_type,
-            default=lambda: Float(UPLOAD_ABOVE),
-            help="Pools and EIP labels larger than this, in MB, are put on the computers that "
-            "train and evaluate once, and not sent with each job.",
-        )
-        spec.input(
-            "clean_workdir",
-            valid_type=Bool,
-            serializer=to_aiida_type,
-            default=lambda: Bool(False),
-            help="Remove the remote folders of explorations and evaluations that went well, once "
-            "their results are home. The other jobs: label, train and dft.pw_base have their own.",
-        )
-        spec.inputs.validator = _validate_inputs
-
-    @classmethod
-    def _define_outputs(cls, spec: ProcessSpec) -> None:
-        spec.output("pool", valid_type=ConfigurationsData, required=False)
-        spec.output("eip_labels", valid_type=LabelsData, help="What the EIPs say about the pool.")
-        spec.output("test_labels", valid_type=LabelsData, help="DFT labels that no stage saw.")
-        spec.output("initial_labels", valid_type=LabelsData, required=False)
-        spec.output("pretrained", valid_type=CommitteeData, help="After the EIPs, before DFT.")
-        spec.output_namespace(
-            "iterations",
-            dynamic=True,
-            valid_type=Data,
-            help="What each iteration made, emitted as it is made.",
-        )
-        spec.output(
-            "committee",
-            valid_type=CommitteeData,
-            help="The last committee; its twin from scratch where held-out labels say so.",
-        )
-        spec.output("selection", valid_type=SelectionData, help="The last choice of EIPs.")
-        spec.output("predictions", valid_type=PredictionsData, help="Its view of the pool.")
-        spec.output("history", valid_type=Dict, help="Errors by iteration, and why it stopped.")
-        for number, name, what in (
-            (401, "EXPLORE", "making the pool"),
-            (402, "EIP_LABELS", "labelling with EIPs"),
-            (403, "DFT_LABELS", "labelling with DFT"),
-            (404, "PRETRAIN", "pre-training"),
-            (405, "CLASSIFY", "training the classifier of EIPs"),
-            (406, "FINETUNE", "fine-tuning"),
-            (407, "EVALUATE", "evaluating the committee"),
-            (408, "SPLIT", "splitting the pool"),
-            (409, "ASSESS", "assessing the committee"),
-            (410, "ACQUIRE", "choosing the next DFT points"),
-        ):
-            spec.exit_code(
-                number,
-                f"ERROR_{name}",
-                message=f"The loop broke while {what}: {{message}} -- what was made before is in "
-                "the outputs.",
-            )
-        spec.exit_code(
-            310,
-            "ERROR_KNOWN_LABELS",
-            message="The given DFT labels were refused: {message}",
         )
 
     @classmethod
@@ -1017,56 +783,3 @@ def _named(inputs: AttributeDict, label: str) -> AttributeDict:
     """Return ``inputs`` with the label of the link from the loop: history and lineage read it."""
     inputs.metadata = AttributeDict({**inputs.get("metadata", {}), "call_link_label": label})
     return inputs
-
-
-def _validate_inputs(inputs: Any, _: Any) -> str | None:
-    """Refuse, before anything runs, what would only break later."""
-    if "pool" not in inputs and "explore" not in inputs:
-        return "give a pool, or the inputs below `explore` to make one"
-    if len(inputs.get("known", {})) == 1:
-        return "`known` needs both configurations and labels"
-    if message := _validate_size(inputs):
-        return message
-    known = {**inputs.get("known", {}), **inputs.get("previous", {})}
-    if inputs["split"].get_dict().get(INITIAL, 0) == 0 and "labels" not in known:
-        return f"nothing to learn from: set split.{INITIAL} above 0, or give `known` labels"
-    if message := validate_labeller(inputs["dft"]):
-        return message
-    if not runs_pw(inputs["dft"]):
-        return None
-    if "pool" in inputs:
-        return validate_pw(inputs["dft"]["pw_base"], inputs["pool"])
-    return validate_occupations(inputs["dft"]["pw_base"])
-
-
-def _validate_pretrain_seeds(value: List | None, context: Any) -> str | None:
-    # It may be left out.
-    return None if value is None else validate_seeds(value, context)
-
-
-def _validate_split(value: Dict | None, _: Any) -> str | None:
-    sizes = value.get_dict() if value is not None else {}
-    first = sizes.pop(FIRST, RANDOM)
-    if not set(sizes) <= {TEST, INITIAL} or sizes.get(TEST, 0) < 1:
-        return f"split holds {TEST} (at least 1), {INITIAL} and {FIRST}, got {sizes}"
-    if first not in (RANDOM, DISPUTED):
-        return f"split.{FIRST} is {RANDOM} or {DISPUTED}, not {first!r}"
-    return None
-
-
-def _validate_size(inputs: Any) -> str | None:
-    if "pool" in inputs:
-        n_pool = len(inputs["pool"])
-    else:
-        recipes = inputs["explore"]["recipes"].get_list()
-        n_pool = sum(int(recipe.get("count", 0)) for recipe in recipes)
-    split = inputs["split"].get_dict()
-    sizes = {name: split.get(name, 0) for name in (TEST, INITIAL)}
-    if n_pool == 0:
-        return "the pool is empty: give at least one configuration"
-    if sum(sizes.values()) > n_pool:
-        return (
-            f"the split {sizes} needs {sum(sizes.values())} configurations, the pool has {n_pool}: "
-            "make the pool larger or the split smaller"
-        )
-    return None
