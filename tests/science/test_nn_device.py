@@ -65,7 +65,7 @@ def taught(teaching, trunk, device):
         "pretrain": settings_for("pretrain", network, **short),
         "classify": settings_for("classify", network, **short),
         "finetune": settings_for(
-            "finetune", network, **short, validation_fraction=0.25, stress_weight=0.1
+            "finetune", network, **short, validation_fraction=0.25, stress_weight=0.1, n_heads=3
         ),
     }
     settings = {name: replace(item, device=device) for name, item in settings.items()}
@@ -76,7 +76,9 @@ def taught(teaching, trunk, device):
     assert stage.teachers.pseudo is not None
     predicted = committee_of(tuned.network).predict(pool)
     scores = [row["validation_score"] for row in tuned.history]
-    said = [predicted.energy, predicted.forces, predicted.features, scores]
+    assert (predicted.forces_std > 0).all()
+    spread = [predicted.forces_std, predicted.energy_std, predicted.strangeness]
+    said = [predicted.energy, predicted.forces, predicted.features, *spread, scores]
     if trunk == "mace":
         # What is left does not depend on the trunk, and MACE takes seconds to build.
         return said
@@ -150,9 +152,10 @@ def test_a_training_goes_on_on_another_device(teaching, tmp_path):
         assert torch.equal(weight, found.members[0].state_dict()[name]), name
 
 
-def test_networks_to_start_from_stay_where_they_are(teaching):
-    settings = settings_for("finetune", network_of("power_spectrum"), steps=1)
-    _, first = train("pretrain", teaching, settings_for("pretrain", SMALL, steps=1))
+def test_networks_to_start_from_stay_where_they_are(teaching, trunk):
+    network = network_of(trunk)
+    settings = settings_for("finetune", network, steps=1)
+    _, first = train("pretrain", teaching, settings_for("pretrain", network, steps=1))
     with pretended_device() as device:
         stage = prepare(
             "finetune",

@@ -127,6 +127,19 @@ def test_the_same_seed_draws_the_same_heads(inputs, trained):
     assert not torch.allclose(heads[0], heads[2])
 
 
+def spread_of_heads(committee, unseen):
+    """Return the spread of forces of networks with one of the heads each."""
+    found = []
+    for member in committee.members:
+        for weight in member.feature_uncertainty.heads:
+            plain = headless(member)
+            with torch.no_grad():
+                plain.heads.weight[plain.heads.row("dft")] = weight
+            found.append(committee_of(plain).predict(unseen).forces)
+    deviation = np.array(found) - np.mean(found, axis=0)
+    return np.sqrt((deviation**2).sum(axis=2).mean(axis=0))
+
+
 def test_every_head_counts_as_a_member(inputs, network):
     second = tuned(inputs, seed=4, n_heads=6)[1].network
     committee = committee_of(network, second)
@@ -134,18 +147,36 @@ def test_every_head_counts_as_a_member(inputs, network):
 
     together = committee.predict(unseen)
 
-    heads = []
-    for member in committee.members:
-        for weight in member.feature_uncertainty.heads:
-            plain = headless(member)
-            with torch.no_grad():
-                plain.heads.weight[plain.heads.row("dft")] = weight
-            heads.append(committee_of(plain).predict(unseen).forces)
     assert len(committee) == 2
-    assert committee.n_heads == len(heads) == 12
-    deviation = np.array(heads) - np.mean(heads, axis=0)
-    expected = np.sqrt((deviation**2).sum(axis=2).mean(axis=0))
-    np.testing.assert_allclose(together.forces_std, expected, rtol=1e-6)
+    assert committee.n_heads == 12
+    np.testing.assert_allclose(together.forces_std, spread_of_heads(committee, unseen), rtol=1e-6)
+
+
+# MACE is compiled with torch.jit, which warns of itself when it is copied.
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("trunk", ["schnet", "mace"])
+def test_each_trunk_can_have_heads(inputs, trunk, request):
+    if trunk == "mace":
+        request.getfixturevalue("mace")
+    small = {"trunk": trunk, "n_radial": 5, "width": 6, "depth": 2}
+    settings = settings_for(
+        "finetune",
+        small | {"l_max": 1 if trunk == "mace" else 0},
+        steps=5,
+        validation_fraction=0.3,
+        n_heads=4,
+    )
+    network = train("finetune", inputs, settings)[1].network
+    committee, unseen = committee_of(network), pool_of(3, seed=9)
+
+    predicted = committee.predict(unseen)
+
+    assert committee.n_heads == 4
+    assert (predicted.forces_std > 0).all()
+    spread = spread_of_heads(committee, unseen)
+    np.testing.assert_allclose(predicted.forces_std, spread, rtol=1e-6)
+    without = committee_of(headless(network)).predict(unseen)
+    np.testing.assert_allclose(predicted.forces, without.forces, atol=1e-9)
 
 
 @pytest.mark.parametrize("n_heads", [0, 1])

@@ -1,6 +1,5 @@
 """A committee of networks: what they predict together, and how it is kept in files."""
 
-import copy
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -105,7 +104,7 @@ class Committee:
         """Return the committee on a device; itself where it is there."""
         if self.members[0].device == located(device):
             return self
-        return replace(self, members=tuple(copy.deepcopy(item).to(device) for item in self.members))
+        return replace(self, members=tuple(item.on(device) for item in self.members))
 
     def save(self, folder: Path) -> None:
         """Write ``config.json`` and ``weights.safetensors`` into ``folder``."""

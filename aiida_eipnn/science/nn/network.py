@@ -1,6 +1,8 @@
 """The network: a trunk that turns neighbourhoods into features, and heads that read them."""
 
+import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.nn.descriptor import Basis, DescribedSet
-from aiida_eipnn.science.nn.device import ON_CPU
+from aiida_eipnn.science.nn.device import ON_CPU, located
 from aiida_eipnn.science.nn.feature_uncertainty import FeatureUncertainty
 from aiida_eipnn.science.nn.graph import Graph, GraphSet, find_neighbours
 from aiida_eipnn.science.nn.heads import ClassifierHead, EnergyHeads, pool_features, sum_atoms
@@ -198,6 +200,15 @@ class Network(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.pooled_mean.device
+
+    def on(self, device: torch.device) -> Self:
+        """Return the network on a device: itself where it is there, else a copy."""
+        if self.device == located(device):
+            return self
+        with warnings.catch_warnings():
+            # Parts of MACE are compiled with torch.jit, which copies them and warns of itself.
+            warnings.simplefilter("ignore")
+            return copy.deepcopy(self).to(device)
 
     @property
     def n_drawn(self) -> int:

@@ -1,10 +1,9 @@
 """The stages by name; see :mod:`aiida_eipnn.science.nn.stage` for what they have in common."""
 
-import copy
 from dataclasses import replace
 
 from aiida_eipnn.science.nn.classification import Classification
-from aiida_eipnn.science.nn.device import check_mixed_precision, located
+from aiida_eipnn.science.nn.device import check_mixed_precision
 from aiida_eipnn.science.nn.finetuning import Finetuning
 from aiida_eipnn.science.nn.pretraining import Pretraining
 from aiida_eipnn.science.nn.stage import (
@@ -43,11 +42,7 @@ def prepare(name: str, inputs: StageInputs, settings: StageSettings) -> Stage:
         )
     parameters = network_parameters(inputs, settings)
     check_mixed_precision(parameters, settings.training.mixed_precision)
-    device = located(settings.device)
-    # Copies: the networks to start from may be used on, where they are.
-    members = tuple(
-        member if member.device == device else copy.deepcopy(member).to(device)
-        for member in inputs.members
-    )
+    # The networks to start from may be used on, where they are.
+    members = tuple(member.on(settings.device) for member in inputs.members)
     stage: Stage = STAGES[name](replace(inputs, members=members), settings)
     return stage
