@@ -30,9 +30,10 @@ launch.add_protocol(options)
 options.set_defaults(protocol=None)  # demo, but --continue takes none
 options.add_argument("--structure", type=Path, help="seed structure (any format of ASE)")
 options.add_argument("--pool", type=Path, help="extended XYZ file with a pool of your own")
-options.add_argument("--known", type=Path, help="extended XYZ file with DFT labels you have")
+options.add_argument("--known", help="DFT labels you have: extended XYZ file, or PK of a dataset")
 options.add_argument(
-    "--stored", type=Path, help="extended XYZ file with DFT labels to look up: pw.x is not run"
+    "--stored",
+    help="DFT labels to look up: extended XYZ file, or PK of a dataset; pw.x is not run",
 )
 options.add_argument("--eip", action="append", default=[], help="name of an EIP; repeat for each")
 options.add_argument(
@@ -51,6 +52,8 @@ options.add_argument(
 given = options.parse_args()
 
 known = launch.labelled_of(given.known) if given.known else (None, None)
+if known[1] is not None and (note := launch.undeclared(given.known, known[1])):
+    print(note)
 overrides = launch.overrides_of(given.overrides)
 if given.loop:
     launch.refuse_beside(given, "--continue", *OWN)

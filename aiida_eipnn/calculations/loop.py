@@ -25,6 +25,7 @@ from aiida_eipnn.science.configurations import (
 )
 from aiida_eipnn.science.convergence import IterationRecord, StopCriteria, stop_reason
 from aiida_eipnn.science.dft_cost import estimate_cost
+from aiida_eipnn.science.duplicates import find_twins
 from aiida_eipnn.science.extension import ExtensionParameters, plan
 from aiida_eipnn.science.gate import PROBLEMS, GateReport, keep_valid, refuse_labels
 from aiida_eipnn.science.labels import Labels, join_labels
@@ -48,13 +49,13 @@ from aiida_eipnn.science.uncertainty import (
 )
 from aiida_eipnn.science.verdict import AGREEMENT, N_HELD_OUT, SCORE, Verdict
 
-TEST, INITIAL, REFUSED, KNOWN = "test", "initial", "refused", "known"
+TEST, INITIAL, REFUSED, KNOWN, TWINS = "test", "initial", "refused", "known", "twins"
 
 # How the initial configurations are chosen.
 FIRST, RANDOM, DISPUTED = "first", "random", "disputed"
 
 # Choices that the loop did not pay DFT for.
-FREE = (REFUSED, KNOWN)
+FREE = (REFUSED, KNOWN, TWINS)
 
 # What a loop ends with: that of its last iteration.
 LAST = ("committee", "selection", "predictions", "history")
@@ -73,6 +74,20 @@ def refuse(pool: ConfigurationsData, gate: Dict) -> ChoiceData:
         strategy="gate",
         reasons={failure.id: failure.reason for failure in failures},
     )
+
+
+@calcfunction
+def set_apart_twins(pool: ConfigurationsData, eip_labels: LabelsData) -> ChoiceData:
+    """Return the configurations that are an earlier one moved, turned, mirrored or repeated.
+
+    DFT has the same to say of them, and one of the test set must not be learnt by its twin.
+    """
+    configurations = pool.value()
+    first = find_twins(configurations, eip_labels.value())
+    is_first = first == np.arange(len(first))
+    # Copies have one id together: it stays.
+    twins = np.setdiff1d(configurations.ids[~is_first], configurations.ids[is_first])
+    return ChoiceData.from_value(Choice.from_ids(twins), strategy=TWINS)
 
 
 @calcfunction
@@ -107,7 +122,8 @@ def split_pool(
         If the pool is too small.
     """
     configurations = pool.value()
-    free = np.flatnonzero(~np.isin(configurations.ids, _ids_of(taken)))
+    once = np.sort(np.unique(configurations.ids, return_index=True)[1])
+    free = once[~np.isin(configurations.ids[once], _ids_of(taken))]
     rng = np.random.default_rng(seed.value)
     given = sizes.get_dict()
     first = given.pop(FIRST, RANDOM)
@@ -131,14 +147,25 @@ def split_pool(
 
 @calcfunction
 def check_given_labels(
-    configurations: ConfigurationsData, labels: LabelsData, eip_labels: LabelsData
+    configurations: ConfigurationsData,
+    labels: LabelsData,
+    eip_labels: LabelsData,
+    **taken: ChoiceData,
 ) -> dict[str, Any] | ExitCode:
     """Hold given labels against the gate: wrong units or signs are an error.
 
     A single label that is refused becomes a row without a label, with the reason; see
-    :func:`aiida_eipnn.science.gate.refuse_labels`.
+    :func:`aiida_eipnn.science.gate.refuse_labels`. What was chosen before (``taken``), to be
+    tested on or to be learnt, has its label from there: it is left out.
     """
     given = labels.value()
+    if strange := sorted(set(given.ids.tolist()) - set(configurations.value().ids.tolist())):
+        return ExitCode(310, f"there are labels of unknown configurations: {strange[:3]}")
+    chosen = {key: node for key, node in taken.items() if key != f"{TAKEN}{REFUSED}"}
+    given, n_given = given.take(np.flatnonzero(~np.isin(given.ids, _ids_of(chosen)))), len(given)
+    n_before = n_given - len(given)
+    if n_before and not len(given):
+        return {"report": Dict({"text": "nothing is new", "n_chosen_before": n_before})}
     kept, report = refuse_labels(configurations.value(), given, eip_labels.value())
     if report.verdict in PROBLEMS:
         return ExitCode(310, report.text)
@@ -149,6 +176,7 @@ def check_given_labels(
             {
                 "verdict": str(report.verdict),
                 "text": f"{report.text}; {report.summary}",
+                "n_chosen_before": n_before,
                 "refused": [failure._asdict() for failure in report.refused],
             }
         ),
@@ -326,7 +354,8 @@ def extend_pool(
     new_eip_labels: LabelsData,
 ) -> dict[str, Any]:
     """Return ``pool`` and ``eip_labels`` with what is new at their ends."""
-    labels = join_labels([eip_labels.value(), new_eip_labels.value()])
+    # Of configurations with known labels there are EIP labels, though they are not in the pool.
+    labels = _with_new(eip_labels.value(), new_eip_labels.value())
     return {
         "pool": ConfigurationsData.from_value(join_configurations([pool.value(), new.value()])),
         "eip_labels": LabelsData.from_value(labels, level=eip_labels.level),
@@ -387,6 +416,7 @@ def assess(
     record = IterationRecord(
         iteration=len(previous) + 1,
         n_dft_labels=_n_paid(taken),
+        n_training_labels=int(training.ok.sum()),
         **_candidate_facts(predicted, taken, settings, scale),
         core_hours=sum(node.core_seconds for node in [test_labels, *trained_on]) / 3600,
         energy_mae=accuracy.energy_mae,
@@ -396,7 +426,6 @@ def assess(
         uncertainty_scale=None if calibration is None else float(calibration["scale"]),
     )
     details: dict[str, Any] = {
-        "n_training_labels": int(training.ok.sum()),
         "committee": accuracy.as_dict(),
         "by_config_type": _errors_by_type(pool.value(), test, predicted),
         "best_eip": _best_eip(pool.value(), training.labelled(), test, eip_labels.value()),
@@ -455,12 +484,12 @@ def _candidate_facts(
     scale: float | None,
 ) -> dict[str, Any]:
     """Return how many candidates there are, and how uncertain, as fields of IterationRecord."""
-    rows = acquisition.within_window(
-        _candidates(predicted, taken), predicted.uncertainty, settings, scale
-    )
+    free = _candidates(predicted, taken)
+    rows = acquisition.within_window(free, predicted.uncertainty, settings, scale)
     found = predicted.uncertainty[rows]
     return {
         "n_candidates": len(found),
+        "n_outside": len(free) - len(found),
         "max_uncertainty": float(found.max()) if len(found) else None,
         "mean_uncertainty": float(found.mean()) if len(found) else None,
     }
@@ -484,7 +513,7 @@ def _candidates(predicted: Predictions, taken: Mapping[str, ChoiceData]) -> IntA
 
 def _labelled(predicted: Predictions, taken: Mapping[str, ChoiceData]) -> IntArray:
     """Return the rows that are learnt from; those asked for in vain would fail again."""
-    kept_apart = {f"{TAKEN}{name}" for name in (TEST, REFUSED)}
+    kept_apart = {f"{TAKEN}{name}" for name in (TEST, REFUSED, TWINS)}
     asked = {key: node for key, node in taken.items() if key not in kept_apart}
     return np.flatnonzero(np.isin(predicted.ids, _ids_of(asked)))
 
@@ -532,9 +561,12 @@ def _best_eip(
 def _calibration(test: Labels, predicted: Predictions) -> dict[str, float | int] | None:
     """Compare the spread of the forces with their errors, atom by atom."""
     spread, error = _forces_on_test(test, predicted)
-    if not (spread > 0).any():
+    size = np.linalg.norm(error, axis=1)
+    # One prediction that is no number says nothing of the others.
+    told = np.isfinite(spread) & np.isfinite(size)
+    if not (spread[told] > 0).any():
         return None
-    found = calibrate(spread, np.linalg.norm(error, axis=1))
+    found = calibrate(spread[told], size[told])
     return {name: getattr(found, name) for name in ("spearman", "scale", "coverage", "n")}
 
 
@@ -582,10 +614,13 @@ def _by_features(test: Labels, predicted: Predictions) -> dict[str, float | None
         for name, values in told.items()
         if values is not None
     }
-    # What too few labels tell may be no number; the loop does not depend on it.
-    return dict.fromkeys(OF_FEATURES) | {
-        name: spearman(values, size) for name, values in ranked.items() if np.isfinite(values).all()
-    }
+    found: dict[str, float | None] = dict.fromkeys(OF_FEATURES)
+    for name, values in ranked.items():
+        # What too few labels tell may be no number; the loop does not depend on it.
+        used = np.isfinite(values) & np.isfinite(size)
+        if used.any():
+            found[name] = spearman(values[used], size[used])
+    return found
 
 
 def _conformal(test: Labels, predicted: Predictions) -> dict[str, Any]:

@@ -93,7 +93,9 @@ def cmd_import(
     use_profile(profile)
     from aiida_eipnn.reports.dataset import datasets_of_file
 
-    if known := datasets_of_file(path.read_bytes(), level):
+    # One that was stored unchecked may be checked now.
+    known = [item for item in datasets_of_file(path.read_bytes(), level) if no_gate or item.gate]
+    if known:
         click.echo("\n".join(known_lines(path.name, known[0])))
         return
     names = check(path, eips) if not no_gate else []
@@ -232,7 +234,8 @@ def typed(text: str) -> bool | int | float | str:
         return text.lower() == "true"
     for kind in (int, float):
         # No name, such as nan or infinity, is taken for a number.
-        if text[-1].isdigit() or text[-1] == ".":
+        # Nor is 4_4_4, though Python reads it as 444.
+        if "_" not in text and (text[-1].isdigit() or text[-1] == "."):
             try:
                 return kind(text)
             except ValueError:

@@ -30,6 +30,7 @@ from aiida_eipnn.calculations.label import LabelCalculation
 from aiida_eipnn.cli.loop import SUBMITTED
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
+from aiida_eipnn.reports.dataset import find_dataset
 from aiida_eipnn.reports.progress import show_progress
 from aiida_eipnn.science.io import read_configurations, read_labelled
 from aiida_eipnn.workflows.builder import STAGES, options_of
@@ -152,12 +153,25 @@ def configurations_of(path: Path) -> ConfigurationsData:
     return ConfigurationsData.from_value(checked(read_configurations, path))
 
 
-def labelled_of(path: Path) -> tuple[ConfigurationsData, LabelsData]:
-    """Return the configurations and the DFT labels of an extended XYZ file."""
-    configurations, labels = checked(read_labelled, path)
+def labelled_of(name: str) -> tuple[ConfigurationsData, LabelsData]:
+    """Return the configurations and the DFT labels of an extended XYZ file, or of a dataset."""
+    if name.isdecimal() and not Path(name).exists():
+        dataset = checked(find_dataset, node_of(name, LabelsData))
+        return load_node(dataset.configurations_pk), load_node(dataset.pk)
+    configurations, labels = checked(read_labelled, Path(name))
     return (
         ConfigurationsData.from_value(configurations),
         LabelsData.from_value(labels, level={}),
+    )
+
+
+def undeclared(name: str, labels: LabelsData) -> str:
+    """Return what to say of labels that declare no level of theory: they are mixed with others."""
+    if labels.level:
+        return ""
+    return (
+        f"{name} declares no level of theory: its labels are taken for labels of the level of this "
+        "loop. `aiida-eipnn dataset import` declares one; then give the PK of the dataset"
     )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import torch
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.inputs import digest_of, read_configurations
-from aiida_eipnn.jobs.progress import read_progress, write_progress
+from aiida_eipnn.jobs.progress import read_progress, remove_checkpoint, write_progress
 from aiida_eipnn.jobs.stop import NEVER, Stop
 from aiida_eipnn.science.arrays import Arrays, load_arrays, save_arrays, save_parts
 from aiida_eipnn.science.configurations import Configurations
@@ -46,6 +45,8 @@ def run(job: spec.EvaluateJob, folder: Path, stop: Stop = NEVER) -> spec.State:
     started = time.monotonic()
     torch.set_num_threads(1)
     configurations = read_configurations(folder, mapped=True)
+    if not len(configurations):
+        raise ValueError("nothing is left to predict: every configuration is in `exclude`")
     device = choose_device(job.device)
     committee = Committee.load(folder / spec.COMMITTEE).to(device)
     checkpoint = Checkpoint(folder / spec.CHECKPOINT, digest_of(folder, INPUTS))
@@ -73,7 +74,7 @@ def run(job: spec.EvaluateJob, folder: Path, stop: Stop = NEVER) -> spec.State:
     (output / spec.METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
     checkpoint.predictions.replace(output / spec.PREDICTIONS)
     # All of it is in the output now.
-    shutil.rmtree(checkpoint.folder)
+    remove_checkpoint(checkpoint.folder)
     return spec.State.DONE
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from ase.calculators.calculator import Calculator
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.inputs import digest_of, read_configurations
-from aiida_eipnn.jobs.progress import read_progress, write_progress
+from aiida_eipnn.jobs.progress import read_progress, remove_checkpoint, write_progress
 from aiida_eipnn.jobs.spec import ExploreJob, State
 from aiida_eipnn.jobs.stop import NEVER, Stop
 from aiida_eipnn.science.arrays import load_arrays, save_arrays
@@ -60,7 +59,7 @@ def run(job: ExploreJob, folder: Path, stop: Stop = NEVER) -> State:
     }
     (output / spec.METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
     # What it was for is in the output now.
-    shutil.rmtree(trajectories.folder, ignore_errors=True)
+    remove_checkpoint(trajectories.folder)
     return State.DONE
 
 

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from ase.data import atomic_numbers
 
 from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.inputs import read_configurations
+from aiida_eipnn.jobs.progress import remove_checkpoint
 from aiida_eipnn.jobs.stop import NEVER, Stop
 from aiida_eipnn.science.arrays import load_arrays, save_arrays
 from aiida_eipnn.science.configurations import Configurations
@@ -71,7 +71,7 @@ def run(job: spec.LabelJob, folder: Path, stop: Stop = NEVER) -> spec.State:
     faults = {name: fault_of(name, pool.symbols) or "" for name in job.eips}
     write_metrics(folder, summarise(labels, store.seconds(), descriptions, faults))
     # All of it is in the output now, and would be brought home twice.
-    shutil.rmtree(folder / spec.CHECKPOINT)
+    remove_checkpoint(folder / spec.CHECKPOINT)
     return spec.State.DONE
 
 

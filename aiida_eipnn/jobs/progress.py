@@ -1,6 +1,7 @@
 """How far a job is, in a file of its checkpoint that fits the same inputs only."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ def read_progress(path: Path, mark: str) -> Any:
             "without `parent_folder`"
         )
     return content["progress"]
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove the checkpoint of a job that is done, all of it as one.
+
+    Under another name first: a job that is killed half way would leave one that looks whole.
+    """
+    if folder.exists():
+        hidden = folder.with_name(f".{folder.name}")
+        shutil.rmtree(hidden, ignore_errors=True)
+        shutil.rmtree(folder.rename(hidden))
 
 
 def write_progress(path: Path, mark: str, progress: Any) -> None:

@@ -9,7 +9,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import signal
 import time
 from collections import Counter
@@ -25,6 +24,7 @@ from aiida_eipnn.jobs import spec
 from aiida_eipnn.jobs.failures import is_out_of_memory, reason_of
 from aiida_eipnn.jobs.inputs import digest_of, ids_of_sets, read_configurations, read_labels
 from aiida_eipnn.jobs.place import ALONE, Place, check_meeting
+from aiida_eipnn.jobs.progress import remove_checkpoint
 from aiida_eipnn.jobs.spec import State, TrainJob
 from aiida_eipnn.jobs.stop import NEVER, SIGNALS, Stop, heeding_signals, was_asked
 from aiida_eipnn.science.arrays import load_arrays, save_arrays, write_whole
@@ -123,7 +123,7 @@ def run(job: TrainJob, folder: Path, stop: Stop = NEVER, place: Place = ALONE) -
     metrics["seconds"] = time.monotonic() - started
     (output / spec.METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
     # What it was for is in the output now.
-    shutil.rmtree(folder / spec.CHECKPOINT)
+    remove_checkpoint(folder / spec.CHECKPOINT)
     return State.DONE
 
 

@@ -141,6 +141,8 @@ class AcquisitionParameters:
             raise ValueError(f"top_fraction is {self.top_fraction}; it must lie in (0, 1]")
         if not 0 <= self.cost_exponent < math.inf:
             raise ValueError(f"cost_exponent is {self.cost_exponent}; it must be 0 or above")
+        if not 0 <= self.min_uncertainty < math.inf:
+            raise ValueError(f"min_uncertainty is {self.min_uncertainty}; it must be 0 or above")
         if self.max_error is not None and not self.max_error > 0:
             raise ValueError(f"max_error is {self.max_error} eV/Å; it must be above zero")
         if self.max_uncertainty is not None and not self.max_uncertainty > self.min_uncertainty:
@@ -231,8 +233,7 @@ def acquire(
     """
     rows = _first_of_each(predictions.ids, np.asarray(candidates, dtype=np.int64))
     uncertainty = predictions.uncertainty
-    if parameters.strategy != Strategy.RANDOM:
-        rows = within_window(rows, uncertainty, parameters, error_scale)
+    rows = within_window(rows, uncertainty, parameters, error_scale)
     if len(rows) < parameters.n_select and not parameters.allow_fewer:
         raise ValueError(
             f"cannot pick {parameters.n_select} of {len(rows)} candidates "
@@ -329,7 +330,12 @@ def within_window(
     parameters: AcquisitionParameters,
     error_scale: float | None = None,
 ) -> IntArray:
-    """Return the rows whose uncertainty, in eV/Å, lies in the window of the parameters."""
+    """Return the rows whose uncertainty, in eV/Å, lies in the window of the parameters.
+
+    ``random`` has none.
+    """
+    if parameters.strategy == Strategy.RANDOM:
+        return rows
     # A comparison with NaN is False: what has no uncertainty is left out.
     inside = uncertainty[rows] >= parameters.min_uncertainty
     if (highest := parameters.most_uncertain(error_scale)) is not None:

@@ -70,6 +70,9 @@ def save_parts(
         streams = {}
         for name in rows:
             path = folder / f".{name}.npy"
+            if found[name] and not path.exists():
+                # All rows were there once: the name of the whole says so.
+                (folder / f"{name}.npy").replace(path)
             streams[name] = stack.enter_context(path.open("r+b" if found[name] else "wb"))
             if found[name]:
                 types[name] = _go_to(streams[name], found[name])

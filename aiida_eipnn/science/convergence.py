@@ -49,7 +49,7 @@ class StopCriteria:
     uncertainty_threshold
         Stop when no candidate is more uncertain than this, in eV/Å: when the error to expect of
         its worst force, which is the uncertainty times the scale that test errors give, is not
-        above it.
+        above it. Candidates are those in the window of the acquisition.
     min_gain
         Stop when the next DFT points, as many as the last time, would lower the error of the
         forces by less than this part of it, as the learning curve goes on; it is asked from the
@@ -74,6 +74,8 @@ class StopCriteria:
     core_hours_budget: float | None = None
 
     def __post_init__(self) -> None:
+        if self.max_iterations is None:
+            raise ValueError("max_iterations is null; give a number, so that the loop ends")
         for name in (item.name for item in fields(self)):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -111,8 +113,12 @@ class IterationRecord:
         DFT calculations spent so far, failed ones included.
     core_hours
         What they took.
+    n_training_labels
+        DFT labels that the networks learnt; ``None`` where that is not known.
     n_candidates
         Configurations that are still up for DFT.
+    n_outside
+        Configurations that would be, were they inside the window of uncertainty.
     energy_mae
         Error on the test set, in eV/atom; ``None`` without a test set.
     forces_mae
@@ -128,6 +134,8 @@ class IterationRecord:
     iteration: int
     n_dft_labels: int
     n_candidates: int
+    n_training_labels: int | None = None
+    n_outside: int = 0
     core_hours: float = 0.0
     energy_mae: float | None = None
     forces_mae: float | None = None
@@ -136,11 +144,6 @@ class IterationRecord:
     max_uncertainty: float | None = None
     mean_uncertainty: float | None = None
     uncertainty_scale: float | None = None
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        """Build from plain numbers by name."""
-        return build(cls, content)
 
 
 def stop_reason(history: Sequence[IterationRecord], criteria: StopCriteria) -> Stop | None:
@@ -160,10 +163,13 @@ def predicted_gain(history: Sequence[IterationRecord]) -> float | None:
     r"""Return the part of the force error that the next DFT points would take away.
 
     A power law :math:`e = a\, n^{-b}` through the force errors of all iterations by the DFT labels
-    spent, least squares of the logarithms; the next points are as many as the last ones. ``None``
-    before the third iteration, and where an error is not known.
+    learnt, least squares of the logarithms; the next points are as many as the last ones. ``None``
+    before the third iteration, and where an error or a number of labels is not known.
     """
-    sizes = np.array([record.n_dft_labels for record in history], dtype=np.float64)
+    learnt = [record.n_training_labels for record in history]
+    if any(number is None for number in learnt):
+        return None
+    sizes = np.array(learnt, dtype=np.float64)
     values = [record.forces_mae for record in history]
     if len(history) < MIN_FOR_CURVE or any(value is None or not value > 0 for value in values):
         return None
@@ -197,11 +203,11 @@ def _converged(history: Sequence[IterationRecord], criteria: StopCriteria) -> St
 
 def _certain(history: Sequence[IterationRecord], criteria: StopCriteria) -> Stop | None:
     last, threshold = history[-1], criteria.uncertainty_threshold
-    # No candidates means no uncertainty, and is a reason of its own.
-    if threshold is None or last.max_uncertainty is None:
+    # No candidates means no uncertainty, and is a reason of its own. A committee that is of one
+    # opinion everywhere, such as a single network, says nothing of its errors.
+    if threshold is None or last.max_uncertainty is None or last.uncertainty_scale is None:
         return None
-    scale = 1.0 if last.uncertainty_scale is None else last.uncertainty_scale
-    expected = scale * last.max_uncertainty
+    expected = last.uncertainty_scale * last.max_uncertainty
     if not expected <= threshold:
         return None
     return Stop(
@@ -215,7 +221,7 @@ def _no_gain(history: Sequence[IterationRecord], criteria: StopCriteria) -> Stop
     gain = None if criteria.min_gain is None else predicted_gain(history)
     if gain is None or criteria.min_gain is None or not gain < criteria.min_gain:
         return None
-    step = history[-1].n_dft_labels - history[-2].n_dft_labels
+    step = (history[-1].n_training_labels or 0) - (history[-2].n_training_labels or 0)
     return Stop(
         StopReason.NO_GAIN,
         f"{step} more DFT points would lower the error of the forces by {100 * gain:.1f} % only, "
@@ -226,9 +232,11 @@ def _no_gain(history: Sequence[IterationRecord], criteria: StopCriteria) -> Stop
 
 def _no_candidates(history: Sequence[IterationRecord], criteria: StopCriteria) -> Stop | None:
     del criteria
-    if history[-1].n_candidates > 0:
+    last = history[-1]
+    if last.n_candidates > 0:
         return None
-    return Stop(StopReason.NO_CANDIDATES, "no candidates are left in the pool")
+    outside = f": {last.n_outside} are outside the window of uncertainty" if last.n_outside else ""
+    return Stop(StopReason.NO_CANDIDATES, f"no candidates are left in the pool{outside}")
 
 
 def _budget(history: Sequence[IterationRecord], criteria: StopCriteria) -> Stop | None:

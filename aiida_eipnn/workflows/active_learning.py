@@ -14,7 +14,7 @@ from aiida_eipnn.calculations import loop
 from aiida_eipnn.calculations.base import JobCalculation
 from aiida_eipnn.calculations.evaluate import EvaluateCalculation
 from aiida_eipnn.calculations.explore import ExploreCalculation
-from aiida_eipnn.calculations.loop import INITIAL, KNOWN, LAST, REFUSED, TEST
+from aiida_eipnn.calculations.loop import INITIAL, KNOWN, LAST, REFUSED, TEST, TWINS
 from aiida_eipnn.calculations.upload import UploadCalculation
 from aiida_eipnn.data.choice import ChoiceData
 from aiida_eipnn.data.committee import CommitteeData
@@ -54,6 +54,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
             while_(cls.should_explore)(cls.explore, cls.inspect_explore),
             cls.refuse,
             if_(cls.should_label_with_eips)(cls.label_with_eips, cls.inspect_eip_labels),
+            cls.set_apart_twins,
             cls.split,
             if_(cls.should_label_test)(cls.label_test_with_dft, cls.inspect_test_labels),
             if_(cls.should_label_initial)(cls.label_initial_with_dft, cls.inspect_initial_labels),
@@ -245,21 +246,40 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
 
     def _take_known(self) -> ExitCode | None:
         outputs, node = loop.check_given_labels.run_get_node(
-            self.ctx.known.configurations, self.ctx.known.labels, self.ctx.eip_labels
+            self.ctx.known.configurations,
+            self.ctx.known.labels,
+            self.ctx.eip_labels,
+            **self._taken(),
         )
         if not node.is_finished_ok:
             return self.exit_codes.ERROR_KNOWN_LABELS.format(message=node.exit_message)
+        self.report(f"known DFT labels: {outputs['report']['text']}")
+        if n_before := outputs["report"]["n_chosen_before"]:
+            self.report(f"known DFT labels: {n_before} are left out, they were chosen before")
+        return self._add_known(outputs) if "labels" in outputs else None
+
+    def _add_known(self, outputs: Mapping[str, Any]) -> ExitCode | None:
         taken, broken = outputs, None
         if KNOWN in self.ctx.labels:
             taken, broken = self._steer(
-                "SPLIT", loop.add_known, self.ctx.labels[KNOWN], outputs["labels"]
+                "KNOWN_LABELS", loop.add_known, self.ctx.labels[KNOWN], outputs["labels"]
             )
         if broken:
             return broken
         self.ctx.labels[KNOWN] = taken["labels"]
         self.ctx.choices[KNOWN] = taken["choice"]
-        self.report(f"known DFT labels: {outputs['report']['text']}")
         return None
+
+    def set_apart_twins(self) -> None:
+        """Set apart what is another configuration moved, turned, mirrored or repeated."""
+        if TWINS not in self.ctx.choices:
+            self._set_apart_twins()
+
+    def _set_apart_twins(self) -> None:
+        twins = loop.set_apart_twins(self.ctx.pool, self.ctx.eip_labels)
+        self.ctx.choices[TWINS] = twins
+        if len(twins):
+            self.report(f"twins: {len(twins)} configurations of the pool are others over again")
 
     def split(self) -> ExitCode | None:
         """Hold out the test set and choose the first DFT points."""
@@ -593,6 +613,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
             self.ctx.pool, self.ctx.found, self.ctx.eip_labels, self.ctx.eips.outputs.labels
         )
         self.ctx.pool, self.ctx.eip_labels = extended["pool"], extended["eip_labels"]
+        self._set_apart_twins()
         self.ctx.found = None
         self._emit("pool", self.ctx.pool)
         self._emit("eip_labels", self.ctx.eip_labels)
@@ -731,8 +752,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
 
     def _goes_on(self, job: ProcessNode) -> bool:
         """Return whether an interrupted job came any further than the one before."""
-        call = job.base.links.get_incoming(link_type=LinkType.CALL_CALC).one()
-        step = self._step(call.link_label)
+        step = self._step(_call_of(job))
         interrupted = self.ctx.setdefault("interrupted", {})
         before, interrupted[step] = interrupted.get(step), job
         reached = job.outputs.checkpoint.get_dict()
@@ -752,7 +772,7 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
         elif not died(job):
             return False
         deaths = self.ctx.setdefault("deaths", {})
-        step = f"{self._name()} {job.process_label}"
+        step = self._step(_call_of(job))
         deaths[step] = deaths.get(step, 0) + 1
         if deaths[step] > MAX_DEATHS:
             return False
@@ -777,6 +797,11 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
 def _why(process: ProcessNode) -> str:
     """Return which process did not end well, and why."""
     return f"process {process.pk}: {process.exit_message or process.process_state}"
+
+
+def _call_of(job: ProcessNode) -> str:
+    """Return the label of the link from the loop to one of its jobs."""
+    return str(job.base.links.get_incoming(link_type=LinkType.CALL_CALC).one().link_label)
 
 
 def _named(inputs: AttributeDict, label: str) -> AttributeDict:

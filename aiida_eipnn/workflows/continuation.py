@@ -9,12 +9,13 @@ from aiida.engine import ProcessBuilder, ProcessSpec
 from aiida.orm import Bool, Data, Dict, Float, Int, List, ProcessNode, Str
 from aiida_quantumespresso.workflows.protocols.utils import recursive_merge
 
-from aiida_eipnn.calculations.dft import FAILED, LABELLED, compare_levels, level_of
+from aiida_eipnn.calculations.dft import compare_levels
 from aiida_eipnn.calculations.loop import (
     INITIAL,
     KNOWN,
     REFUSED,
     TEST,
+    TWINS,
     iteration_name,
     reconsidered,
 )
@@ -25,7 +26,7 @@ from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.data.predictions import PredictionsData
 from aiida_eipnn.data.selection import SelectionData
 from aiida_eipnn.workflows.builder import FINETUNINGS, TRAININGS, default_eips, member_seeds
-from aiida_eipnn.workflows.label_dft import kpoints_rule, last_retrieved
+from aiida_eipnn.workflows.label_dft import level_of_pw, runs_of_lane
 
 LOOP = "ActiveLearningWorkChain"
 PREVIOUS = "previous"
@@ -120,11 +121,22 @@ def must_train(previous: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
     """Return whether a loop that goes on has something to learn, before it asks for more."""
     if "history" not in previous:
         return True
-    name = _iteration(previous["history"])
-    if name in previous.get("labels", {}):
+    name, labels = _iteration(previous["history"]), previous.get("labels", {})
+    if name in labels:
         return True
     # What was chosen is labelled first.
-    return name not in previous.get("choices", {}) and "labels" in known
+    if name in previous.get("choices", {}):
+        return False
+    return "labels" in known or _has_news(labels, previous["history"])
+
+
+def _has_news(labels: Mapping[str, LabelsData], history: Dict) -> bool:
+    """Return whether there are labels that the last iteration did not learn."""
+    learnt = history["iterations"][-1].get("n_training_labels")
+    there = sum(
+        node.base.attributes.get("n_labels") for name, node in labels.items() if name != TEST
+    )
+    return learnt is not None and there != learnt
 
 
 def last_name(previous: Mapping[str, Any]) -> str:
@@ -210,28 +222,9 @@ def read_made(loop: ProcessNode) -> Made:
 
 
 def finished_runs(labelling: ProcessNode) -> Iterator[tuple[str, Data]]:
-    """Return the finished runs of pw.x below a DftLabelWorkChain, as it takes them itself.
-
-    A run that was stopped from outside has not failed: it is not among them.
-    """
+    """Return the finished runs of pw.x below a DftLabelWorkChain, as it takes them itself."""
     for _, lane in _calls(labelling):
-        for label, base in _calls(lane):
-            if not label.startswith("dft_"):
-                continue
-            name = label.removeprefix("dft_")
-            if (trajectory := _trajectory(base)) is not None:
-                yield f"{LABELLED}{name}", trajectory
-            elif base.is_finished and (retrieved := last_retrieved(base)) is not None:
-                yield f"{FAILED}{name}", retrieved
-
-
-def _trajectory(base: ProcessNode) -> Data | None:
-    """Return what a PwBaseWorkChain gave, or its last pw.x if it was stopped just after that."""
-    if base.is_finished:
-        return base.outputs.output_trajectory if base.is_finished_ok else None
-    runs = [run for _, run in _calls(base) if run.is_finished_ok]
-    runs = [run for run in runs if "output_trajectory" in run.outputs]
-    return runs[-1].outputs.output_trajectory if runs else None
+        yield from runs_of_lane(lane)
 
 
 def _take_calls(made: Made, calls: list[tuple[str, ProcessNode]]) -> None:
@@ -250,8 +243,13 @@ def _take_calls(made: Made, calls: list[tuple[str, ProcessNode]]) -> None:
             made.others["pretrained"] = outputs.committee
         elif call.process_label == "refuse":
             made.choices[REFUSED] = outputs.result
+        elif call.process_label == "set_apart_twins":
+            made.choices[TWINS] = outputs.result
         elif call.process_label == "split_pool":
             made.choices |= {name: outputs[name] for name in outputs}
+        elif call.process_label == "check_given_labels" and "labels" not in outputs:
+            # Nothing was new.
+            made.took_known = True
         elif call.process_label == ("add_known" if adds else "check_given_labels"):
             made.labels[KNOWN], made.choices[KNOWN] = outputs.labels, outputs.choice
             made.took_known = True
@@ -363,9 +361,8 @@ def _override(inputs: Inputs, name: str, value: Any, pool: ConfigurationsData | 
             inputs["train"]["job"]["seeds"] = seeds
         else:
             inputs["pretrain_seeds"] = seeds
-    elif name == "eips" and pool is not None:
-        found = default_eips(value, pool.base.attributes.get("elements"))
-        inputs["label"]["job"]["eips"] = List(found)
+    elif name == "eips":
+        _override_eips(inputs, value, pool)
     elif name == "extend":
         _override_extend(inputs, value)
     elif name == "dft":
@@ -376,6 +373,18 @@ def _override(inputs: Inputs, name: str, value: Any, pool: ConfigurationsData | 
             f"these can: {', '.join(CHANGEABLE)}. To change it, start a new loop and give it the "
             "labels as known ones"
         )
+
+
+def _override_eips(
+    inputs: Inputs, table: Mapping[str, Any], pool: ConfigurationsData | None
+) -> None:
+    """Replace the EIPs; what drives dynamics is one of them."""
+    if pool is None:
+        raise ValueError("the loop broke before it had a pool: start a new one with these eips")
+    eips = default_eips(table, pool.base.attributes.get("elements"))
+    inputs["label"]["job"]["eips"] = List(eips)
+    if "extend" in inputs and inputs["extend"].get("eip", Str("")).value not in ("", *eips):
+        inputs["extend"]["eip"] = Str(eips[0])
 
 
 def _override_extend(inputs: Inputs, value: Mapping[str, Any]) -> None:
@@ -441,13 +450,7 @@ def _require_same_level(before: Mapping[str, Any], inputs: Mapping[str, Any]) ->
     """Raise ``ValueError`` if pw.x would run at another level of theory than before."""
     if "pw_base" not in inputs["dft"]:
         return
-    compare_levels([_level(before["dft"]["pw_base"]), _level(inputs["dft"]["pw_base"])])
-
-
-def _level(pw_base: Mapping[str, Any]) -> dict[str, Any]:
-    distance, parity = kpoints_rule(pw_base)
-    mesh = {"kpoints_distance": distance.value, "kpoints_force_parity": parity.value}
-    return level_of(pw_base["pw"]["parameters"].get_dict(), pw_base["pw"]["pseudos"], mesh)
+    compare_levels([level_of_pw(place["dft"]["pw_base"]) for place in (before, inputs)])
 
 
 def _add_known(

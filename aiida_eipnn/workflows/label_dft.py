@@ -5,11 +5,12 @@ and for itself, so that a wide fan-out can lock up for good. Lanes keep a fixed 
 going, whatever the number of configurations.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from aiida.common import AttributeDict
+from aiida.common.links import LinkType
 from aiida.engine import (
     ExitCode,
     ProcessBuilder,
@@ -29,6 +30,7 @@ from aiida.orm import (
     Float,
     Int,
     KpointsData,
+    ProcessNode,
     StructureData,
     WorkChainNode,
     to_aiida_type,
@@ -43,6 +45,7 @@ from aiida_eipnn.calculations.dft import (
     MAX_NODES,
     deal_lanes,
     gather_dft_labels,
+    level_of,
     level_of_theory,
     look_up,
     merge_labels,
@@ -67,6 +70,9 @@ SLOTS_OF_PARENTS = 4
 CUT_OFF = (100, 140, 302, 303, 305, 310, 311, 312, 320, 321)
 # What pw.x leaves where it stopped by itself.
 CRASH, COMPLAINT = "CRASH", "Error in routine"
+
+# How the link from a lane to a run begins; the id of the configuration follows.
+CALL_OF_RUN = "dft_"
 
 SCALING = ("bands_factor", "extra_bands", "conv_thr_per_atom")
 
@@ -184,7 +190,7 @@ class DftLaneWorkChain(SubmitsOnce):
         inputs = pw_inputs(self.exposed_inputs(PwBaseWorkChain, namespace="pw_base"), structure)
         inputs.pw.parameters = self.ctx.prepared[parameters_name(structure)]
         inputs.kpoints = self.mesh(structure)
-        inputs.metadata.call_link_label = f"dft_{name}"
+        inputs.metadata.call_link_label = f"{CALL_OF_RUN}{name}"
         return ToContext(children=append_(self.submit(DftRun, **inputs)))
 
     def mesh(self, structure: StructureData) -> KpointsData:
@@ -233,12 +239,43 @@ def kpoints_rule(pw_base: Any) -> tuple[Float, Bool]:
     return pw_base["kpoints_distance"], pw_base.get("kpoints_force_parity", Bool(False))
 
 
+def level_of_pw(pw_base: Any) -> dict[str, Any]:
+    """Return the level of theory of the labels that a set-up of pw.x gives."""
+    distance, parity = kpoints_rule(pw_base)
+    mesh = {"kpoints_distance": distance.value, "kpoints_force_parity": parity.value}
+    return level_of(pw_base["pw"]["parameters"].get_dict(), pw_base["pw"]["pseudos"], mesh)
+
+
 def last_retrieved(child: Any) -> Any:
     """Return the retrieved files of the last pw.x that ``child`` called, if there is one."""
     for calculation in sorted(child.called, key=lambda node: node.pk, reverse=True):
         if "retrieved" in calculation.outputs:
             return calculation.outputs.retrieved
     return None
+
+
+def runs_of_lane(lane: ProcessNode) -> Iterator[tuple[str, Data]]:
+    """Return the finished runs of pw.x below a lane, whatever became of it, as labels take them.
+
+    A run that was stopped from outside has not failed: it is not among them.
+    """
+    links = lane.base.links.get_outgoing(link_type=LinkType.CALL_WORK).all()
+    for entry in sorted(links, key=lambda entry: entry.node.pk):
+        name = entry.link_label.removeprefix(CALL_OF_RUN)
+        if name == entry.link_label:
+            continue
+        if (trajectory := _trajectory(entry.node)) is not None:
+            yield f"{LABELLED}{name}", trajectory
+        elif entry.node.is_finished and (retrieved := last_retrieved(entry.node)) is not None:
+            yield f"{FAILED}{name}", retrieved
+
+
+def _trajectory(base: ProcessNode) -> Data | None:
+    """Return what a PwBaseWorkChain gave, or its last pw.x if it was stopped just after that."""
+    if base.is_finished:
+        return base.outputs.output_trajectory if base.is_finished_ok else None
+    runs = [run for run in base.called if run.is_finished_ok and "output_trajectory" in run.outputs]
+    return max(runs, key=lambda run: run.pk).outputs.output_trajectory if runs else None
 
 
 class DftLabelWorkChain(ProtocolMixin, SubmitsOnce):
@@ -337,6 +374,7 @@ class DftLabelWorkChain(ProtocolMixin, SubmitsOnce):
     def setup(self) -> ExitCode | None:
         """Look up what is stored, and deal the other configurations to lanes."""
         self.ctx.parts, self.ctx.children, self.ctx.waiting = [], [], []
+        self.ctx.n_inspected = 0
         rest, broken = self._look_up()
         if broken or rest is None:
             return broken
@@ -398,10 +436,11 @@ class DftLabelWorkChain(ProtocolMixin, SubmitsOnce):
             self.to_context(children=append_(child))
 
     def inspect_lanes(self) -> None:
-        """Say which lanes broke; a lane that broke loses its labels, not the others'."""
-        for child in self.ctx.children:
+        """Say which lanes broke; what pw.x had finished in them is kept."""
+        for child in self.ctx.children[self.ctx.n_inspected :]:
             if not child.is_finished_ok:
                 self.report(f"lane {child.pk} broke: {child.exit_message or child.process_state}")
+        self.ctx.n_inspected = len(self.ctx.children)
 
     def results(self) -> ExitCode | None:
         """Merge the labels of the lanes and judge whether they are enough."""
@@ -418,10 +457,15 @@ class DftLabelWorkChain(ProtocolMixin, SubmitsOnce):
         return None
 
     def _labels_of_lane(self, lane: WorkChainNode) -> LabelsData:
-        """Return what a lane labelled; of a lane that broke, rows with nothing but a reason."""
+        """Return what a lane labelled; of a lane that broke, what pw.x had finished."""
         if "labels" in lane.outputs:
             return lane.outputs.labels
-        return gather_dft_labels(self.inputs.configurations, lane.inputs.choice, self.ctx.level)
+        return gather_dft_labels(
+            self.inputs.configurations,
+            lane.inputs.choice,
+            self.ctx.level,
+            **dict(runs_of_lane(lane)),
+        )
 
 
 def merge_all(parts: list[LabelsData]) -> LabelsData:

@@ -6,6 +6,7 @@ from aiida.engine import ProcessSpec
 from aiida.orm import Bool, Data, Dict, Float, List, to_aiida_type
 
 from aiida_eipnn.calculations import ports
+from aiida_eipnn.calculations.dft import compare_levels
 from aiida_eipnn.calculations.evaluate import EvaluateCalculation
 from aiida_eipnn.calculations.explore import ExploreCalculation
 from aiida_eipnn.calculations.loop import DISPUTED, FIRST, INITIAL, RANDOM, TEST
@@ -16,13 +17,14 @@ from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.data.predictions import PredictionsData
 from aiida_eipnn.data.selection import SelectionData
 from aiida_eipnn.jobs.spec import PARENT_FOLDER, Stage
-from aiida_eipnn.science.acquisition import AcquisitionParameters
+from aiida_eipnn.science.acquisition import AcquisitionParameters, Measure, Strategy
 from aiida_eipnn.science.convergence import StopCriteria
 from aiida_eipnn.science.eip.label_model import LabelModelParameters
 from aiida_eipnn.science.extension import ExtensionParameters
 from aiida_eipnn.workflows.continuation import add_previous
 from aiida_eipnn.workflows.label_dft import (
     DftLabelWorkChain,
+    level_of_pw,
     runs_pw,
     validate_labeller,
     validate_occupations,
@@ -40,6 +42,11 @@ STAGES = {
     "finetune": Stage.FINETUNE,
     "scratch": Stage.FINETUNE,
 }
+
+MIN_CONTACT = "min_contact"
+
+# Strategies that rank by what members disagree about.
+BY_SPREAD = (Strategy.UNCERTAINTY, Strategy.DIVERSE, Strategy.REPRESENTATIVE)
 
 # What the loop itself gives to each job.
 OF_THE_LOOP = ("configurations", "exclude", PARENT_FOLDER, "uploaded")
@@ -130,7 +137,9 @@ def _add_settings(spec: ProcessSpec) -> None:
         "How to make pseudo-labels: fields of LabelModelParameters.",
         ports.settings_validator(LabelModelParameters.from_dict),
     )
-    ports.add_dict(spec, "gate", "What to refuse: min_contact, in sums of covalent radii.")
+    ports.add_dict(
+        spec, "gate", "What to refuse: min_contact, in sums of covalent radii.", _validate_gate
+    )
     ports.add_dict(
         spec,
         "acquisition",
@@ -251,8 +260,9 @@ def _validate_inputs(inputs: Any, _: Any) -> str | None:
         return "give a pool, or the inputs below `explore` to make one"
     if len(inputs.get("known", {})) == 1:
         return "`known` needs both configurations and labels"
-    if message := _validate_size(inputs):
-        return message
+    for validate in (_validate_size, _validate_budget, _validate_spread, _validate_levels):
+        if message := validate(inputs):
+            return message
     known = {**inputs.get("known", {}), **inputs.get("previous", {})}
     if inputs["split"].get_dict().get(INITIAL, 0) == 0 and "labels" not in known:
         return f"nothing to learn from: set split.{INITIAL} above 0, or give `known` labels"
@@ -273,10 +283,69 @@ def _validate_pretrain_seeds(value: List | None, context: Any) -> str | None:
 def _validate_split(value: Dict | None, _: Any) -> str | None:
     sizes = value.get_dict() if value is not None else {}
     first = sizes.pop(FIRST, RANDOM)
+    if strange := {name: size for name, size in sizes.items() if not _is_count(size)}:
+        return f"split holds whole numbers from 0 on, got {strange}"
     if not set(sizes) <= {TEST, INITIAL} or sizes.get(TEST, 0) < 1:
         return f"split holds {TEST} (at least 1), {INITIAL} and {FIRST}, got {sizes}"
     if first not in (RANDOM, DISPUTED):
         return f"split.{FIRST} is {RANDOM} or {DISPUTED}, not {first!r}"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    """Return whether a value is a whole number from 0 on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _validate_gate(value: Dict | None, _: Any) -> str | None:
+    given = value.get_dict() if value is not None else {}
+    if unknown := sorted(set(given) - {MIN_CONTACT}):
+        return f"gate holds {MIN_CONTACT} only, not {unknown}"
+    contact = given.get(MIN_CONTACT, 0)
+    if isinstance(contact, bool) or not isinstance(contact, int | float) or not contact >= 0:
+        return f"gate.{MIN_CONTACT} must be a number from 0 on, got {contact!r}"
+    return None
+
+
+def _validate_budget(inputs: Any) -> str | None:
+    split, budget = inputs["split"].get_dict(), inputs["stop"].get_dict().get("dft_budget")
+    n_first = split.get(TEST, 0) + split.get(INITIAL, 0)
+    if budget is None or n_first <= budget or "choices" in inputs.get("previous", {}):
+        return None
+    return (
+        f"the split asks for {n_first} DFT labels before the first iteration, which is more than "
+        f"stop.dft_budget, {budget}: make the split smaller or the budget larger"
+    )
+
+
+def _validate_spread(inputs: Any) -> str | None:
+    settings = AcquisitionParameters.from_dict(inputs["acquisition"].get_dict())
+    n_opinions = max(
+        len(inputs["train"]["job"]["seeds"].get_list()),
+        *(inputs[name].get_dict().get("n_heads", 0) for name in ("finetune", "scratch")),
+    )
+    if n_opinions > 1 or settings.strategy not in BY_SPREAD:
+        return None
+    if settings.measure != Measure.COMMITTEE:
+        return None
+    return (
+        f"one network without heads is sure of everything, and strategy {settings.strategy} goes "
+        "by what is not sure: set n_members or n_heads above 1, or take another "
+        "acquisition.measure or strategy"
+    )
+
+
+def _validate_levels(inputs: Any) -> str | None:
+    dft, previous = inputs["dft"], inputs.get("previous", {})
+    given = [inputs.get("known", {}).get("labels"), dft.get("stored")]
+    given += previous.get("labels", {}).values()
+    levels = [node.level for node in given if node is not None]
+    if runs_pw(dft):
+        levels.append(level_of_pw(dft["pw_base"]))
+    try:
+        compare_levels(levels)
+    except ValueError as error:
+        return str(error)
     return None
 
 

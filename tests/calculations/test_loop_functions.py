@@ -79,6 +79,48 @@ def test_a_stray_given_label_is_a_row_without_a_label_and_its_reason(known):
     assert "1 labels refused (1 stray energies)" in outputs["report"]["text"]
 
 
+def test_known_labels_of_what_was_chosen_before_are_left_out(known):
+    configurations, labels, eip_labels = known
+    given = LabelsData.from_value(labels, level={})
+    test = ChoiceData.from_value(Choice.from_ids(labels.ids[:4]))
+    refused = ChoiceData.from_value(Choice.from_ids(labels.ids[6:8]))
+
+    def check_given(**taken):
+        return loop.check_given_labels.run_get_node(configurations, given, eip_labels, **taken)
+
+    outputs, _ = check_given(taken_test=test, taken_refused=refused)
+    assert outputs["choice"].ids().tolist() == labels.ids[4:].tolist()
+    assert outputs["labels"].value().ids.tolist() == labels.ids[4:].tolist()
+    assert outputs["report"]["n_chosen_before"] == 4
+    everything = ChoiceData.from_value(Choice.from_ids(labels.ids))
+    outputs, node = check_given(taken_known=everything)
+    assert node.is_finished_ok
+    assert list(outputs) == ["report"]
+
+
+def test_known_labels_of_unknown_configurations_are_refused(known):
+    configurations, labels, eip_labels = known
+    some = ConfigurationsData.from_value(configurations.value().take(range(20)))
+    given = LabelsData.from_value(labels, level={})
+
+    _, node = loop.check_given_labels.run_get_node(some, given, eip_labels)
+
+    assert node.exit_status == 310
+    assert "labels of unknown configurations" in node.exit_message
+
+
+def test_what_exploration_finds_may_have_eip_labels_already(known):
+    configurations, _, eip_labels = known
+    sets = configurations.value()
+    pool, new = (ConfigurationsData.from_value(sets.take(rows)) for rows in (range(20), [25]))
+    again = LabelsData.from_value(eip_labels.value().take([25]))
+
+    made = loop.extend_pool(pool, new, eip_labels, again)
+
+    assert made["pool"].value().ids.tolist() == [*sets.ids[:20], sets.ids[25]]
+    assert made["eip_labels"].value().ids.tolist() == sets.ids.tolist()
+
+
 def test_a_stray_dft_label_is_refused_beside_what_is_known(known):
     configurations, labels, eip_labels = known
     old = LabelsData.from_value(labels.take(range(10, 30)))
@@ -228,6 +270,46 @@ def test_each_iteration_draws_anew_from_the_one_seed(pool, predictions):
     )
     assert first.ids().tolist() == again.ids().tolist()
     assert first.ids().tolist() != later.ids().tolist()
+
+
+def test_twins_are_set_apart_and_copies_are_not(pool):
+    frames = [pool.value().atoms(row) for row in range(10)]
+    turned = frames[3].copy()
+    turned.rotate(90, "z", rotate_cell=True)
+    configurations = Configurations.from_atoms([*frames, turned, frames[5]], "x")
+    node = ConfigurationsData.from_value(configurations)
+    energy = np.arange(12.0)
+    energy[10], energy[11] = energy[3], energy[5]
+
+    twins = loop.set_apart_twins(node, eip_labels_of(node, np.stack([energy, energy], axis=1)))
+
+    assert twins.ids().tolist() == [configurations.ids[10]]
+    # Each geometry is asked for once.
+    sizes = Dict({"test": 5, "initial": 5})
+    chosen = loop.split_pool(node, sizes, Int(0), eip_labels_of(node), taken_twins=twins)
+    asked = [*chosen["test"].ids(), *chosen["initial"].ids()]
+    assert sorted(asked) == sorted(set(configurations.ids) - set(twins.ids()))
+
+
+def test_candidates_are_those_that_could_be_chosen(pool, predictions):
+    ids = predictions.value().ids
+    test = ChoiceData.from_value(Choice.from_ids(ids[:2]))
+
+    def facts(**settings):
+        history = {"iterations": [{"iteration": 1, "n_dft_labels": 5, "error_scale": 1.0}]}
+        made = loop.reconsider(
+            Dict(history), predictions, Dict({"n_select": 1, **settings}), Dict({}), taken_test=test
+        )
+        return made["iterations"][0], made["stop"]
+
+    record, stop = facts(max_error=0.55)
+    assert (record["n_candidates"], record["n_outside"], stop) == (3, 5, None)
+    record, stop = facts(max_error=0.01)
+    assert record["n_candidates"] == 0
+    assert "8 are outside the window" in stop["text"]
+    # Chance has no window.
+    record, stop = facts(max_error=0.01, strategy="random")
+    assert (record["n_candidates"], record["n_outside"], stop) == (8, 0, None)
 
 
 def test_the_budget_caps_what_is_asked_for(pool, predictions):

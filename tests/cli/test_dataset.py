@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from aiida_eipnn.calculations.dft import with_fingerprint
 from aiida_eipnn.cli import eip_rank
 from aiida_eipnn.cli.commands import main
+from aiida_eipnn.cli.dataset import typed
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.reports.dataset import Kind, find_dataset, find_datasets
 from aiida_eipnn.science.configurations import Configurations
@@ -253,12 +254,23 @@ def test_rows_without_a_label_are_not_exported(call, write, tmp_path):
 def test_a_file_imported_again_is_named_and_not_stored(call, write):
     pk = bring(write(), "--label", "silicon")
     before = n_nodes()
-    shown = call("import", write("copy.extxyz"), "--level", "ecutwfc=40.0", *PBE[:2]).stdout
+    again = (write("copy.extxyz"), "--level", "ecutwfc=40.0", *PBE[:2])
+    shown = call("import", *again, "--no-gate").stdout
 
     assert f"is dataset {pk} already" in shown
     assert "silicon" in shown
     assert "not asked" in shown
     assert n_nodes() == before
+    # What was stored unchecked may be checked later.
+    shown = call("import", *again).stdout
+    assert "already" not in shown
+    assert find_datasets()[-1].gate
+    assert "already" in call("import", *again).stdout
+
+
+def test_a_value_is_a_number_where_it_looks_like_one():
+    values = {"40": 40, "4.5": 4.5, "1e-3": 1e-3, "TRUE": True, "4_4_4": "4_4_4", "nan": "nan"}
+    assert {text: typed(text) for text in values} == values
 
 
 def test_the_same_file_at_another_level_is_another_dataset_that_shares_geometries(call, write):

@@ -113,6 +113,17 @@ def test_no_more_neighbours_than_the_job_allows_are_predicted_at_once(
     np.testing.assert_allclose(found.forces, committee.predict(pool).forces, atol=1e-10)
 
 
+def test_where_all_is_excluded_the_reason_says_so(tmp_path, committee):
+    pool = pool_of()
+    write(tmp_path, committee, pool)
+    save_arrays(tmp_path / spec.EXCLUDE / "all", {"ids": pool.ids})
+
+    assert run_job(tmp_path) is State.FAILED
+
+    reason = json.loads((tmp_path / spec.STATUS).read_text())["reason"]
+    assert "every configuration is in `exclude`" in reason
+
+
 @pytest.mark.parametrize("value", [0, 2.5, "many"])
 def test_a_bound_of_neighbours_is_a_whole_number(value):
     with pytest.raises(

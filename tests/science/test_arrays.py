@@ -48,3 +48,12 @@ def test_rows_that_should_be_there_and_are_not_are_an_error(tmp_path):
 
     with pytest.raises(ValueError, match="shorter than the 3 rows"):
         save_parts(tmp_path, {"x": 5}, [{"x": np.zeros(2)}], {"x": 3})
+
+
+def test_arrays_that_were_complete_before_their_checkpoint_said_so_go_on(tmp_path):
+    x, told = np.arange(5.0), []
+    save_parts(tmp_path, {"x": 5}, [{"x": x[:2]}, {"x": x[2:]}], report=told.append)
+
+    assert save_parts(tmp_path, {"x": 5}, [{"x": x[2:]}], told[0])
+
+    np.testing.assert_array_equal(load_arrays(tmp_path)["x"], x)

@@ -62,7 +62,9 @@ def curve(exponent, noise=0.0, n=(20, 40, 60, 80)):
     return [
         after(
             iteration=number + 1,
-            n_dft_labels=size,
+            # Ten of them are for the test.
+            n_dft_labels=size + 10,
+            n_training_labels=size,
             forces_mae=0.3 * size**-exponent * float(np.exp(noise * rng.normal())),
         )[0]
         for number, size in enumerate(n)
@@ -90,10 +92,12 @@ def test_points_that_bring_nothing_stop_the_loop():
 
 @pytest.mark.parametrize("value", [None, float("nan")])
 def test_without_all_errors_there_is_no_curve(value):
-    history = [*curve(0.1), *after(iteration=5, n_dft_labels=100, forces_mae=value)]
+    history = [*curve(0.1), *after(iteration=5, n_training_labels=100, forces_mae=value)]
     assert predicted_gain(history) is None
-    stuck = [*curve(0.1), *after(iteration=5, n_dft_labels=80, forces_mae=0.1)]
+    stuck = [*curve(0.1), *after(iteration=5, n_training_labels=80, forces_mae=0.1)]
     assert predicted_gain(stuck) is None
+    unknown = [*curve(0.1), *after(iteration=5, forces_mae=0.1)]
+    assert predicted_gain(unknown) is None
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])
@@ -104,8 +108,26 @@ def test_an_unknown_error_is_no_convergence(value):
 def test_certainty_stops_only_where_there_are_candidates():
     criteria = StopCriteria(uncertainty_threshold=0.2)
 
-    assert stop_reason(after(max_uncertainty=0.2), criteria).reason == "certain"
+    sure = after(max_uncertainty=0.2, uncertainty_scale=1.0)
+    assert stop_reason(sure, criteria).reason == "certain"
     assert stop_reason(after(n_candidates=0), criteria).reason == "no_candidates"
+
+
+def test_one_network_that_is_sure_of_everything_is_no_certainty():
+    single = after(max_uncertainty=0.0, uncertainty_scale=None)
+
+    assert stop_reason(single, StopCriteria(uncertainty_threshold=0.2)) is None
+
+
+def test_candidates_outside_the_window_are_told_from_none_at_all():
+    assert stop_reason(after(n_candidates=0), StopCriteria()).text.endswith("left in the pool")
+    outside = stop_reason(after(n_candidates=0, n_outside=7), StopCriteria())
+    assert "7 are outside the window" in outside.text
+
+
+def test_a_loop_must_end():
+    with pytest.raises(ValueError, match="max_iterations is null; give a number"):
+        StopCriteria(max_iterations=None)
 
 
 def test_a_spent_budget_stops():

@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, make_supercell
 
 from aiida_eipnn.science.configurations import Configurations
-from aiida_eipnn.science.duplicates import find_duplicates
+from aiida_eipnn.science.duplicates import find_duplicates, find_twins
+from aiida_eipnn.science.labels import Labels
 
 
 def rattled(seed=0, repeat=1):
@@ -97,3 +100,34 @@ def test_strains_that_a_rotation_maps_on_one_another_are_found():
 
 def test_no_configuration_has_no_duplicate():
     assert first_rows() == []
+
+
+def twins_of(frames, energies):
+    """Return the first rows, where EIPs give these energies per atom; NaN is none."""
+    configurations = Configurations.from_atoms(frames)
+    missing = Labels.missing(configurations, [f"eip{column}" for column in range(len(energies[0]))])
+    energy = np.array(energies) * configurations.n_atoms[:, None]
+    status = np.where(np.isfinite(energy), 0, missing.status)
+    labels = replace(missing, energy=energy, status=status.astype(missing.status.dtype))
+    # In another order, and without the last one.
+    return find_twins(configurations, labels.take(np.arange(len(frames) - 1)[::-1])).tolist()
+
+
+def test_twins_are_looked_for_where_eips_agree():
+    one, other, nan = rattled(), rattled(1), np.nan
+    frames = [one, other, turned(one), moved(one), moved(other), mirrored(one)]
+    energies = [[1.0, 2.0], [1.0, 3.0], [1.0, 2.0 + 1e-9], [1.0, nan], [1.0, 3.0], [1.0, 2.0]]
+
+    # The fourth has other labels, and the last has none.
+    assert twins_of(frames, energies) == [0, 1, 0, 3, 1, 5]
+    assert find_duplicates(Configurations.from_atoms(frames)).tolist() == [0, 1, 0, 0, 1, 0]
+
+
+def test_geometries_that_an_eip_does_not_tell_apart_are_no_twins():
+    far, farther = (Atoms("Si2", [[0, 0, 0], [0, 0, d]], cell=[20] * 3) for d in (4.0, 4.5))
+
+    assert twins_of([far, farther, rattled()], [[0.0], [0.0], [1.0]]) == [0, 1, 2]
+
+
+def test_where_no_eip_says_anything_nothing_is_a_twin():
+    assert twins_of([rattled(), turned(rattled()), rattled(1)], [[np.nan]] * 3) == [0, 1, 2]

@@ -115,32 +115,44 @@ def test_a_run_that_pw_itself_gave_up_is_not_started_again(pw_code, label_builde
     assert len(runs_of(node)) == 1
 
 
-@pytest.mark.parametrize(
-    ("exit_status", "tries"), [(401, [True, True, False]), (300, [True] * 2), (310, [False])]
-)
-def test_an_evaluation_that_was_killed_starts_again_but_not_for_ever(exit_status, tries):
-    loop = SimpleNamespace(ctx=AttributeDict(), report=lambda _: None, _name=lambda: "i001")
-    job = SimpleNamespace(exit_status=exit_status, process_label="EvaluateCalculation", pk=1)
-    assert [ActiveLearningWorkChain._starts_again(loop, job) for _ in tries] == tries
-
-
-def test_a_job_that_was_interrupted_goes_on_as_long_as_that_leads_anywhere():
+def loop_that_waits():
+    """Return what stands for a loop, and what it says."""
     said = []
     loop = SimpleNamespace(ctx=AttributeDict(), report=said.append, _name=lambda: "i001")
     for name in ("_step", "_goes_on"):
         setattr(loop, name, MethodType(getattr(ActiveLearningWorkChain, name), loop))
+    return loop, said
 
-    def job(reached):
-        call = SimpleNamespace(one=lambda: SimpleNamespace(link_label="extend"))
-        return SimpleNamespace(
-            exit_status=400,
-            process_label="ExploreCalculation",
-            pk=1,
-            base=SimpleNamespace(links=SimpleNamespace(get_incoming=lambda **_: call)),
-            outputs=SimpleNamespace(checkpoint=Dict({"checksums": reached})),
-        )
 
-    jobs = [job({"a.json": number}) for number in (1, 2, 2)]
+def job_of(label, exit_status, **outputs):
+    """Return what stands for a job that a loop called."""
+    call = SimpleNamespace(one=lambda: SimpleNamespace(link_label=label))
+    return SimpleNamespace(
+        exit_status=exit_status,
+        process_label="EvaluateCalculation",
+        pk=1,
+        base=SimpleNamespace(links=SimpleNamespace(get_incoming=lambda **_: call)),
+        outputs=SimpleNamespace(**outputs),
+    )
+
+
+@pytest.mark.parametrize(
+    ("exit_status", "tries"), [(401, [True, True, False]), (300, [True] * 2), (310, [False])]
+)
+def test_an_evaluation_that_was_killed_starts_again_but_not_for_ever(exit_status, tries):
+    loop, _ = loop_that_waits()
+    starts_again = ActiveLearningWorkChain._starts_again
+    for label in ("evaluate", "evaluate_scratch"):
+        # Each job has deaths of its own.
+        assert [starts_again(loop, job_of(label, exit_status)) for _ in tries] == tries
+
+
+def test_a_job_that_was_interrupted_goes_on_as_long_as_that_leads_anywhere():
+    loop, said = loop_that_waits()
+    jobs = [
+        job_of("extend", 400, checkpoint=Dict({"checksums": {"a.json": number}}))
+        for number in (1, 2, 2)
+    ]
 
     go_on = [ActiveLearningWorkChain._starts_again(loop, each) for each in jobs]
     assert go_on == [True, True, False]

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,11 @@ from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.reports.lineage import trace, unexplained_inputs
 from aiida_eipnn.reports.points import PointState
+from aiida_eipnn.science.eip.engine import label_with_eips
 from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
 from aiida_eipnn.workflows.builder import Codes, Start
 
+EDIP = "EDIP_JustoBazantKaxiras_1998_Si__MO_958932894036_002"
 # One loop serves all the tests that only look at it.
 FINISHED: dict[str, WorkChainNode] = {}
 
@@ -166,6 +169,11 @@ def test_a_continuation_may_explore_otherwise_or_no_more(loop):
     made = go_on(loop, {**more, "extend": {"recipes": recipes}})
     assert made.extend.recipes.get_list() == recipes
     assert made.extend.eip.uuid == loop.inputs.extend.eip.uuid
+    # What drives dynamics is one of the EIPs.
+    others = [EDIP, "Tersoff_LAMMPS_Tersoff_1989_Si__MO_000000000000_000"]
+    made = go_on(loop, {**more, "eips": {"Si": others}})
+    assert made["label"].job.eips.get_list() == others
+    assert made.extend.eip.value == EDIP != loop.inputs.extend.eip.value
     assert "extend" not in go_on(loop, {**more, "extend": {"recipes": []}})._inputs(prune=True)
     with pytest.raises(ValueError, match="recipes can be changed"):
         go_on(loop, {**more, "extend": {"seed": 1}})
@@ -349,6 +357,39 @@ def test_a_step_that_cannot_be_done_says_why_in_the_exit_message(loop, builder):
 def test_asking_for_more_than_the_pool_has_is_refused_at_once(builder):
     with pytest.raises(ValueError, match="the pool has 18"):
         run_get_node(builder(split={"test": 20, "initial": 20}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stop": {"dft_budget": 5}}, "asks for 6 DFT labels .* more than stop.dft_budget, 5"),
+        ({"n_members": 1}, "one network without heads is sure of everything"),
+        ({"gate": {"min_contacts": 0.6}}, r"gate holds min_contact only, not \['min_contacts'\]"),
+        ({"gate": {"min_contact": "much"}}, "gate.min_contact must be a number from 0 on"),
+        ({"split": {"test": "40"}}, "split holds whole numbers from 0 on, got {'test': '40'}"),
+        ({"stop": {"max_iterations": None}}, "max_iterations is null"),
+        ({"acquisition": {"min_uncertainty": -1.0}}, "min_uncertainty is -1.0"),
+    ],
+)
+def test_what_would_only_break_later_is_refused_at_once(builder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_get_node(builder(**changes))
+
+
+def test_one_network_may_choose_by_something_else_than_its_spread(builder):
+    for acquisition in ({"strategy": "farthest"}, {"measure": "atom_density"}):
+        made = builder(n_members=1, acquisition=acquisition)
+        assert ActiveLearningWorkChain.spec().inputs.validate(made._inputs(prune=True)) is None
+
+
+def test_known_labels_of_another_level_are_refused_before_anything_is_paid(builder, small_loop):
+    known = label_with_eips(small_loop.pool.take(range(4)), ["stillinger-weber"])
+    labels = replace(known, sources=np.array(["dft"]))
+    made = builder()
+    made.known.configurations = ConfigurationsData.from_value(small_loop.pool)
+    made.known.labels = LabelsData.from_value(labels, level={"functional": "PBE"})
+    with pytest.raises(ValueError, match=r"of different levels of theory.*functional"):
+        run_get_node(made)
 
 
 def test_an_empty_pool_is_refused_at_once(builder):

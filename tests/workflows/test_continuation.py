@@ -6,6 +6,7 @@ import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from aiida_eipnn.science.eip.engine import label_with_eips
 from aiida_eipnn.workflows import label_dft
 from aiida_eipnn.workflows.active_learning import ActiveLearningWorkChain
 from aiida_eipnn.workflows.builder import Codes, Start
+from aiida_eipnn.workflows.continuation import must_train
 from aiida_eipnn.workflows.label_dft import pw_inputs
 
 ROOT = Path(__file__).parents[2]
@@ -317,6 +319,29 @@ def test_what_cannot_be_changed_is_refused_with_what_to_do(whole):
         go_on(whole, {**more, "extend": {"recipes": [{"config_type": "md", "count": 7}]}})
     with pytest.raises(ValueError, match="is no loop"):
         go_on(whole.called[0])
+
+
+@pytest.mark.parametrize(
+    ("choices", "labels", "known", "trains"),
+    [
+        ((), {"initial": 8}, {}, False),
+        ((), {"initial": 8, "known": 5}, {}, True),
+        ((), {"initial": 8}, {"labels": None}, True),
+        (("i001",), {"initial": 8, "known": 5}, {}, False),
+        (("i001",), {"initial": 8, "i001": 2}, {}, True),
+    ],
+    ids=["nothing new", "taken and not learnt", "to be taken", "chosen first", "a batch"],
+)
+def test_a_loop_that_goes_on_trains_where_there_is_something_to_learn(
+    choices, labels, known, trains
+):
+    history = {"iterations": [{"n_training_labels": 8}]}
+    nodes = {
+        name: SimpleNamespace(base=SimpleNamespace(attributes={"n_labels": number}))
+        for name, number in {"test": 3, **labels}.items()
+    }
+    previous = {"history": history, "choices": dict.fromkeys(choices), "labels": nodes}
+    assert must_train(previous, known) == trains
 
 
 def test_what_is_made_again_is_what_the_overrides_change(whole):

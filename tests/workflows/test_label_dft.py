@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from aiida.common.links import LinkType
 from aiida.engine import run_get_node
 from aiida.orm import Bool, CalcJobNode, Dict, Float, StructureData, WorkChainNode
 from aiida_quantumespresso.calculations.functions.create_kpoints_from_distance import (
@@ -18,7 +19,7 @@ from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.workflows import builder
 from aiida_eipnn.workflows.continuation import finished_runs
-from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, slots_needed
+from aiida_eipnn.workflows.label_dft import DftLabelWorkChain, DftLaneWorkChain, slots_needed
 
 INPUTS = {
     "protocol": "fast",
@@ -132,6 +133,27 @@ def test_a_failed_run_is_a_row_with_a_reason_and_the_rest_is_labelled(mixed):
     assert failure.id == str(bad.ids[0])
     assert failure.reason
     assert np.isnan(labels.energy[labels.rows_of(bad.ids)]).all()
+
+
+def test_a_lane_that_breaks_keeps_what_pw_had_finished(dft_inputs, rattled_silicon, monkeypatch):
+    mesh = DftLaneWorkChain.mesh
+
+    def fail_after_two(lane, structure):
+        if len(lane.ctx.children) == 2:
+            raise RuntimeError("disk full")
+        return mesh(lane, structure)
+
+    monkeypatch.setattr(DftLaneWorkChain, "mesh", fail_after_two)
+    pool = rattled_silicon(3, seed=5)
+    outputs, node = run_get_node(DftLabelWorkChain, **dft_inputs(pool, n_lanes=1))
+
+    (lane,) = (child for child in node.called if child.process_label == "DftLaneWorkChain")
+    assert lane.is_excepted
+    assert node.is_finished_ok, node.exit_message
+    labels = outputs["labels"].value()
+    links = lane.base.links.get_outgoing(link_type=LinkType.CALL_WORK).all_link_labels()
+    assert len(links) == 2
+    assert {f"dft_{name}" for name in labels.labelled().ids} == set(links)
 
 
 def test_runs_that_are_there_are_taken_with_their_failures_and_only_the_rest_runs(mixed):
