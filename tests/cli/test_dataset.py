@@ -457,8 +457,10 @@ def test_every_command_of_the_page_runs(call, write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(eip_rank, "default_eips", lambda *_: [SW])
     write()
-    commands = [line for block in blocks_of_page("bash") for line in block.splitlines()]
-    assert len(commands) == 7
+    lines = [line for block in blocks_of_page("bash") for line in block.splitlines()]
+    # Those of loops are in tests/launch.
+    commands = [line for line in lines if not line.startswith("verdi run workflows/")]
+    assert (len(lines), len(commands)) == (9, 7)
     for command in commands:
         words = shlex.split(command)
         if found := find_datasets():

@@ -11,8 +11,10 @@ import pytest
 import yaml
 from aiida.manage.caching import enable_caching
 from aiida.orm import CalcJobNode, Int, Node, QueryBuilder, WorkChainNode
+from click.testing import CliRunner
 
 from aiida_eipnn.cli import dry_run, launch
+from aiida_eipnn.cli.commands import main
 from aiida_eipnn.cli.dry_run import describe_loop
 from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
@@ -175,6 +177,36 @@ def test_a_dry_run_says_what_would_be_done_and_stores_nothing(
     assert "label.job.metadata.options.queue_name" not in printed
     assert "label.job.metadata.options.account: me" in printed
     assert QueryBuilder().append(Node).count() == before
+
+
+def test_a_loop_may_start_from_a_dataset(
+    kim, job_code, pw_code, files, run, rattled_silicon, monkeypatch, capsys
+):
+    pool = rattled_silicon(10)
+    labels = replace(label_with_eips(pool, [SW]), sources=np.array(["dft"]))
+    write_labelled(files / "labelled.xyz", pool, [labels])
+    monkeypatch.chdir(files)
+    imported = CliRunner().invoke(
+        main, ["dataset", "import", "labelled.xyz", "--level", "functional=PBE", "--no-gate"]
+    )
+    pk = re.match(r"dataset (\d+):", imported.output)[1]
+    page = (SCRIPTS.parent / "docs" / "howto" / "datasets.md").read_text()
+    known, stored = re.findall(r"verdi run workflows/active_learning.py (--.*)", page)
+    common = ["--eip", SW, "--overrides", "overrides.yaml", "--job-code", job_code.full_label]
+    common += ["--pw-code", pw_code.full_label, "--dry-run"]
+
+    def dry_run(*words):
+        with pytest.raises(SystemExit) as stop:
+            run("active_learning.py", *[pk if word == "PK" else word for word in words], *common)
+        return str(stop.value.code) + capsys.readouterr().out
+
+    assert "of different levels of theory" in dry_run(*known.split())
+    shown = dry_run(*stored.split(), "--known", pk)
+    assert "pool: 10 configurations of Si" in shown
+    assert "declares no level" not in shown
+    shown = dry_run("--pool", "pool.xyz", "--known", "labelled.xyz")
+    assert "labelled.xyz declares no level of theory" in shown
+    assert "there is no node '123456789'" in dry_run("--stored", "123456789")
 
 
 @pytest.fixture
