@@ -32,6 +32,7 @@ from aiida_eipnn.science.acquisition import (
 from aiida_eipnn.science.arrays import StrArray
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.dft_cost import estimate_cost
+from aiida_eipnn.science.duplicates import find_twins
 from aiida_eipnn.science.eip.engine import label_with_eips
 from aiida_eipnn.science.eip.label_model import LabelModelParameters, make_pseudo_labels
 from aiida_eipnn.science.eip.selection import SelectionParameters
@@ -105,11 +106,13 @@ def choices_of_science(
     """Run the loop without AiiDA; return the ids of each batch, in the order of the choice."""
     torch.set_num_threads(1)
     sound, _ = keep_valid(pool, **settings.gate)
-    parts = stratified_split(
-        sound.config_types, settings.split, np.random.default_rng(settings.seed)
-    )
-    test, initial = (sound.ids[parts[name]] for name in ("test", "initial"))
     eips = label_with_eips(sound, list(settings.eips))
+    is_twin = find_twins(sound, eips) != np.arange(len(sound))
+    twins, single = sound.ids[is_twin], sound.take(np.flatnonzero(~is_twin))
+    parts = stratified_split(
+        single.config_types, settings.split, np.random.default_rng(settings.seed)
+    )
+    test, initial = (single.ids[parts[name]] for name in ("test", "initial"))
     learnt = _without(sound, test)
     eip_labels = eips.take(eips.rows_of(learnt.ids))
     start = StageInputs(configurations=learnt, eip_labels=eip_labels)
@@ -138,9 +141,10 @@ def choices_of_science(
         scale = None
         if asked_by is not None:
             scale = error_scale(_known(truth, chosen[-1]), asked_by)
-        # What is refused, the test set, the first points, then a batch each time.
-        n_choices = 2 + len(batches)
-        found = _choose(sound, predicted, (test, batches, n_choices), settings, scale)
+        # What is refused, twins, the test set, the first points, then a batch each time.
+        n_choices = 3 + len(batches)
+        kept_apart = np.concatenate([test, twins])
+        found = _choose(sound, predicted, (kept_apart, batches, n_choices), settings, scale)
         batches[f"i{number:03d}"], asked_by = found, predicted
         chosen.append(found)
     return chosen
@@ -178,12 +182,12 @@ def _choose(
     settings: LoopSettings,
     scale: float | None,
 ) -> StrArray:
-    test, batches, n_choices = taken
+    kept_apart, batches, n_choices = taken
     labelled = np.concatenate(list(batches.values()))
     facts = PoolFacts(cost=estimate_cost(sound), config_types=sound.config_types)
     found = acquire(
         predicted,
-        np.flatnonzero(~np.isin(predicted.ids, np.concatenate([test, labelled]))),
+        np.flatnonzero(~np.isin(predicted.ids, np.concatenate([kept_apart, labelled]))),
         AcquisitionParameters.from_dict(dict(settings.acquisition)),
         np.random.default_rng([settings.seed, n_choices]),
         np.flatnonzero(np.isin(predicted.ids, labelled)),

@@ -14,6 +14,7 @@ import ase.io
 import numpy as np
 from aiida.engine import calcfunction
 from aiida.orm import CalcJobNode, Data, Dict, FolderData, StructureData
+from aiida_quantumespresso.data.hubbard_structure import HubbardStructureData
 from aiida_quantumespresso.parsers.parse_xml.parse import parse_xml
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
@@ -466,9 +467,33 @@ def _level_of_calculation(calculation: CalcJobNode) -> dict[str, Any]:
             mesh = {"kpoints_mesh": numbers, "kpoints_offset": offset}
         except AttributeError:
             mesh = {"kpoints": points.get_kpoints().tolist()}
-    level = level_of(inputs["parameters"].get_dict(), inputs[PSEUDOS], mesh)
+    level = level_of(inputs["parameters"].get_dict(), inputs[PSEUDOS], mesh) | _hubbard(structure)
     used = set(structure.get_kind_names())
     return {**level, PSEUDOS: {kind: md5 for kind, md5 in level[PSEUDOS].items() if kind in used}}
+
+
+def _hubbard(structure: StructureData) -> dict[str, Any]:
+    """Return the Hubbard parameters that a structure brings, by kinds: its atoms do not matter."""
+    if not isinstance(structure, HubbardStructureData) or not structure.hubbard.parameters:
+        return {}
+    kinds = [site.kind_name for site in structure.sites]
+    terms = {
+        (
+            kinds[item.atom_index],
+            item.atom_manifold,
+            # Neighbours in other cells are counted on.
+            kinds[item.neighbour_index % len(kinds)],
+            item.neighbour_manifold,
+            item.hubbard_type,
+            item.value,
+        )
+        for item in structure.hubbard.parameters
+    }
+    return {
+        "hubbard": [list(term) for term in sorted(terms)],
+        "hubbard_projectors": structure.hubbard.projectors,
+        "hubbard_formulation": structure.hubbard.formulation,
+    }
 
 
 def _mesh_rule(calculation: CalcJobNode) -> dict[str, Any]:
@@ -503,6 +528,9 @@ def _level_of_xml(data: Mapping[str, Any], tree: ET.Element) -> dict[str, Any]:
             "starting_magnetization": data["starting_magnetization"],
             "spinorbit": data["spin_orbit_calculation"],
         }
+    if charge := tree.findtext("input/bands/tot_charge"):
+        # A neutral cell has none, as the input of pw.x has none by default.
+        level |= {"tot_charge": float(charge)} if float(charge) else {}
     if "assume_isolated" in data:
         level["assume_isolated"] = data["assume_isolated"]
     if "monkhorst_pack_grid" in data:

@@ -9,9 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from aiida.common.exceptions import ClosedStorage, NotExistent
+from aiida.common.links import LinkType
 from aiida.engine import run_get_node
-from aiida.orm import Bool, Dict, Float, Group, KpointsData, StructureData, load_node
+from aiida.orm import (
+    Bool,
+    CalcJobNode,
+    Dict,
+    Float,
+    Group,
+    KpointsData,
+    StructureData,
+    load_group,
+    load_node,
+)
 from aiida.plugins import CalculationFactory, WorkflowFactory
+from aiida_quantumespresso.data.hubbard_structure import HubbardStructureData
 from ase import Atoms
 from ase.build import bulk
 from click.testing import CliRunner
@@ -190,6 +202,41 @@ def test_the_label_of_a_step_is_that_of_its_geometry(folder, run_pw, tmp_path):
     tensor = (here / "pw.out").read_text().split("P=")[1].split()[0]
     pressure = -results["stress"][:3].mean() * 1602.1766
     assert pressure == pytest.approx(float(tensor), abs=0.02)
+
+
+def test_a_charge_is_of_the_level_of_theory(folder, tmp_path):
+    text = (folder / "deep" / "er" / "out" / "si.xml").read_text()
+    charged = re.sub(r"(<tot_charge>)[^<]*", r"\g<1>1.0e0", text)
+    assert charged != text
+    (tmp_path / "si.xml").write_text(charged)
+
+    (run,), (neutral,) = (
+        pw_runs.runs_of_folder(where) for where in (tmp_path, folder / "deep" / "er")
+    )
+    assert run.level == neutral.level | {"tot_charge": 1.0}
+
+
+def test_hubbard_parameters_are_of_the_level_of_theory(aiida_localhost, pseudo_family):
+    # It has a checksum, and that is what counts here.
+    pseudo = load_group(pseudo_family).get_pseudo("Si")
+
+    def level_with(value, repeat=1):
+        atoms = bulk("NiO", "rocksalt", a=4.18) * (repeat, 1, 1)
+        structure = HubbardStructureData.from_structure(StructureData(ase=atoms))
+        if value:
+            structure.initialize_onsites_hubbard("Ni", "3d", value, "U", use_kinds=False)
+        mesh = KpointsData()
+        mesh.set_kpoints_mesh([2, 2, 2])
+        node = CalcJobNode(computer=aiida_localhost)
+        inputs = {"structure": structure, "kpoints": mesh, "parameters": Dict({"SYSTEM": {}})}
+        for label, data in inputs.items():
+            node.base.links.add_incoming(data.store(), LinkType.INPUT_CALC, label)
+        node.base.links.add_incoming(pseudo, LinkType.INPUT_CALC, "pseudos__Ni")
+        return pw_runs._level_of_calculation(node)
+
+    assert level_with(5.0)["hubbard"] == [["Ni", "3d", "Ni", "3d", "U", 5.0]]
+    assert level_with(5.0) == level_with(5.0, repeat=2) != level_with(4.0)
+    assert "hubbard" not in level_with(0.0)
 
 
 def test_standard_output_needs_a_level_and_counts_only_without_its_xml(
