@@ -58,7 +58,8 @@ def import_runs(
     lines: list[str] = []
     for number, (part, names) in enumerate(zip(parts, judges, strict=True)):
         level, labels = pw_runs.level_of_runs(part), pw_runs.table_of(part)[1]
-        if known := datasets_of_runs(level, labels):
+        # What was stored unchecked may be checked now.
+        if known := [item for item in datasets_of_runs(level, labels) if item.gate or not gate]:
             lines += [*known_lines(what, known[0]), ""]
             continue
         unread = failed if number == 0 else {}
