@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from aiida.engine import ExitCode, calcfunction
-from aiida.orm import Dict, Int, List, Str
+from aiida.orm import Dict, Float, Int, List, Str
 
 from aiida_eipnn.calculations.dft import MAX_FORCE, same_level
 from aiida_eipnn.data.choice import Choice, ChoiceData
@@ -258,13 +258,14 @@ def acquire(
     stop: Dict,
     history: Dict,
     seed: Int,
+    kpoints_distance: Float | None = None,
     **taken: ChoiceData,
 ) -> ChoiceData:
     """Choose the next configurations to label; see :func:`aiida_eipnn.science.acquisition.acquire`.
 
     ``taken`` are the choices made before, the test set among them: they are no candidates. No more
     are chosen than the budget of ``stop`` leaves. ``history`` says how wrong the last committee
-    was where it was unsure.
+    was where it was unsure, and ``kpoints_distance``, in 1/Å, what DFT costs.
 
     Raises
     ------
@@ -283,8 +284,10 @@ def acquire(
     configurations = pool.value()
     # In the order of the predictions.
     rows = configurations.rows_of(predicted.ids)
+    distance = {} if kpoints_distance is None else {"kpoints_distance": kpoints_distance.value}
     facts = acquisition.PoolFacts(
-        cost=estimate_cost(configurations)[rows], config_types=configurations.config_types[rows]
+        cost=estimate_cost(configurations, **distance)[rows],
+        config_types=configurations.config_types[rows],
     )
     chosen = acquisition.acquire(
         predicted,
