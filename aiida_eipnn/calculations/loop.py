@@ -24,7 +24,7 @@ from aiida_eipnn.science.configurations import (
     rows_of,
 )
 from aiida_eipnn.science.convergence import IterationRecord, StopCriteria, stop_reason
-from aiida_eipnn.science.dft_cost import estimate_cost
+from aiida_eipnn.science.dft_cost import KPOINTS_DISTANCE, estimate_cost
 from aiida_eipnn.science.duplicates import find_twins
 from aiida_eipnn.science.extension import ExtensionParameters, plan
 from aiida_eipnn.science.gate import PROBLEMS, GateReport, keep_valid, refuse_labels
@@ -122,8 +122,8 @@ def split_pool(
         If the pool is too small.
     """
     configurations = pool.value()
-    once = np.sort(np.unique(configurations.ids, return_index=True)[1])
-    free = once[~np.isin(configurations.ids[once], _ids_of(taken))]
+    free = np.flatnonzero(~np.isin(configurations.ids, _ids_of(taken)))
+    free = acquisition.first_of_each(configurations.ids, free)
     rng = np.random.default_rng(seed.value)
     given = sizes.get_dict()
     first = given.pop(FIRST, RANDOM)
@@ -284,9 +284,9 @@ def acquire(
     configurations = pool.value()
     # In the order of the predictions.
     rows = configurations.rows_of(predicted.ids)
-    distance = {} if kpoints_distance is None else {"kpoints_distance": kpoints_distance.value}
+    distance = KPOINTS_DISTANCE if kpoints_distance is None else kpoints_distance.value
     facts = acquisition.PoolFacts(
-        cost=estimate_cost(configurations, **distance)[rows],
+        cost=estimate_cost(configurations, distance)[rows],
         config_types=configurations.config_types[rows],
     )
     chosen = acquisition.acquire(

@@ -528,9 +528,9 @@ def _level_of_xml(data: Mapping[str, Any], tree: ET.Element) -> dict[str, Any]:
             "starting_magnetization": data["starting_magnetization"],
             "spinorbit": data["spin_orbit_calculation"],
         }
-    if charge := tree.findtext("input/bands/tot_charge"):
-        # A neutral cell has none, as the input of pw.x has none by default.
-        level |= {"tot_charge": float(charge)} if float(charge) else {}
+    # A neutral cell has none, as the input of pw.x has none by default.
+    if charge := float(tree.findtext("input/bands/tot_charge", "0")):
+        level["tot_charge"] = charge
     if "assume_isolated" in data:
         level["assume_isolated"] = data["assume_isolated"]
     if "monkhorst_pack_grid" in data:

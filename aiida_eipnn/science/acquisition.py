@@ -231,7 +231,7 @@ def acquire(
         If there are fewer candidates than to choose, unless the parameters allow it, or if facts
         are missing.
     """
-    rows = _first_of_each(predictions.ids, np.asarray(candidates, dtype=np.int64))
+    rows = first_of_each(predictions.ids, np.asarray(candidates, dtype=np.int64))
     uncertainty = predictions.uncertainty
     rows = within_window(rows, uncertainty, parameters, error_scale)
     if len(rows) < parameters.n_select and not parameters.allow_fewer:
@@ -427,7 +427,8 @@ def shares(available: IntArray, size: int) -> IntArray:
     return quota
 
 
-def _first_of_each(ids: StrArray, rows: IntArray) -> IntArray:
+def first_of_each(ids: StrArray, rows: IntArray) -> IntArray:
+    """Return of these rows the first with each id."""
     return rows[np.sort(np.unique(ids[rows], return_index=True)[1])]
 
 

@@ -83,9 +83,10 @@ def find_twins(configurations: Configurations, eip_labels: Labels) -> IntArray:
     energies = np.where(found.ok, found.energy, np.nan) / configurations.n_atoms[rows, None]
     told = np.isfinite(energies).any(axis=1)
     rows, group = rows[told], _groups(energies[told])
-    for number in np.flatnonzero(np.bincount(group) > 1):
-        alike = rows[group == number]
-        first[alike] = alike[find_duplicates(configurations.take(alike))]
+    order = np.argsort(group, kind="stable")
+    for alike in np.split(rows[order], np.flatnonzero(np.diff(group[order])) + 1):
+        if len(alike) > 1:
+            first[alike] = alike[find_duplicates(configurations.take(alike))]
     return first
 
 

@@ -528,7 +528,8 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
             self.inputs.stop,
             self.ctx.history,
             self.inputs.seed,
-            **self._kpoints_distance(),
+            # By that DFT costs more or less.
+            self.inputs.dft.get("pw_base", {}).get("kpoints_distance"),
             **self._taken(),
         )
         if broken:
@@ -657,11 +658,6 @@ class ActiveLearningWorkChain(ProtocolMixin, SubmitsOnce):
 
     def _taken(self) -> dict[str, ChoiceData]:
         return {f"{loop.TAKEN}{key}": node for key, node in self.ctx.choices.items()}
-
-    def _kpoints_distance(self) -> dict[str, Data]:
-        """Return how far k-points are apart where pw.x runs: the cost of a point depends on it."""
-        pw_base = self.inputs.dft.get("pw_base", {})
-        return {name: pw_base[name] for name in ("kpoints_distance",) if name in pw_base}
 
     def _configurations(self) -> dict[str, ConfigurationsData]:
         known = {KNOWN: self.ctx.known.configurations} if "labels" in self.ctx.known else {}
