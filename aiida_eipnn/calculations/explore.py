@@ -39,7 +39,12 @@ class ExploreCalculation(JobCalculation):
             required=False,
             help="The committee that drives molecular dynamics, in place of the EIP.",
         )
-        ports.add_dict(spec, "parameters", "device: cpu, cuda, or auto, for the committee.")
+        ports.add_dict(
+            spec,
+            "parameters",
+            "n_workers: runs of molecular dynamics side by side; device: cpu, cuda, or auto, for "
+            "the committee.",
+        )
         spec.output("pool", valid_type=ConfigurationsData, help="The pool.")
         spec.output("metrics", valid_type=Dict, help="Counts, notes and times.")
         spec.default_output_node = "metrics"

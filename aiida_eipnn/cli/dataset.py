@@ -354,8 +354,6 @@ def import_lines(dataset: "Dataset") -> list[str]:
 
 def table(datasets: Sequence["Dataset"]) -> list[str]:
     """Return datasets as rows of a table."""
-    from aiida_eipnn.science.labels import checksum
-
     rows = [("PK", "name", "source", "elements", "labels", "missing", "level", "checksum", "made")]
     rows += [
         (
@@ -366,7 +364,7 @@ def table(datasets: Sequence["Dataset"]) -> list[str]:
             str(item.n_labels),
             str(item.n_missing),
             item.fingerprint[:SHORT] or "-",
-            checksum(item.labels())[:SHORT],
+            item.checksum[:SHORT],
             f"{item.created:%Y-%m-%d}",
         )
         for item in datasets
@@ -398,14 +396,12 @@ def show_lines(dataset: "Dataset", facts: "Facts") -> list[str]:
 
 def fact_lines(dataset: "Dataset") -> list[str]:
     """Return level of theory, gate, copies and checksum."""
-    from aiida_eipnn.science.labels import checksum
-
     copies = f"frames left out because they repeat an earlier one: {dataset.n_copies}"
     return [
         f"  level        {level_text(dataset)}",
         f"  gate         {gate_text(dataset)}",
         *([f"  copies       {copies}"] if dataset.n_copies else []),
-        f"  checksum     sha256 {checksum(dataset.labels())}",
+        f"  checksum     sha256 {dataset.checksum}",
     ]
 
 

@@ -3,11 +3,11 @@
 import json
 import logging
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from ase import Atoms
 from ase.calculators.calculator import Calculator
 
 from aiida_eipnn.jobs import spec
@@ -17,9 +17,10 @@ from aiida_eipnn.jobs.spec import ExploreJob, State
 from aiida_eipnn.jobs.stop import NEVER, Stop
 from aiida_eipnn.science.arrays import load_arrays, save_arrays
 from aiida_eipnn.science.configurations import Configurations
-from aiida_eipnn.science.dynamics import Stopped, Trajectory, run_dynamics
+from aiida_eipnn.science.dynamics import Trajectory, run_dynamics
+from aiida_eipnn.science.eip.isolation import Lost, side_by_side
 from aiida_eipnn.science.eip.potential import EipCalculator, open_potential
-from aiida_eipnn.science.pool import MD, counts_by_type, make_pool
+from aiida_eipnn.science.pool import Run, Stopped, counts_by_type, make_pool
 
 LOGGER = logging.getLogger(__name__)
 
@@ -33,16 +34,9 @@ def run(job: ExploreJob, folder: Path, stop: Stop = NEVER) -> State:
     """
     start = time.monotonic()
     seeds = read_configurations(folder)
-    trajectories = Trajectories(folder / spec.CHECKPOINT, fingerprint(job, folder))
+    driver = Trajectories(job, folder, stop) if job.eip or has_committee(folder) else None
     try:
-        pool, notes = make_pool(
-            seeds,
-            job.recipes,
-            np.random.default_rng(job.seed),
-            driver(job, folder),
-            stop,
-            trajectories.run,
-        )
+        pool, notes = make_pool(seeds, job.recipes, np.random.default_rng(job.seed), driver, stop)
     except Stopped:
         return State.INTERRUPTED
     for note in notes:
@@ -59,19 +53,19 @@ def run(job: ExploreJob, folder: Path, stop: Stop = NEVER) -> State:
     }
     (output / spec.METRICS).write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
     # What it was for is in the output now.
-    remove_checkpoint(trajectories.folder)
+    remove_checkpoint(folder / spec.CHECKPOINT)
     return State.DONE
 
 
 class Trajectories:
-    """The trajectories of a pool, one after the other, those that are complete in the checkpoint.
+    """The trajectories of a pool, several side by side, those that are complete in the checkpoint.
 
     Parameters
     ----------
-    folder
-        The checkpoint of the job.
-    mark
-        Digest of what they depend on.
+    job, folder
+        What drives them, and where it lies.
+    stop
+        Says when to leave the rest to another job.
 
     Raises
     ------
@@ -79,45 +73,66 @@ class Trajectories:
         If the checkpoint holds those of something else.
     """
 
-    def __init__(self, folder: Path, mark: str) -> None:
-        self.folder, self.mark = folder, mark
-        self.records: list[dict[str, Any]] = read_progress(self._progress, mark) or []
+    def __init__(self, job: ExploreJob, folder: Path, stop: Stop) -> None:
+        self.job, self.folder, self.stop = job, folder, stop
+        self.has_uncertainty = has_committee(folder)
+        self.mark = fingerprint(job, folder)
+        # By number, which is a text in JSON.
+        self.faults: dict[str, str] = read_progress(self._progress, self.mark) or {}
         self.n_asked = 0
 
     @property
     def _progress(self) -> Path:
-        return self.folder / "trajectories.json"
+        return self.folder / spec.CHECKPOINT / "trajectories.json"
 
     def _arrays(self, number: int) -> Path:
-        return self.folder / f"trajectory_{number:05d}"
+        return self.folder / spec.CHECKPOINT / f"trajectory_{number:05d}"
 
-    def run(self, atoms: Atoms, *, rng: np.random.Generator, **more: Any) -> Trajectory:
-        """Return the next trajectory, and leave ``rng`` as the run leaves it."""
-        number, self.n_asked = self.n_asked, self.n_asked + 1
-        if number < len(self.records):
-            return self._read(number, rng)
-        trajectory = run_dynamics(atoms, rng=rng, **more)
-        self._write(number, trajectory, rng)
-        return trajectory
+    def run(self, runs: Sequence[Run]) -> list[Trajectory]:
+        """Return the trajectory of each run, in order.
 
-    def _read(self, number: int, rng: np.random.Generator) -> Trajectory:
-        record = self.records[number]
-        rng.bit_generator.state = record["rng"]
-        if not record["n_frames"]:
-            return Trajectory([], record["fault"])
-        frames = Configurations.from_arrays(load_arrays(self._arrays(number)))
-        return Trajectory([frames.atoms(row) for row in range(len(frames))], record["fault"])
+        Raises
+        ------
+        Stopped
+            If it was time to stop before all were complete.
+        ValueError
+            If the EIP cannot be opened, or if there is no such device.
+        """
+        numbers = range(self.n_asked, self.n_asked + len(runs))
+        self.n_asked += len(runs)
+        missing = [number for number in numbers if str(number) not in self.faults]
+        lost: dict[int, Trajectory] = {}
+        for position, outcome in side_by_side(
+            partial(open_dynamics, self.job, self.folder),
+            [runs[number - numbers.start] for number in missing],
+            n_workers=self.job.n_workers,
+            must_stop=self.stop,
+        ):
+            number = missing[position]
+            if isinstance(outcome, Lost):
+                # Not for the checkpoint: it may have been killed together with this job.
+                lost[number] = Trajectory([], outcome.reason)
+            else:
+                self._write(number, outcome)
+        if any(number not in lost and str(number) not in self.faults for number in numbers):
+            raise Stopped
+        return [lost.get(number) or self._read(number) for number in numbers]
 
-    def _write(self, number: int, trajectory: Trajectory, rng: np.random.Generator) -> None:
+    def _read(self, number: int) -> Trajectory:
+        path, fault = self._arrays(number), self.faults[str(number)]
+        if not path.exists():
+            return Trajectory([], fault)
+        frames = Configurations.from_arrays(load_arrays(path))
+        return Trajectory([frames.atoms(row) for row in range(len(frames))], fault)
+
+    def _write(self, number: int, trajectory: Trajectory) -> None:
         frames, fault = trajectory
-        self.folder.mkdir(exist_ok=True)
+        self._progress.parent.mkdir(exist_ok=True)
         if frames:
             save_arrays(self._arrays(number), Configurations.from_atoms(frames).arrays())
-        self.records.append(
-            {"n_frames": len(frames), "fault": fault, "rng": rng.bit_generator.state}
-        )
+        self.faults[str(number)] = fault
         # Written last: it says that the arrays are complete.
-        write_progress(self._progress, self.mark, self.records)
+        write_progress(self._progress, self.mark, self.faults)
 
 
 def fingerprint(job: ExploreJob, folder: Path) -> str:
@@ -126,22 +141,34 @@ def fingerprint(job: ExploreJob, folder: Path) -> str:
     return digest_of(folder, (spec.CONFIGURATIONS, spec.EXCLUDE, spec.COMMITTEE), facts)
 
 
-def driver(job: ExploreJob, folder: Path) -> Calculator | None:
-    """Return what drives molecular dynamics, where a recipe asks for it: the committee, or the EIP.
+def has_committee(folder: Path) -> bool:
+    """Return whether a committee drives molecular dynamics."""
+    return (folder / spec.COMMITTEE).is_dir()
+
+
+def open_dynamics(job: ExploreJob, folder: Path, number: int) -> Callable[[Run], Trajectory]:
+    """Return what runs molecular dynamics in the process of that number.
 
     Raises
     ------
     ValueError
         If the EIP cannot be opened, or if there is no such device.
     """
-    if not any(recipe.get("config_type") == MD for recipe in job.recipes):
-        return None
-    if (folder / spec.COMMITTEE).is_dir():
-        # torch takes seconds to load, and an EIP needs none of it.
-        from aiida_eipnn.science.nn.calculator import CommitteeCalculator
-        from aiida_eipnn.science.nn.committee import Committee
-        from aiida_eipnn.science.nn.device import choose_device
+    if not has_committee(folder):
+        return partial(run_with, EipCalculator(open_potential(str(job.eip))))
+    # torch takes seconds to load, and an EIP needs none of it.
+    import torch
 
-        committee = Committee.load(folder / spec.COMMITTEE)
-        return CommitteeCalculator(committee.to(choose_device(job.device)))
-    return EipCalculator(open_potential(job.eip)) if job.eip else None
+    from aiida_eipnn.science.nn.calculator import CommitteeCalculator
+    from aiida_eipnn.science.nn.committee import Committee
+    from aiida_eipnn.science.nn.device import choose_device
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // job.n_workers))
+    committee = Committee.load(folder / spec.COMMITTEE)
+    device = choose_device(job.device, number)
+    return partial(run_with, CommitteeCalculator(committee.to(device)))
+
+
+def run_with(calculator: Calculator, run: Run) -> Trajectory:
+    """Return the trajectory of a run."""
+    return run_dynamics(run.start, calculator, run.rng, run.settings)

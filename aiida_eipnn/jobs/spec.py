@@ -80,6 +80,8 @@ class ExploreJob:
         Seed of every random choice.
     eip
         Name of the EIP that drives molecular dynamics, where no committee is given to do so.
+    n_workers
+        Processes that run molecular dynamics side by side; what they find does not depend on it.
     device
         Where the committee is: ``cpu``, ``cuda``, or ``auto``, a GPU where there is one.
     max_seconds
@@ -91,8 +93,12 @@ class ExploreJob:
     recipes: tuple[dict[str, Any], ...]
     seed: int
     eip: str | None = None
+    n_workers: int = 1
     device: str = "auto"
     max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_count("n_workers", self.n_workers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,11 @@ from aiida_eipnn.reports.history import LOOP
 from aiida_eipnn.reports.lineage import outputs_of_calculation
 from aiida_eipnn.reports.points import CALLS, POINT, DftPoint, inputs_of, read_points
 from aiida_eipnn.science.arrays import FloatArray, StrArray
-from aiida_eipnn.science.configurations import Configurations, join_configurations
+from aiida_eipnn.science.configurations import (
+    Configurations,
+    configuration_id,
+    join_configurations,
+)
 from aiida_eipnn.science.gate import SAME_ENERGY
 from aiida_eipnn.science.labels import Labels, checksum, join_labels
 
@@ -111,6 +115,8 @@ class Dataset:
         Rows with a label, and rows that have none: the calculation failed, or the gate refused it.
     level
         Level of theory; empty where nobody declared one.
+    checksum
+        SHA-256 of what the labels say; to read them holds them against it.
     gate
         What the gate found; empty where it was not asked.
     n_copies
@@ -129,6 +135,7 @@ class Dataset:
     n_labels: int
     n_missing: int
     level: dict[str, Any]
+    checksum: str
     gate: str = ""
     n_copies: int = 0
     unread: dict[str, str] = field(default_factory=dict)
@@ -144,9 +151,23 @@ class Dataset:
         return labels
 
     def configurations(self) -> Configurations:
-        """Return the configurations of all rows, in the order of the labels."""
-        found: Configurations = load_node(self.configurations_pk).value()
-        return found.take(found.rows_of(load_node(self.pk).get_array("ids")))
+        """Return the configurations of all rows, in the order of the labels.
+
+        Raises
+        ------
+        ValueError
+            If one of them is not the one that its id is the hash of.
+        """
+        pool: Configurations = load_node(self.configurations_pk).value()
+        found = pool.take(pool.rows_of(load_node(self.pk).get_array("ids")))
+        for row, name in enumerate(found.ids):
+            if configuration_id(found.atoms(row)) != name:
+                raise ValueError(
+                    f"configuration {name} of node {self.configurations_pk} is not the one that "
+                    "was stored; the file repository of the profile is damaged, restore it from a "
+                    "backup (`verdi storage backup`)"
+                )
+        return found
 
 
 class Shared(NamedTuple):
@@ -313,7 +334,7 @@ def datasets_of_runs(level: dict[str, Any], labels: Labels) -> list[Dataset]:
         for pk, node in nodes.items()
         if node.level.get(FINGERPRINT) == fingerprint
         and node.base.attributes.get("n_configurations") == len(labels)
-        and checksum(node.value()) == wanted
+        and node.checksum == wanted
     }
     found = [entry for entry in _entries() if entry.raw_pk in same]
     return [_dataset(entry, _nodes({entry.pk, entry.raw_pk})) for entry in found]
@@ -563,6 +584,7 @@ def _dataset(entry: _Entry, nodes: dict[int, LabelsData]) -> Dataset:
         n_labels=attributes.get("n_labels"),
         n_missing=attributes.get("n_failures"),
         level={key: value for key, value in node.level.items() if key != FINGERPRINT},
+        checksum=node.checksum,
         gate=f"{gate['verdict']}; {gate['text']}" if gate else "",
         n_copies=nodes[entry.raw_pk].base.attributes.get("n_copies", 0),
         unread=nodes[entry.raw_pk].base.attributes.get("unread", {}),

@@ -1,6 +1,5 @@
 """Configurations out of molecular dynamics, with any ASE calculator."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -70,10 +69,6 @@ class Dynamics:
             )
 
 
-class Stopped(Exception):  # noqa: N818 - an outcome, not a fault of the program
-    """What was under way had to stop."""
-
-
 class Trajectory(NamedTuple):
     """The snapshots, and why there are fewer than asked for; an empty ``fault`` if all came."""
 
@@ -86,7 +81,6 @@ def run_dynamics(
     calculator: Calculator,
     rng: np.random.Generator,
     settings: Dynamics,
-    must_stop: Callable[[], bool] = lambda: False,
 ) -> Trajectory:
     """Run dynamics and keep snapshots.
 
@@ -103,13 +97,6 @@ def run_dynamics(
         Draws velocities and the thermostat's kicks: the same generator state, the same frames.
     settings
         How hot and how long.
-    must_stop
-        Asked after each snapshot.
-
-    Raises
-    ------
-    Stopped
-        If it had to stop before it was complete.
     """
     if settings.pressure is not None and not atoms.pbc.all():
         return Trajectory([], "constant pressure needs a cell that is periodic in all directions")
@@ -136,8 +123,6 @@ def run_dynamics(
             )
         if fault:
             return Trajectory(frames, f"stopped after step {done}: {fault}")
-        if must_stop():
-            raise Stopped
     return Trajectory(frames, "")
 
 

@@ -1,18 +1,17 @@
 """The pool: new configurations made out of a few seeds, by recipe."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any, NamedTuple
+from itertools import count
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator
 
 from aiida_eipnn.science import perturbation
 from aiida_eipnn.science.configurations import Configurations, configuration_id
-from aiida_eipnn.science.dynamics import FORCES_STD, Dynamics, Stopped, Trajectory, run_dynamics
+from aiida_eipnn.science.dynamics import Dynamics, Trajectory
 from aiida_eipnn.science.gate import MIN_CONTACT, geometry_fault
 from aiida_eipnn.science.settings import build
 
@@ -167,13 +166,43 @@ class Recipe:
         perturbation.repetition_matrix(self.supercell)
 
 
+class Stopped(Exception):  # noqa: N818 - an outcome, not a fault of the program
+    """What was under way had to stop."""
+
+
+class Run(NamedTuple):
+    """One run of molecular dynamics: where it starts, its random numbers, and its settings."""
+
+    start: Atoms
+    rng: np.random.Generator
+    settings: Dynamics
+
+
+class Driver(Protocol):
+    """What runs molecular dynamics."""
+
+    @property
+    def has_uncertainty(self) -> bool:
+        """Whether it knows how uncertain its forces are."""
+        ...
+
+    def run(self, runs: Sequence[Run]) -> Iterable[Trajectory]:
+        """Return the trajectory of each run, in order, however many run side by side.
+
+        Raises
+        ------
+        Stopped
+            If they had to stop.
+        """
+        ...
+
+
 def make_pool(
     seeds: Configurations,
     recipes: Sequence[Mapping[str, Any]],
     rng: np.random.Generator,
-    calculator: Calculator | None = None,
+    driver: Driver | None = None,
     must_stop: Callable[[], bool] = lambda: False,
-    run: Callable[..., Trajectory] = run_dynamics,
 ) -> tuple[Configurations, tuple[str, ...]]:
     """Make configurations by recipe.
 
@@ -189,13 +218,11 @@ def make_pool(
         Each with ``config_type``, ``count`` and settings; see :class:`Recipe`.
     rng
         The source of all randomness.
-    calculator
-        Drives molecular dynamics; needed only where a recipe asks for it.
+    driver
+        Runs molecular dynamics; needed only where a recipe asks for it. It gets equal runs in the
+        same order for the same ``rng``.
     must_stop
         Asked between configurations.
-    run
-        Called in place of :func:`~aiida_eipnn.science.dynamics.run_dynamics`, with equal arguments
-        in the same order for the same ``rng``: it may know the outcome already.
 
     Returns
     -------
@@ -215,12 +242,12 @@ def make_pool(
         raise ValueError("no recipes: say what to make, such as config_type rattled, count 10")
     parsed = [Recipe.from_dict(content) for content in recipes]
     driven = [recipe for recipe in parsed if recipe.config_type == MD]
-    if calculator is None and driven:
+    if driver is None and driven:
         raise ValueError(
             "molecular dynamics needs an EIP or a committee to drive it: name one, or give one"
         )
     asked = any(recipe.settings.max_uncertainty is not None for recipe in driven)
-    if asked and FORCES_STD not in getattr(calculator, "implemented_properties", ()):
+    if driver is not None and asked and not driver.has_uncertainty:
         raise ValueError(
             "max_uncertainty is what a committee has, and an EIP has none: give a committee to "
             "drive molecular dynamics, or leave max_uncertainty out"
@@ -230,9 +257,8 @@ def make_pool(
     types: list[str] = []
     notes: list[str] = []
     for recipe, stream in zip(parsed, rng.spawn(len(parsed)), strict=True):
-        if recipe.config_type == MD and calculator is not None:
-            dynamics = partial(run, calculator=calculator, must_stop=must_stop)
-            source = _dynamics(recipe, seeds, stream, dynamics, notes)
+        if recipe.config_type == MD and driver is not None:
+            source = _dynamics(recipe, seeds, stream, driver, notes)
         else:
             source = _perturbed(recipe, seeds, stream)
         made, fault = _collect(source, recipe, seen, must_stop)
@@ -311,22 +337,42 @@ def _dynamics(
     recipe: Recipe,
     seeds: Configurations,
     rng: np.random.Generator,
-    dynamics: Callable[..., Trajectory],
+    driver: Driver,
     notes: list[str],
 ) -> Iterator[Atoms]:
     settings: MolecularDynamics = recipe.settings
-    starts = _starts(seeds, recipe)
-    rattle = perturbation.Rattle(amplitude=settings.amplitude)
-    n_runs = -(-recipe.count // settings.snapshots_per_run)
+    runs = _runs(_starts(seeds, recipe), recipe, rng)
+    n_frames = 0
     # Runs that blow up are made good by others, but not for ever.
-    for turn in range(3 * n_runs + 3):
+    n_left = 3 * _n_runs(settings, recipe.count) + 3
+    while n_left:
+        n_asked = min(n_left, max(_n_runs(settings, recipe.count - n_frames), 1))
+        n_left -= n_asked
+        asked = [next(runs) for _ in range(n_asked)]
+        for run, trajectory in zip(asked, driver.run(asked), strict=True):
+            if trajectory.fault:
+                notes.append(f"{_name(run)}: {trajectory.fault}")
+            n_frames += len(trajectory.frames)
+            yield from trajectory.frames
+
+
+def _n_runs(settings: MolecularDynamics, n_frames: int) -> int:
+    """Return how many runs have that many snapshots, if nothing ends them."""
+    return -(-n_frames // settings.snapshots_per_run)
+
+
+def _runs(starts: list[Atoms], recipe: Recipe, rng: np.random.Generator) -> Iterator[Run]:
+    """Yield runs without end, each with random numbers of its own."""
+    rattle = perturbation.Rattle(amplitude=recipe.settings.amplitude)
+    for turn in count():
+        (stream,) = rng.spawn(1)
         # Every seed meets every condition before any pair comes again.
-        start = starts[turn % len(starts)]
-        run = settings.run(turn // len(starts), recipe.min_contact)
-        trajectory = dynamics(perturbation.rattled(start, rng, rattle), rng=rng, settings=run)
-        if trajectory.fault:
-            where = "" if run.pressure is None else f" and {run.pressure:g} GPa"
-            notes.append(
-                f"{MD} at {run.temperature:.0f} K{where}, {len(start)} atoms: {trajectory.fault}"
-            )
-        yield from trajectory.frames
+        start = perturbation.rattled(starts[turn % len(starts)], stream, rattle)
+        settings = recipe.settings.run(turn // len(starts), recipe.min_contact)
+        yield Run(start, stream, settings)
+
+
+def _name(run: Run) -> str:
+    pressure = run.settings.pressure
+    where = "" if pressure is None else f" and {pressure:g} GPa"
+    return f"{MD} at {run.settings.temperature:.0f} K{where}, {len(run.start)} atoms"

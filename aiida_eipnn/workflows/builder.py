@@ -361,7 +361,7 @@ def explore_inputs(
         "seed": Int(inputs["seed"]),
         # The first of the list is the one that is trusted most.
         "eip": Str((list(eips) or default_eips(inputs["eips"], elements))[0]),
-        **job_inputs(code, options),
+        **_side_by_side(inputs["explore"]["n_workers"], code, options),
     }
 
 
@@ -383,7 +383,15 @@ def extend_inputs(
         "recipes": List(inputs["extend"]["recipes"]),
         "seed": Int(inputs["seed"]),
         "eip": Str(eips[0]),
-        **job_inputs(code, options),
+        **_side_by_side(inputs["extend"]["n_workers"], code, options),
+    }
+
+
+def _side_by_side(n_workers: int, code: AbstractCode, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an exploration with that many processes needs."""
+    return {
+        "parameters": Dict({"n_workers": n_workers}),
+        **job_inputs(code, options, n_workers),
     }
 
 

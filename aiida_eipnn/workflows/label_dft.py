@@ -210,14 +210,11 @@ class DftLaneWorkChain(SubmitsOnce):
 
     def results(self) -> None:
         """Gather the labels of the lane."""
-        runs = {}
-        for name, child in zip(self.ctx.ids, self.ctx.children, strict=True):
-            if child.is_finished_ok:
-                runs[f"{LABELLED}{name}"] = child.outputs.output_trajectory
-            elif (retrieved := last_retrieved(child)) is not None:
-                runs[f"{FAILED}{name}"] = retrieved
         labels = gather_dft_labels(
-            self.inputs.configurations, self.inputs.choice, self.inputs.level, **runs
+            self.inputs.configurations,
+            self.inputs.choice,
+            self.inputs.level,
+            **dict(runs_of_lane(self.node)),
         )
         self.out("labels", labels)
 

@@ -19,6 +19,7 @@ from aiida_eipnn.calculations.dft import with_fingerprint
 from aiida_eipnn.cli import eip_rank
 from aiida_eipnn.cli.commands import main
 from aiida_eipnn.cli.dataset import typed
+from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.reports.dataset import Kind, find_dataset, find_datasets
 from aiida_eipnn.science.configurations import Configurations
@@ -242,6 +243,22 @@ def test_show_gives_statistics_by_type_the_level_and_the_refused(call, write, tm
     assert "rows without a label (1)" in shown
     assert checksum(dataset.labels()) in shown
     assert (tmp_path / "si.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_configuration_that_is_not_the_stored_one_is_an_error(call, write, monkeypatch, tmp_path):
+    call("import", write(), *PBE, "--no-gate")
+    (dataset,) = find_datasets()
+    value = ConfigurationsData.value
+
+    def moved(self):
+        found = value(self)
+        return replace(found, positions=found.positions + 1e-9)
+
+    monkeypatch.setattr(ConfigurationsData, "value", moved)
+    result = call("export", dataset.pk, "-o", tmp_path / "out.extxyz", expect=1)
+
+    assert "is not the one that was stored" in result.stderr
+    assert not (tmp_path / "out.extxyz").exists()
 
 
 def test_rows_without_a_label_are_not_exported(call, write, tmp_path):

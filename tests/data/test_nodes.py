@@ -1,5 +1,8 @@
 """Nodes: equal content is equal, survives the archive, and says what it holds."""
 
+from dataclasses import replace
+from io import BytesIO
+
 import numpy as np
 import pytest
 from aiida.common.exceptions import ValidationError
@@ -10,7 +13,7 @@ from aiida_eipnn.data.choice import Choice, ChoiceData
 from aiida_eipnn.data.committee import CommitteeData
 from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
-from aiida_eipnn.science.labels import Labels
+from aiida_eipnn.science.labels import DFT, Labels, checksum
 
 
 @pytest.fixture
@@ -47,6 +50,44 @@ def test_a_clone_of_the_cache_holds_the_same_arrays(configurations):
     node = ConfigurationsData.from_value(configurations).store()
     clone = node.clone().store()
     assert (clone.value().positions == configurations.positions).all()
+
+
+def dft_labels(configurations):
+    labels = Labels.missing(configurations, [DFT], "not run")
+    return replace(
+        labels,
+        energy=np.ones_like(labels.energy),
+        forces=np.ones_like(labels.forces),
+        status=np.zeros_like(labels.status),
+    )
+
+
+def test_dft_labels_carry_the_checksum_that_they_are_held_against(configurations):
+    labels = dft_labels(configurations)
+    node = LabelsData.from_value(labels, level={}).store()
+    query = QueryBuilder().append(
+        LabelsData, filters={"attributes.checksum": checksum(labels)}, project="id"
+    )
+    assert node.pk in query.all(flat=True)
+    assert load_node(node.pk).checksum == node.checksum == checksum(labels)
+
+    damaged = LabelsData.from_value(labels, level={})
+    forces = labels.forces.copy()
+    forces[0, 0, 0] = 2.0
+    np.save(file := BytesIO(), forces)
+    file.seek(0)
+    # As a disk does it: the attributes know nothing of it.
+    damaged.base.repository.put_object_from_filelike(file, "forces.npy")
+    damaged.store()
+    with pytest.raises(ValueError, match=r"not those that were stored.*verdi storage backup"):
+        load_node(damaged.pk).value()
+
+
+def test_labels_of_eips_carry_none_and_can_be_compared_all_the_same(configurations):
+    labels = Labels.missing(configurations, ["a", "b"], "no model")
+    node = LabelsData.from_value(labels, level={})
+    assert node.base.attributes.get("checksum", None) is None
+    assert node.checksum == checksum(labels)
 
 
 def test_labels_survive_an_archive(aiida_profile_clean, configurations, tmp_path):

@@ -1,5 +1,7 @@
 import json
 import shutil
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +13,36 @@ from aiida_eipnn.jobs.spec import ExploreJob, State
 from aiida_eipnn.science.arrays import load_arrays, save_arrays
 from aiida_eipnn.science.configurations import Configurations
 
+# A module with an EIP that takes its process along.
+DEADLY = """
+import os
+import signal
+from aiida_eipnn.science.eip.analytic import LennardJones
+
+
+class Deadly(LennardJones):
+    def label(self, atoms):
+        if len(atoms) > 1:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().label(atoms)
+"""
+
+# A module with a slow EIP that writes down which process it is in.
+MARKING = """
+import os
+import time
+from pathlib import Path
+from aiida_eipnn.science.eip.analytic import LennardJones
+
+
+class Marking(LennardJones):
+    def label(self, atoms):
+        with Path(__file__).with_name("calls").open("a") as calls:
+            calls.write(f"{os.getpid()}\\n")
+        time.sleep(0.05)
+        return super().label(atoms)
+"""
+
 RATTLED = {"config_type": "rattled", "count": 4}
 LJ = "lennard-jones[epsilon=0.4,sigma=2.3,cutoff=5]"
 
@@ -21,6 +53,13 @@ def folder(tmp_path):
         seeds = Configurations.from_atoms([atoms])
         save_arrays(tmp_path / spec.CONFIGURATIONS / name, seeds.arrays())
     return tmp_path
+
+
+def open_module(monkeypatch, folder, name, code):
+    """Let processes import ``code``; return the file of its calls."""
+    (folder / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(folder)
+    return folder / "calls"
 
 
 def results(folder):
@@ -58,24 +97,28 @@ HEATED = {"config_type": "md", "count": 8, "spacing": 2, "snapshots_per_run": 2,
 HOT = HEATED | {"amplitude": [0.6, 0.8], "count": 3}
 
 
-def test_a_job_that_was_interrupted_makes_the_pool_of_one_that_was_not(folder, tmp_path):
+def complete_in(folder):
+    """Return how many trajectories the checkpoint holds."""
+    path = folder / spec.CHECKPOINT / "trajectories.json"
+    return len(json.loads(path.read_text())["progress"]) if path.exists() else 0
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_a_job_that_was_interrupted_makes_the_pool_of_one_that_was_not(folder, tmp_path, n_workers):
     recipes = (RATTLED, HEATED, HOT, RATTLED | {"amplitude": [0.1, 0.2]})
-    job = ExploreJob(recipes=recipes, seed=1, eip=LJ)
+    job = ExploreJob(recipes=recipes, seed=1, eip=LJ, n_workers=n_workers)
     other = tmp_path / "undisturbed"
     shutil.copytree(folder / spec.CONFIGURATIONS, other / spec.CONFIGURATIONS)
-    states, n_done = [], []
-    for n_answers in range(7, 30):
-        answers = iter([False] * n_answers)
-        states.append(run(job, folder, stop=lambda answers=answers: next(answers, True)))
-        if states[-1] is State.DONE:
-            break
-        facts = json.loads((folder / spec.CHECKPOINT / "trajectories.json").read_text())
-        n_done.append(len(facts["progress"]))
 
-    assert run(job, other) is State.DONE
+    n_done = []
+    for n_wanted in (1, 3, 6):
+        state = run(job, folder, stop=lambda n_wanted=n_wanted: complete_in(folder) >= n_wanted)
+        assert state is State.INTERRUPTED
+        n_done.append(complete_in(folder))
+    assert run(job, folder) is State.DONE
+    assert run(replace(job, n_workers=2), other) is State.DONE
 
-    assert states[-1] is State.DONE
-    assert n_done == [1, 2, 3, 3, 4, 13]
+    assert n_done == sorted(set(n_done))
     (pool, metrics), (expected, undisturbed) = results(folder), results(other)
     np.testing.assert_array_equal(pool.positions, expected.positions)
     np.testing.assert_array_equal(pool.ids, expected.ids)
@@ -83,16 +126,61 @@ def test_a_job_that_was_interrupted_makes_the_pool_of_one_that_was_not(folder, t
     assert not (folder / spec.CHECKPOINT).exists()
 
 
+def test_what_is_in_the_checkpoint_is_not_run_again(folder):
+    job = ExploreJob(recipes=(HEATED,), seed=1, eip=LJ)
+    run(job, folder, stop=lambda: complete_in(folder) >= 2)
+    kept = {path: path.stat().st_mtime_ns for path in (folder / spec.CHECKPOINT).rglob("*.npy")}
+
+    run(job, folder, stop=lambda: complete_in(folder) >= 3)
+
+    assert kept
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_runs_go_side_by_side_and_end_with_the_job(folder, monkeypatch):
+    calls = open_module(monkeypatch, folder, "marking_eip", MARKING)
+    recipe = HEATED | {"count": 2, "spacing": 20, "snapshots_per_run": 1}
+    job = ExploreJob(recipes=(recipe,), seed=1, eip="python:marking_eip:Marking", n_workers=2)
+
+    def processes():
+        return set(calls.read_text().split()) if calls.exists() else set()
+
+    # One after the other would come to the end before there are two.
+    assert run(job, folder, stop=lambda: len(processes()) > 1) is State.INTERRUPTED
+
+    left = calls.read_text()
+    time.sleep(0.5)
+    assert calls.read_text() == left
+
+
 def test_a_checkpoint_of_another_exploration_is_refused(folder):
-    run(
-        ExploreJob(recipes=(HEATED,), seed=1, eip=LJ),
-        folder,
-        stop=iter([False] * 6 + [True]).__next__,
-    )
+    job = ExploreJob(recipes=(HEATED,), seed=1, eip=LJ)
+    run(job, folder, stop=lambda: complete_in(folder) >= 1)
     assert (folder / spec.CHECKPOINT).is_dir()
 
     with pytest.raises(ValueError, match="the checkpoint is that of another job"):
-        run(ExploreJob(recipes=(HEATED,), seed=2, eip=LJ), folder)
+        run(replace(job, seed=2), folder)
+
+
+def test_an_eip_that_cannot_be_opened_is_an_error(folder):
+    job = ExploreJob(recipes=(HEATED,), seed=1, eip="python:nowhere:Nothing")
+
+    with pytest.raises(ValueError, match="cannot open python:nowhere:Nothing"):
+        run(job, folder)
+
+
+def test_an_eip_that_kills_its_process_costs_its_run_only(folder, monkeypatch):
+    open_module(monkeypatch, folder, "deadly_eip", DEADLY)
+    recipe = HEATED | {"count": 4, "n_atoms": None}
+    job = ExploreJob(recipes=(recipe,), seed=1, eip="python:deadly_eip:Deadly", n_workers=2)
+
+    assert run(job, folder) is State.DONE
+    pool, metrics = results(folder)
+
+    # It dies of cells of more than one atom.
+    assert set(pool.n_atoms) == {1}
+    assert len(pool) == 4
+    assert "4 atoms: the process died with signal 11 (SIGSEGV)" in metrics["notes"][0]
 
 
 def test_a_pool_that_is_short_says_why(folder):

@@ -6,7 +6,7 @@ from ase.build import bulk
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.emt import EMT
 
-from aiida_eipnn.science.dynamics import Dynamics, Stopped, run_dynamics
+from aiida_eipnn.science.dynamics import Dynamics, run_dynamics
 
 
 @pytest.fixture
@@ -129,17 +129,6 @@ def test_a_run_ends_with_the_configuration_that_the_committee_does_not_know(copp
     assert len(known.frames) == 5
     assert known.frames[1] == trajectory.frames[1]
     assert known.frames[2] != trajectory.frames[2]
-
-
-def test_a_run_that_must_stop_leaves_no_part_of_a_trajectory(copper):
-    with pytest.raises(Stopped):
-        run_dynamics(
-            copper,
-            EMT(),
-            np.random.default_rng(0),
-            Dynamics(temperature=300, spacing=2),
-            must_stop=lambda: True,
-        )
 
 
 @pytest.mark.parametrize(

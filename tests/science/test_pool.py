@@ -9,11 +9,11 @@ from ase.calculators.emt import EMT
 
 import aiida_eipnn
 from aiida_eipnn.science.configurations import Configurations
-from aiida_eipnn.science.dynamics import Stopped
+from aiida_eipnn.science.dynamics import Trajectory, run_dynamics
 from aiida_eipnn.science.eip.analytic import LennardJones
 from aiida_eipnn.science.eip.potential import EipCalculator
 from aiida_eipnn.science.gate import refuse_invalid
-from aiida_eipnn.science.pool import KINDS, counts_by_type, make_pool
+from aiida_eipnn.science.pool import KINDS, Stopped, counts_by_type, make_pool
 
 PROTOCOLS = Path(aiida_eipnn.__file__).parent / "workflows" / "protocols" / "active_learning.yaml"
 
@@ -31,8 +31,24 @@ def seeds():
     return Configurations.from_atoms([bulk("Cu", cubic=True), bulk("Cu") * (2, 1, 1)])
 
 
+class OneByOne:
+    """Runs molecular dynamics here, one run after the other."""
+
+    has_uncertainty = False
+
+    def __init__(self, calculator):
+        self.calculator = calculator
+        self.asked = []
+
+    def run(self, runs):
+        self.asked.append(len(runs))
+        for run in runs:
+            yield run_dynamics(run.start, self.calculator, run.rng, run.settings)
+
+
 def make(seeds, *recipes, seed=0, calculator=None, **settings):
-    return make_pool(seeds, recipes, np.random.default_rng(seed), calculator, **settings)
+    driver = OneByOne(calculator) if calculator else None
+    return make_pool(seeds, recipes, np.random.default_rng(seed), driver, **settings)
 
 
 def test_every_recipe_makes_exactly_its_count_and_nothing_invalid(seeds):
@@ -190,6 +206,48 @@ def test_dynamics_that_blows_up_is_noted_and_keeps_what_is_good(seeds):
 
     assert any("md at" in note and "stopped" in note for note in notes)
     assert refuse_invalid(pool) == ()
+
+
+class Refusing(OneByOne):
+    """Every second run ends before its first snapshot."""
+
+    def run(self, runs):
+        for number, trajectory in enumerate(super().run(runs)):
+            yield Trajectory([], "refused") if number % 2 else trajectory
+
+
+def test_runs_that_give_too_little_are_made_good_by_as_many_as_are_needed(seeds):
+    recipe = {"config_type": "md", "count": 12, "snapshots_per_run": 3, "spacing": 2}
+    driver = Refusing(EMT())
+
+    pool, notes = make_pool(seeds, [recipe], np.random.default_rng(0), driver)
+
+    assert len(pool) == 12
+    # Half of four runs, then half of two, then the only one.
+    assert driver.asked == [4, 2, 1]
+    assert notes == (
+        "md at 300 K, 2 atoms: refused",
+        "md at 600 K, 2 atoms: refused",
+        "md at 1000 K, 2 atoms: refused",
+    )
+
+
+def test_runs_that_never_give_anything_come_to_an_end(seeds):
+    class Silent(OneByOne):
+        def run(self, runs):
+            self.asked.append(len(runs))
+            return [Trajectory([], "refused")] * len(runs)
+
+    recipe = {"config_type": "md", "count": 12, "snapshots_per_run": 3}
+    driver = Silent(None)
+
+    pool, notes = make_pool(
+        seeds, [recipe, {"config_type": "rattled", "count": 1}], np.random.default_rng(0), driver
+    )
+
+    assert len(pool) == 1
+    assert driver.asked == [4, 4, 4, 3]
+    assert notes[-1] == "md: 0 of 12 were made"
 
 
 def test_a_pool_that_must_stop_is_no_pool(seeds):

@@ -10,12 +10,9 @@ and labels that chunk one configuration at a time, so that only the one that it 
 """
 
 import ctypes
-import multiprocessing
-import os
 import resource
 import signal
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,7 +27,7 @@ import numpy as np
 from aiida_eipnn.science.arrays import FloatArray, IntArray, load_arrays
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.batch import Batch, BatchLabels, Reach, cut_batches, reason_of
-from aiida_eipnn.science.eip.isolation import CONTEXT, how_it_ended, leave_ending_to_parent, preload
+from aiida_eipnn.science.eip.isolation import CONTEXT, end_with_parent, how_it_ended, preload
 from aiida_eipnn.science.eip.potential import EmpiricalPotential, open_potential
 from aiida_eipnn.science.eip.store import (
     LABELLED,
@@ -529,7 +526,7 @@ class _Worker:
 
 def _work(order: _Order, memory: Any, reports: Connection) -> None:
     """Label what is missing of a chunk; runs in a process of its own."""
-    _end_with_parent()
+    end_with_parent()
     _limit_memory(order.limits.memory)
     keep_freed_memory()
     worker = _Worker(order, _Now(memory), reports, open_chunk(order.folder, "r+"))
@@ -560,20 +557,6 @@ def _largest(values: FloatArray) -> float:
 
 def _reach_of(potential: EmpiricalPotential) -> Any:
     return potential.reach if isinstance(potential, BatchPotential) else None
-
-
-def _end_with_parent() -> None:
-    """See to it that this process ends when the one that reads its labels is gone."""
-    leave_ending_to_parent()
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_after(sentinel: int) -> None:
-    """End this process when the one with that sentinel is gone."""
-    wait([sentinel])
-    os._exit(1)
 
 
 def keep_freed_memory() -> None:

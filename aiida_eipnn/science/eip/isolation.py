@@ -1,12 +1,17 @@
 """Call foreign code in another process, which may die or hang without taking this one along."""
 
 import multiprocessing
+import os
 import signal
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.connection import Connection
-from typing import Any, TypeVar
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from typing import Any, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -20,6 +25,8 @@ LEFT_TO_PARENT = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # The other process ends itself this much later than it would be ended: should this one be killed,
 # nobody else does it.
 _GRACE = 5.0
+# Seconds between two looks at whether to stop.
+_POLL = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +119,151 @@ def _serve(
     leave_ending_to_parent()
     for item in items:
         signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE)
+        sender.send(_outcome(task, item))
+
+
+def side_by_side(
+    open_task: Callable[[int], Callable[[Item], Outcome]],
+    items: Sequence[Item],
+    *,
+    n_workers: int,
+    must_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[int, Outcome | Lost]]:
+    """Call a task for each item, in several processes at a time.
+
+    Parameters
+    ----------
+    open_task
+        A function of a module, or a partial one: each process calls it with its number, from 0 on,
+        for the task that it then calls with one item after the other. It, the items and what the
+        task returns are pickled.
+    items
+        What to call it with.
+    n_workers
+        Processes at a time.
+    must_stop
+        Asked twice a second, and whenever an item is done; what is not done then is left out.
+
+    Yields
+    ------
+    tuple
+        The position of the item and what the task returned, as they come; :class:`Lost` where it
+        raised and where its process died.
+
+    Raises
+    ------
+    ValueError
+        If the task could not be opened.
+    """
+    preload()
+    waiting = deque(enumerate(items))
+    crew: list[_Worker] = []
+    try:
+        while (waiting or crew) and not must_stop():
+            free = sorted(set(range(n_workers)) - {worker.number for worker in crew})
+            crew += [
+                _start_worker(open_task, number, waiting.popleft())
+                for number in free[: len(waiting)]
+            ]
+            ready = wait([worker.connection for worker in crew], _POLL)
+            for worker in [worker for worker in crew if worker.connection in ready]:
+                outcome = _receive(worker)
+                yield worker.position, outcome
+                crew.remove(worker)
+                if waiting and worker.process.is_alive():
+                    crew.append(_hand_on(worker, waiting.popleft()))
+                else:
+                    _end(worker)
+    finally:
+        for worker in crew:
+            _end(worker)
+
+
+class _Worker(NamedTuple):
+    """A process, and the position of the item that it has."""
+
+    number: int
+    process: ForkServerProcess
+    connection: Connection
+    position: int
+
+
+class _UnopenedError(ValueError):
+    """What a process sends that has no task."""
+
+
+def _start_worker(
+    open_task: Callable[[int], Callable[[Any], Any]], number: int, item: tuple[int, Any]
+) -> _Worker:
+    here, there = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=_serve_any, args=(open_task, number, there), daemon=True)
+    process.start()
+    there.close()
+    return _hand_on(_Worker(number, process, here, -1), item)
+
+
+def _hand_on(worker: _Worker, item: tuple[int, Any]) -> _Worker:
+    position, content = item
+    # Where it has died, to hear from it tells.
+    with suppress(OSError):
+        worker.connection.send(content)
+    return worker._replace(position=position)
+
+
+def _receive(worker: _Worker) -> Any:
+    try:
+        outcome = worker.connection.recv()
+    except (EOFError, OSError):
+        worker.process.join()
+        return Lost(how_it_ended(worker.process.exitcode))
+    if isinstance(outcome, _UnopenedError):
+        raise outcome
+    return outcome
+
+
+def _end(worker: _Worker) -> None:
+    worker.process.kill()
+    worker.process.join()
+    worker.connection.close()
+
+
+def _serve_any(
+    open_task: Callable[[int], Callable[[Any], Any]], number: int, connection: Connection
+) -> None:
+    """Send the outcome of each item that comes; runs in the other process."""
+    end_with_parent()
+    try:
+        task = open_task(number)
+    except Exception as error:  # foreign code is opened here
+        connection.send(_UnopenedError(" ".join(str(error).split()) or type(error).__name__))
+        return
+    while True:
         try:
-            outcome: Any = task(item)
-        except Exception as error:  # whatever foreign code raises is a reason, not a crash
-            outcome = Lost(" ".join(f"{type(error).__name__}: {error}".split()))
-        sender.send(outcome)
+            item = connection.recv()
+        except EOFError:
+            return
+        connection.send(_outcome(task, item))
+
+
+def _outcome(task: Callable[[Any], Any], item: Any) -> Any:
+    try:
+        return task(item)
+    except Exception as error:  # whatever foreign code raises is a reason, not a crash
+        return Lost(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def end_with_parent() -> None:
+    """See to it that this process ends when the one that started it is gone."""
+    leave_ending_to_parent()
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_after(sentinel: int) -> None:
+    """End this process when the one with that sentinel is gone."""
+    wait([sentinel])
+    os._exit(1)
 
 
 def leave_ending_to_parent() -> None:
