@@ -15,7 +15,8 @@ from aiida_eipnn.data.finite import finite
 from aiida_eipnn.data.labels import CORE_SECONDS, LabelsData
 from aiida_eipnn.data.predictions import PredictionsData
 from aiida_eipnn.science import acquisition
-from aiida_eipnn.science.arrays import FloatArray, IntArray, StrArray
+from aiida_eipnn.science.arrays import IntArray, StrArray
+from aiida_eipnn.science.assessment import FORCES, Assessment, assess_uncertainties
 from aiida_eipnn.science.cold_start import first_points
 from aiida_eipnn.science.configurations import (
     Configurations,
@@ -35,18 +36,9 @@ from aiida_eipnn.science.metrics import (
     errors_by_type,
     prediction_errors,
     upper_bounds,
-    worst_forces,
 )
-from aiida_eipnn.science.predictions import OF_FEATURES, Predictions
+from aiida_eipnn.science.predictions import Predictions
 from aiida_eipnn.science.reference import best_single, fit_alignment
-from aiida_eipnn.science.uncertainty import (
-    calibrate,
-    calibration_scale,
-    judge_conformal,
-    judge_uncertainties,
-    spearman,
-    uncertainty_curves,
-)
 from aiida_eipnn.science.verdict import AGREEMENT, N_HELD_OUT, SCORE, Verdict
 
 TEST, INITIAL, REFUSED, KNOWN, TWINS = "test", "initial", "refused", "known", "twins"
@@ -415,7 +407,8 @@ def assess(
     scale = _error_scale(more, len(previous))
     test = test_labels.value().labelled()
     accuracy = prediction_errors(test, predicted)
-    bounds, calibration = upper_bounds(test, predicted), _calibration(test, predicted)
+    bounds, uncertainties = upper_bounds(test, predicted), assess_uncertainties(test, predicted)
+    committee = uncertainties.pop(FORCES, None)
     record = IterationRecord(
         iteration=len(previous) + 1,
         n_dft_labels=_n_paid(taken),
@@ -426,17 +419,15 @@ def assess(
         forces_mae=accuracy.forces_mae,
         energy_mae_high=bounds.energy_mae,
         forces_mae_high=bounds.forces_mae,
-        uncertainty_scale=None if calibration is None else float(calibration["scale"]),
+        uncertainty_scale=None if committee is None else committee.calibration.scale,
     )
     details: dict[str, Any] = {
         "committee": accuracy.as_dict(),
         "by_config_type": _errors_by_type(pool.value(), test, predicted),
         "best_eip": _best_eip(pool.value(), training.labelled(), test, eip_labels.value()),
-        "calibration": calibration,
         "error_scale": scale,
-        **_panel(test, predicted),
-        "by_features": _by_features(test, predicted),
-        "conformal": _conformal(test, predicted),
+        **_facts_of(committee),
+        "uncertainties": {name: _facts_of(judged) for name, judged in uncertainties.items()},
     }
     for name in ("scratch", "finetuned"):
         if name in more:
@@ -561,16 +552,17 @@ def _best_eip(
     return {"name": name, **found.as_dict()}
 
 
-def _calibration(test: Labels, predicted: Predictions) -> dict[str, float | int] | None:
-    """Compare the spread of the forces with their errors, atom by atom."""
-    spread, error = _forces_on_test(test, predicted)
-    size = np.linalg.norm(error, axis=1)
-    # One prediction that is no number says nothing of the others.
-    told = np.isfinite(spread) & np.isfinite(size)
-    if not (spread[told] > 0).any():
-        return None
-    found = calibrate(spread[told], size[told])
-    return {name: getattr(found, name) for name in ("spearman", "scale", "coverage", "n")}
+def _facts_of(judged: Assessment | None) -> dict[str, Any]:
+    """Return what is known of one kind of uncertainty, as plain values."""
+    if judged is None:
+        return dict.fromkeys(("calibration", "panel", "curves", "conformal"))
+    facts = asdict(judged)
+    return {
+        "calibration": facts["calibration"],
+        "panel": facts["panel"],
+        "curves": {name: list(values) for name, values in facts["curves"].items()},
+        "conformal": {"atoms": facts["conformal"], "configurations": facts["conformal_worst"]},
+    }
 
 
 def _error_scale(more: Mapping[str, Any], iteration: int) -> float | None:
@@ -584,67 +576,3 @@ def _error_scale(more: Mapping[str, Any], iteration: int) -> float | None:
 def iteration_name(number: int) -> str:
     """Return the name of an iteration, in the outputs of the loop and of what it asks for."""
     return f"i{number:03d}"
-
-
-def _panel(test: Labels, predicted: Predictions) -> dict[str, Any]:
-    """Judge the spread of force components, once its scale is right, by their errors.
-
-    Numbers are the ``panel``, lines to draw the ``curves``.
-    """
-    spread, error = _forces_on_test(test, predicted)
-    used = spread > 0
-    if not used.any():
-        return {"panel": None, "curves": None}
-    # The spread is that of the vector; each of its three components has a part of it.
-    sigma, wrong = np.repeat(spread[used] / np.sqrt(3), 3), error[used].ravel()
-    sigma = calibration_scale(sigma, wrong) * sigma
-    return {
-        "panel": asdict(judge_uncertainties(sigma, wrong)),
-        "curves": {
-            name: list(values) for name, values in asdict(uncertainty_curves(sigma, wrong)).items()
-        },
-    }
-
-
-def _by_features(test: Labels, predicted: Predictions) -> dict[str, float | None]:
-    """Return how well features alone rank the errors of forces on atoms, where they are told."""
-    rows = rows_of(predicted.ids, test.ids)
-    atoms = ragged_rows(predicted.offsets, rows)
-    size = np.linalg.norm(predicted.forces[atoms] - test.forces[0], axis=1)
-    told = {name: getattr(predicted, name) for name in OF_FEATURES}
-    ranked = {
-        name: values[atoms].astype(np.float64)
-        for name, values in told.items()
-        if values is not None
-    }
-    found: dict[str, float | None] = dict.fromkeys(OF_FEATURES)
-    for name, values in ranked.items():
-        # What too few labels tell may be no number; the loop does not depend on it.
-        used = np.isfinite(values) & np.isfinite(size)
-        if used.any():
-            found[name] = spearman(values[used], size[used])
-    return found
-
-
-def _conformal(test: Labels, predicted: Predictions) -> dict[str, Any]:
-    """Return intervals for the force on an atom, and for the worst one of a configuration."""
-    spread, error = _forces_on_test(test, predicted)
-    size = np.linalg.norm(error, axis=1)
-    owner = np.repeat(np.arange(len(test)), test.n_atoms)
-    pairs = {
-        "atoms": (spread, size, owner),
-        "configurations": (*worst_forces(test, predicted), np.arange(len(test))),
-    }
-    found = {}
-    for name, (sigma, wrong, groups) in pairs.items():
-        # Atoms that rest by symmetry have neither spread nor error.
-        used = sigma > 0
-        judged = judge_conformal(sigma[used], wrong[used], groups[used]) if used.any() else None
-        found[name] = None if judged is None else asdict(judged)
-    return found
-
-
-def _forces_on_test(test: Labels, predicted: Predictions) -> tuple[FloatArray, FloatArray]:
-    """Return spread, ``(N,)``, and error, ``(N, 3)``, of the forces on the test set."""
-    atoms = ragged_rows(predicted.offsets, rows_of(predicted.ids, test.ids))
-    return predicted.forces_std[atoms], predicted.forces[atoms] - test.forces[0]

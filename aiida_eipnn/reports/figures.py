@@ -27,6 +27,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from aiida_eipnn.science.arrays import FloatArray
 from aiida_eipnn.science.uncertainty import Calibration, Curves
 
+# Curves of the uncertainties, and how to draw them.
+Line = tuple[Curves, dict[str, Any]]
+
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW = "#CC79A7", "#56B4E9", "#F0E442"
 INK, MUTED, GRID, PALE = "#1f2933", "#697586", "#e4e7eb", "#c5ccd6"
@@ -255,10 +258,10 @@ def uncertainty_against_error(
     return axes
 
 
-def calibration_curves(axes: Axes, iterations: Mapping[str, Curves]) -> Axes:
+def calibration_curves(axes: Axes, lines: Sequence[Line]) -> Axes:
     """Draw the share of errors within the interval of each probability: the diagonal is right."""
     axes.plot([0, 1], [0, 1], color=PALE, linewidth=1.2, zorder=1)
-    for curve, style in _fading(iterations):
+    for curve, style in lines:
         axes.plot([0, *curve.expected, 1], [0, *curve.observed, 1], **style)
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.set_box_aspect(1)
@@ -267,14 +270,14 @@ def calibration_curves(axes: Axes, iterations: Mapping[str, Curves]) -> Axes:
     return legend_above(axes)
 
 
-def rejection_curves(axes: Axes, iterations: Mapping[str, Curves]) -> Axes:
+def rejection_curves(axes: Axes, lines: Sequence[Line]) -> Axes:
     """Draw the error of what is kept when the most uncertain are left out, over that of all.
 
-    Dotted: as if the errors were known, for the last iteration.
+    Dotted: as if the errors were known, for the last line.
     """
-    for curve, style in _fading(iterations):
+    for curve, style in lines:
         axes.plot(_left_out(curve), _over_all(curve, curve.kept_error), **style)
-    last = list(iterations.values())[-1]
+    last = lines[-1][0]
     axes.plot(
         _left_out(last),
         _over_all(last, last.least_error),
@@ -299,10 +302,10 @@ def _over_all(curve: Curves, errors: Sequence[float]) -> list[float]:
     return [value / (curve.kept_error[0] or 1.0) for value in errors]
 
 
-def spread_against_error(axes: Axes, iterations: Mapping[str, Curves]) -> Axes:
+def spread_against_error(axes: Axes, lines: Sequence[Line]) -> Axes:
     """Draw error against calibrated uncertainty in bins, both in eV/Å: the diagonal is right."""
     seen: list[float] = []
-    for curve, style in _fading(iterations):
+    for curve, style in lines:
         axes.plot(curve.bin_sigma, curve.bin_error, marker="o", markersize=4, **style)
         seen += [value for value in (*curve.bin_sigma, *curve.bin_error) if value > 0]
     if seen:
@@ -317,8 +320,8 @@ def spread_against_error(axes: Axes, iterations: Mapping[str, Curves]) -> Axes:
     return axes
 
 
-def _fading(iterations: Mapping[str, Curves]) -> list[tuple[Curves, dict[str, Any]]]:
-    """Return curves with how to draw them: the last one strong, earlier ones paler."""
+def fading(iterations: Mapping[str, Curves]) -> list[Line]:
+    """Return the lines of iterations: the last one strong, earlier ones paler."""
     last = len(iterations) - 1
     return [
         (
@@ -332,6 +335,14 @@ def _fading(iterations: Mapping[str, Curves]) -> list[tuple[Curves, dict[str, An
             },
         )
         for number, (name, curve) in enumerate(iterations.items())
+    ]
+
+
+def side_by_side(kinds: Mapping[str, Curves]) -> list[Line]:
+    """Return the lines of kinds of uncertainty, each in a colour of its own."""
+    return [
+        (curve, {"color": colour, "linewidth": 1.6, "label": name})
+        for colour, (name, curve) in zip(CYCLE, kinds.items(), strict=False)
     ]
 
 

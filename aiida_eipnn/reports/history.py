@@ -28,6 +28,7 @@ from aiida_eipnn.reports.points import (
     loops_of,
     read_points,
 )
+from aiida_eipnn.science.assessment import Assessment
 from aiida_eipnn.science.convergence import StopCriteria
 from aiida_eipnn.science.metrics import Errors
 from aiida_eipnn.science.uncertainty import Calibration, Conformal, Curves, Panel
@@ -110,8 +111,8 @@ class Iteration:
         The same as lines to draw; not there in loops of earlier versions.
     conformal, conformal_worst
         Intervals for the force on an atom, and for the worst one of a configuration.
-    by_features
-        Rank correlations of what features alone tell of atoms with the errors of their forces.
+    uncertainties
+        The same of what else tells how wrong the committee may be, by the field of its predictions.
     choices
         How often each EIP, or ``none``, was chosen in the pool.
     asked
@@ -138,7 +139,7 @@ class Iteration:
     curves: Curves | None = None
     conformal: Conformal | None = None
     conformal_worst: Conformal | None = None
-    by_features: dict[str, float] = field(default_factory=dict)
+    uncertainties: dict[str, Assessment] = field(default_factory=dict)
     choices: dict[str, int]
     asked: Asked | None = None
     seconds: float = 0.0
@@ -433,10 +434,8 @@ def _iteration(
         curves=_curves(record.get("curves")),
         conformal=_conformal((record.get("conformal") or {}).get("atoms")),
         conformal_worst=_conformal((record.get("conformal") or {}).get("configurations")),
-        by_features={
-            name: value
-            for name, value in record.get("by_features", {}).items()
-            if value is not None
+        uncertainties={
+            name: _assessment(facts) for name, facts in record.get("uncertainties", {}).items()
         },
         choices=dict(selection.base.attributes.get("counts")) if selection else {},
         asked=_asked(outputs.get("choice"), pool),
@@ -448,6 +447,17 @@ def _calibration(record: Mapping[str, Any] | None) -> Calibration | None:
     if not record:
         return None
     return Calibration(**_numbers(record, Calibration.__slots__))
+
+
+def _assessment(record: Mapping[str, Any]) -> Assessment:
+    conformal = record["conformal"]
+    return Assessment(
+        calibration=Calibration(**_numbers(record["calibration"], Calibration.__slots__)),
+        panel=Panel(**_numbers(record["panel"], Panel.__slots__)),
+        curves=Curves(**{name: tuple(record["curves"][name]) for name in Curves.__slots__}),
+        conformal=_conformal(conformal["atoms"]),
+        conformal_worst=_conformal(conformal["configurations"]),
+    )
 
 
 def _panel(record: Mapping[str, Any] | None) -> Panel | None:

@@ -19,6 +19,7 @@ from aiida_eipnn.science.eip.names import without_kim_id
 from aiida_eipnn.science.eip.selection import NONE
 from aiida_eipnn.science.metrics import Errors
 from aiida_eipnn.science.reference import SourceErrors
+from aiida_eipnn.science.uncertainty import LEVELS
 
 # Of the dots that are moved sideways in a figure, so that the same loop gives the same page.
 JITTER_SEED = 0
@@ -40,6 +41,12 @@ SHORT = {
 
 # What features alone tell of atoms.
 BY_FEATURES = {"atom_energy_std": "spread of the atom's energy", "strangeness": "strangeness"}
+# The same, in a table.
+KINDS = {
+    "energy_std": "Energy: spread of the members",
+    "atom_energy_std": "Forces: spread of the atom's energy that labels leave to the last layer",
+    "strangeness": "Forces: distance of the atom's features from those of labelled atoms",
+}
 
 # Of pw.x, and of aiida-quantumespresso's distance of k-points.
 UNITS = {"ecutwfc": "Ry", "ecutrho": "Ry", "degauss": "Ry", "kpoints_distance": "1/Å"}
@@ -136,6 +143,8 @@ def render(node: ProcessNode) -> str:
         lineage=lineage,
         title=title(history),
         words=SHORT,
+        kinds=KINDS,
+        levels=LEVELS,
         summary=summary(history),
         status=status_word(history),
         cards=cards(history),
@@ -353,6 +362,7 @@ def draw_figures(history: History, outputs: Mapping[str, Data], pool: Data) -> d
         "parity": parity_figure(evidence.read_test_set(outputs, last), last),
         "curves": curves_figure(history),
         "panel": panel_figure(history),
+        "kinds": kinds_figure(last),
         "choices": choices_figure(evidence.read_choices(outputs, pool, last), history.eips),
         "asked": asked_figure(
             history, evidence.read_uncertainties(outputs, history.iterations), types
@@ -431,11 +441,34 @@ def curves_figure(history: History) -> str:
     figures = load_figures()
 
     def paint(axes: Sequence[Any]) -> None:
-        figures.calibration_curves(axes[0], curves)
-        figures.rejection_curves(axes[1], curves)
-        figures.spread_against_error(axes[2], curves)
+        lines = figures.fading(curves)
+        figures.calibration_curves(axes[0], lines)
+        figures.rejection_curves(axes[1], lines)
+        figures.spread_against_error(axes[2], lines)
 
     return str(figures.draw("curves", paint, n_axes=3, height=3.3))
+
+
+def kinds_figure(last: Iteration | None) -> str:
+    """Draw what the last committee says of force errors, by its spread and by features alone."""
+    if last is None or last.curves is None:
+        return ""
+    kinds = {"spread of the members": last.curves} | {
+        text: last.uncertainties[name].curves
+        for name, text in BY_FEATURES.items()
+        if name in last.uncertainties
+    }
+    if len(kinds) < 2:
+        return ""
+    figures = load_figures()
+
+    def paint(axes: Sequence[Any]) -> None:
+        lines = figures.side_by_side(kinds)
+        figures.calibration_curves(axes[0], lines)
+        figures.rejection_curves(axes[1], lines)
+        figures.spread_against_error(axes[2], lines)
+
+    return str(figures.draw("kinds", paint, n_axes=3, height=3.3))
 
 
 def panel_figure(history: History) -> str:
@@ -464,9 +497,12 @@ def panel_figure(history: History) -> str:
 def _ranks_by_features(items: Sequence[Iteration]) -> dict[str, list[float]]:
     """Return how well features alone rank the errors, by iteration, where that is known."""
     return {
-        text: [item.by_features.get(name, np.nan) for item in items]
+        text: [
+            found.panel.spearman if (found := item.uncertainties.get(name)) else np.nan
+            for item in items
+        ]
         for name, text in BY_FEATURES.items()
-        if any(name in item.by_features for item in items)
+        if any(name in item.uncertainties for item in items)
     }
 
 

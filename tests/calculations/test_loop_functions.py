@@ -363,25 +363,5 @@ def test_what_is_likely_to_be_wrong_by_too_much_is_not_asked_for(pool, predictio
     assert most_uncertain(no_history(), max_error=1e-9) == uncertainty.max()
 
 
-def test_a_prediction_that_is_no_number_says_nothing_of_the_others(pool, predictions):
-    predicted = predictions.value()
-    missing = Labels.missing(pool.value(), ["dft"])
-    test = replace(
-        missing,
-        energy=np.zeros((10, 1)),
-        forces=np.ones((1, 20, 3)),
-        status=np.zeros_like(missing.status),
-        reasons=np.array([], dtype="<U1"),
-    )
-    forces, strangeness = predicted.forces.copy(), np.linspace(1, 2, 20)
-    forces[3] = np.nan
-
-    found = loop._calibration(test, replace(predicted, forces=forces))
-    assert found["n"] == 19
-    assert np.isfinite(found["scale"])
-    told = replace(predicted, forces=forces, strangeness=strangeness)
-    assert "strangeness" in loop._by_features(test, told)
-
-
 def test_no_number_never_reaches_the_database():
     assert finite({"a": [1.0, float("nan")], "b": float("inf")}) == {"a": [1.0, None], "b": None}

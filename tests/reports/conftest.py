@@ -97,14 +97,16 @@ class SyntheticLoop:
 class Maker:
     """Makes a loop step by step, with the links and labels of the real work chains."""
 
-    def __init__(self, *, n_iterations: int, state: str, eips=EIPS, extra=None):
+    def __init__(
+        self, *, n_iterations: int, state: str, eips=EIPS, extra=None, tells_of_atoms=False
+    ):
         from aiida.orm import CalcFunctionNode, CalcJobNode, WorkChainNode
 
         self.work, self.job, self.function = WorkChainNode, CalcJobNode, CalcFunctionNode
         self.rng = np.random.default_rng(0)
         self.graph = Graph()
         self.n_iterations, self.n_asked, self.state = n_iterations, 2, state
-        self.eips, self.extra = eips, extra or {}
+        self.eips, self.extra, self.tells_of_atoms = eips, extra or {}, tells_of_atoms
         self.labels, self.choices, self.points = {}, {}, {}
         self.pool = self.committee = self.pretrained = None
 
@@ -477,9 +479,10 @@ class Maker:
                 energy=energy + self.rng.normal(0, 0.2 * noise, len(energy)),
                 forces=forces + spread[:, None] * self.rng.normal(0, 1, forces.shape),
                 stress=np.full((len(energy), 6), np.nan),
-                energy_std=np.full(len(energy), noise),
+                energy_std=np.linspace(0.5, 1.5, len(energy)) * noise,
                 forces_std=spread,
                 features=self.rng.normal(size=(len(energy), 4)),
+                strangeness=100 * spread if self.tells_of_atoms else None,
             )
         )
         self.graph.create(job, predictions=predictions)
@@ -563,13 +566,15 @@ def make_loop(aiida_profile, aiida_localhost):
     from aiida.common.exceptions import ClosedStorage, NotExistent
     from aiida.orm import load_node
 
-    def make(state="finished", *, n_iterations=2) -> SyntheticLoop:
+    def make(state="finished", *, n_iterations=2, tells_of_atoms=False) -> SyntheticLoop:
         assert aiida_localhost.label == "localhost"
-        key = (state, n_iterations)
+        key = (state, n_iterations, tells_of_atoms)
         try:
             load_node(CACHE[key].node.uuid)
         except (KeyError, NotExistent, ClosedStorage):
-            CACHE[key] = Maker(n_iterations=n_iterations, state=state).make()
+            CACHE[key] = Maker(
+                n_iterations=n_iterations, state=state, tells_of_atoms=tells_of_atoms
+            ).make()
         return CACHE[key]
 
     return make

@@ -15,6 +15,7 @@ from aiida_eipnn.reports.report import (
     cards,
     curves_figure,
     duration,
+    kinds_figure,
     milli,
     panel_figure,
     summary,
@@ -130,9 +131,10 @@ def test_the_uncertainties_of_every_iteration_are_drawn(make_loop, tmp_path):
 def test_curves_show_what_was_recorded(make_loop):
     curves = {f"iteration {i.number}": i.curves for i in read_history(make_loop().node).assessed}
     axes = Figure().subplots(1, 3)
-    figures.calibration_curves(axes[0], curves)
-    figures.rejection_curves(axes[1], curves)
-    figures.spread_against_error(axes[2], curves)
+    lines = figures.fading(curves)
+    figures.calibration_curves(axes[0], lines)
+    figures.rejection_curves(axes[1], lines)
+    figures.spread_against_error(axes[2], lines)
     last = curves["iteration 2"]
     line = {item.get_label(): item for item in axes[0].lines}["iteration 2"]
     assert line.get_ydata()[1:-1].tolist() == list(last.observed)
@@ -151,13 +153,28 @@ def test_a_history_without_curves_is_reported_too(make_loop):
     assert curves_figure(old) == panel_figure(old) == ""
 
 
-def test_what_features_tell_is_drawn_where_it_is_known(make_loop):
-    history = read_history(make_loop().node)
-    known = [replace(item, by_features={"strangeness": 0.4}) for item in history.iterations]
+def test_what_features_tell_is_drawn_and_in_the_table_where_it_is_known(make_loop, tmp_path):
+    loop = make_loop(tells_of_atoms=True)
+    history = read_history(loop.node)
+    last = history.assessed[-1]
+    assert last.uncertainties.keys() == {"energy_std", "strangeness"}
+    for shown in (panel_figure(history), kinds_figure(last)):
+        assert "strangeness" in shown
+        assert "spread of the atom" not in shown
+    panel, shown = last.uncertainties["strangeness"].panel, page_of(loop.node, tmp_path).shown()
+    assert f"those of labelled atoms {panel.spearman:.2f} {panel.nll:.2f}" in shown
+    panel = last.uncertainties["energy_std"].panel
+    assert f"Energy: spread of the members {panel.spearman:.2f} {panel.nll:.2f}" in shown
+
+
+def test_without_it_only_energies_are_in_the_table(make_loop, tmp_path):
+    loop = make_loop()
+    history = read_history(loop.node)
     assert "strangeness" not in panel_figure(history)
-    shown = panel_figure(replace(history, iterations=known))
-    assert "strangeness" in shown
-    assert "spread of the atom" not in shown
+    assert kinds_figure(history.assessed[-1]) == ""
+    shown = page_of(loop.node, tmp_path).shown()
+    assert "Energy: spread of the members" in shown
+    assert "those of labelled atoms" not in shown
 
 
 @pytest.mark.parametrize(

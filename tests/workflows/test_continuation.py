@@ -125,8 +125,10 @@ def test_a_loop_on_stored_labels_needs_no_pw(whole, tmp_path):
     facts = (whole.outputs.committee.base.attributes.get(key) for key in ("n_members", "n_drawn"))
     assert tuple(facts) == (2, 3)
     assert record["calibration"]["scale"] > 0
-    assert record["by_features"].keys() == {"strangeness", "atom_energy_std"}
-    assert all(-1 <= number <= 1 for number in record["by_features"].values())
+    kinds = record["uncertainties"]
+    assert kinds.keys() == {"energy_std", "strangeness", "atom_energy_std"}
+    assert all(-1 <= found["panel"]["spearman"] <= 1 for found in kinds.values())
+    assert all(found["panel"]["ence"] >= 0 for found in kinds.values())
     report = tmp_path / "report.html"
     write_report(whole, report)
     assert "meV/Å" in report.read_text()
