@@ -40,7 +40,7 @@ SHORT = {
 }
 
 # What features alone tell of atoms.
-BY_FEATURES = {"atom_energy_std": "spread of the atom's energy", "strangeness": "strangeness"}
+BY_FEATURES = {"atom_energy_std": "last layer", "strangeness": "strangeness"}
 # The same, in a table.
 KINDS = {
     "energy_std": "Energy: spread of the members",
@@ -453,7 +453,7 @@ def kinds_figure(last: Iteration | None) -> str:
     """Draw what the last committee says of force errors, by its spread and by features alone."""
     if last is None or last.curves is None:
         return ""
-    kinds = {"spread of the members": last.curves} | {
+    kinds = {"members": last.curves} | {
         text: last.uncertainties[name].curves
         for name, text in BY_FEATURES.items()
         if name in last.uncertainties

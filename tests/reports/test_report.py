@@ -160,7 +160,7 @@ def test_what_features_tell_is_drawn_and_in_the_table_where_it_is_known(make_loo
     assert last.uncertainties.keys() == {"energy_std", "strangeness"}
     for shown in (panel_figure(history), kinds_figure(last)):
         assert "strangeness" in shown
-        assert "spread of the atom" not in shown
+        assert "last layer" not in shown
     panel, shown = last.uncertainties["strangeness"].panel, page_of(loop.node, tmp_path).shown()
     assert f"those of labelled atoms {panel.spearman:.2f} {panel.nll:.2f}" in shown
     panel = last.uncertainties["energy_std"].panel
