@@ -216,7 +216,7 @@ def _is_flat(atoms: Atoms) -> bool:
     return bool(np.sqrt(max(np.linalg.det(directions @ directions.T), 0.0)) < 1e-6)
 
 
-class Verdict(StrEnum):
+class GateVerdict(StrEnum):
     """What :func:`check_labels` found."""
 
     PASSED = "passed"
@@ -227,7 +227,7 @@ class Verdict(StrEnum):
     PER_ATOM = "energy per atom"
 
 
-PROBLEMS = (Verdict.WRONG_SIGN, Verdict.WRONG_UNIT, Verdict.PER_ATOM)
+PROBLEMS = (GateVerdict.WRONG_SIGN, GateVerdict.WRONG_UNIT, GateVerdict.PER_ATOM)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,7 +255,7 @@ class GateReport:
         Ratio of the spreads of the energies per atom.
     """
 
-    verdict: Verdict
+    verdict: GateVerdict
     text: str
     refused: tuple[Failure, ...]
     n_judged: int
@@ -635,39 +635,39 @@ def _distance(ratio: float, unit: float) -> float:
 
 def _judge(
     forces: _Comparison, energy: _Comparison, as_they_are: _Comparison, labels: Labels
-) -> tuple[Verdict, str]:
+) -> tuple[GateVerdict, str]:
     if max(forces.n, energy.n) < MIN_JUDGED:
-        return Verdict.TOO_FEW, (
+        return GateVerdict.TOO_FEW, (
             f"too few to judge: {max(forces.n, energy.n)} configurations can be compared with "
             f"EIPs, {MIN_JUDGED} are needed"
         )
     if forces.wrong_unit:
-        return Verdict.WRONG_UNIT, _unit_text("forces", forces, FORCE_UNITS)
+        return GateVerdict.WRONG_UNIT, _unit_text("forces", forces, FORCE_UNITS)
     if _per_atom(labels) or _fits_per_atom(energy, as_they_are):
-        return Verdict.PER_ATOM, (
+        return GateVerdict.PER_ATOM, (
             "the energies fit the EIPs' energies per atom, not their total energies, so they seem "
             "to be per atom: give total energies, multiply each by its number of atoms"
         )
     if energy.wrong_unit:
-        return Verdict.WRONG_UNIT, _unit_text("energies", energy, ENERGY_UNITS)
+        return GateVerdict.WRONG_UNIT, _unit_text("energies", energy, ENERGY_UNITS)
     if forces.clear and forces.agreement < 0:
-        return Verdict.WRONG_SIGN, (
+        return GateVerdict.WRONG_SIGN, (
             f"the forces point against those of {forces.source} (median cosine "
             f"{forces.agreement:.2f}); the gradient seems to be stored: change the sign of all "
             "forces"
         )
     if energy.clear and energy.agreement < 0:
-        return Verdict.WRONG_SIGN, (
+        return GateVerdict.WRONG_SIGN, (
             f"the energies rise where those of {energy.source} fall (rank correlation "
             f"{energy.agreement:.2f}); change the sign of all energies if they are stored so"
         )
     if not (forces.clear or energy.clear):
-        return Verdict.NO_AGREEMENT, (
+        return GateVerdict.NO_AGREEMENT, (
             "no EIP agrees with the labels in either sense (forces: median cosine "
             f"{forces.agreement:.2f}, energies: rank correlation {energy.agreement:.2f}), so "
             "units and signs could not be checked; look at them, or add an EIP that suits"
         )
-    return Verdict.PASSED, (
+    return GateVerdict.PASSED, (
         f"forces agree with {forces.source or 'no EIP'} (median cosine {forces.agreement:.2f}, "
         f"ratio {forces.ratio:.2f}), energies with {energy.source or 'no EIP'} (rank correlation "
         f"{energy.agreement:.2f}, ratio {energy.ratio:.2f})"

@@ -16,7 +16,7 @@ from aiida_eipnn.science.reference import count_elements
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 # In units of what files round to: 1e-4 eV and 0.01 Å³.
-SAME_ENERGY = 1e-4
+SAME_TOTAL_ENERGY = 1e-4
 SAME_VOLUME = 1e-2
 # So that no other use of the same seed gives the same numbers.
 _DRAW = 0xD7A
@@ -145,7 +145,7 @@ def find_twins(
         [
             # An atom more is far beyond the distance of 1 that twins have at most.
             2.0 * count_elements(configurations, elements),
-            reference.energy[:, 0] / SAME_ENERGY,
+            reference.energy[:, 0] / SAME_TOTAL_ENERGY,
             np.abs(np.linalg.det(configurations.cells)) / SAME_VOLUME,
         ]
     )

@@ -10,7 +10,7 @@ from ase.calculators.lj import LennardJones
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.eip.engine import label_with_eips
 from aiida_eipnn.science.gate import (
-    Verdict,
+    GateVerdict,
     check_labels,
     geometry_fault,
     keep_valid,
@@ -162,7 +162,7 @@ def test_the_first_of_equal_geometries_is_kept():
 def test_sound_labels_pass(copper):
     report = check_labels(*copper)
 
-    assert report.verdict is Verdict.PASSED
+    assert report.verdict is GateVerdict.PASSED
     assert report.problem is None
     assert report.refused == ()
     assert report.forces_agreement > 0.9
@@ -187,7 +187,7 @@ def test_wrong_units_are_refused_and_named(copper, energy, force, word):
 
     report = check_labels(configurations, wrong, eips)
 
-    assert report.verdict is Verdict.WRONG_UNIT
+    assert report.verdict is GateVerdict.WRONG_UNIT
     assert word in report.problem
 
 
@@ -196,7 +196,7 @@ def test_a_stored_gradient_is_refused(copper):
 
     report = check_labels(configurations, replace(dft, forces=-dft.forces), eips)
 
-    assert report.verdict is Verdict.WRONG_SIGN
+    assert report.verdict is GateVerdict.WRONG_SIGN
     assert "change the sign of all forces" in report.problem
 
 
@@ -205,7 +205,7 @@ def test_energies_of_the_wrong_sign_are_refused(copper):
 
     report = check_labels(configurations, replace(dft, energy=-dft.energy), eips)
 
-    assert report.verdict is Verdict.WRONG_SIGN
+    assert report.verdict is GateVerdict.WRONG_SIGN
     assert "energies" in report.problem
 
 
@@ -218,7 +218,7 @@ def test_energies_per_atom_are_refused(copper):
     assert check_labels(configurations, replace(dft, energy=total), eips).problem is None
     report = check_labels(configurations, wrong, eips)
 
-    assert report.verdict is Verdict.PER_ATOM
+    assert report.verdict is GateVerdict.PER_ATOM
     assert "multiply" in report.problem
 
 
@@ -242,7 +242,7 @@ def test_a_label_that_is_not_finite_is_refused(copper):
     report = check_labels(configurations, replace(dft, forces=forces), eips)
 
     assert [failure.id for failure in report.refused] == [dft.ids[0]]
-    assert report.verdict is Verdict.PASSED
+    assert report.verdict is GateVerdict.PASSED
 
 
 def test_four_labels_are_too_few_to_judge_and_are_not_refused(copper):
@@ -250,7 +250,7 @@ def test_four_labels_are_too_few_to_judge_and_are_not_refused(copper):
 
     report = check_labels(configurations, replace(dft, forces=-dft.forces).take(range(4)), eips)
 
-    assert report.verdict is Verdict.TOO_FEW
+    assert report.verdict is GateVerdict.TOO_FEW
     assert "4 configurations" in report.text
     assert report.problem is None
 
@@ -260,7 +260,7 @@ def test_without_any_eip_label_nothing_is_judged(copper):
 
     report = check_labels(configurations, dft, Labels.missing(configurations, ["lj-a"]))
 
-    assert report.verdict is Verdict.TOO_FEW
+    assert report.verdict is GateVerdict.TOO_FEW
     assert report.refused == ()
 
 
@@ -273,7 +273,7 @@ def test_eips_that_know_nothing_of_the_matter_refuse_nothing(copper):
 
     report = check_labels(configurations, dft, noise)
 
-    assert report.verdict is Verdict.NO_AGREEMENT
+    assert report.verdict is GateVerdict.NO_AGREEMENT
     assert report.problem is None
     assert report.refused == ()
 
@@ -302,7 +302,7 @@ def test_the_gate_keeps_sound_labels_as_they_came(copper):
 
     kept, report = refuse_labels(configurations, dft, eips)
 
-    assert report.verdict is Verdict.PASSED
+    assert report.verdict is GateVerdict.PASSED
     assert report.summary == "no label refused"
     assert kept.ok.all()
     assert np.array_equal(kept.energy, dft.energy)
@@ -313,7 +313,7 @@ def test_the_gate_works_without_eips(copper):
 
     kept, report = refuse_labels(configurations, dft)
 
-    assert report.verdict is Verdict.TOO_FEW
+    assert report.verdict is GateVerdict.TOO_FEW
     assert kept.ok.all()
 
 
@@ -414,7 +414,7 @@ def test_a_unit_is_named_with_its_cure(silicon, mistake):
 
     _, report = refuse_labels(configurations, wrong, eips)
 
-    assert report.verdict is Verdict.WRONG_UNIT
+    assert report.verdict is GateVerdict.WRONG_UNIT
     assert words in report.problem
 
 
@@ -431,7 +431,7 @@ def test_one_eip_is_enough_to_tell_that_energies_and_forces_differ_in_unit(silic
 
     _, report = refuse_labels(configurations, replace(dft, energy=dft.energy / 13.6057), one)
 
-    assert report.verdict is Verdict.WRONG_UNIT
+    assert report.verdict is GateVerdict.WRONG_UNIT
     assert "the energies" in report.problem
 
 
@@ -451,8 +451,8 @@ def test_energies_per_atom_are_told_where_all_configurations_have_one_size(silic
     rows = np.flatnonzero(dft.n_atoms == 24)
     per_atom = replace(dft, energy=dft.energy / dft.n_atoms[:, None]).take(rows)
 
-    assert check_labels(configurations, per_atom, eips).verdict is Verdict.PER_ATOM
-    assert check_labels(configurations, dft.take(rows), eips).verdict is Verdict.PASSED
+    assert check_labels(configurations, per_atom, eips).verdict is GateVerdict.PER_ATOM
+    assert check_labels(configurations, dft.take(rows), eips).verdict is GateVerdict.PASSED
 
 
 @pytest.mark.parametrize("number", range(8))
