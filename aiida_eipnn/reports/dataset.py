@@ -7,7 +7,6 @@ where the gate checked these, it is what the gate left.
 """
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -39,6 +38,7 @@ from aiida_eipnn.science.configurations import (
     configuration_id,
     join_configurations,
 )
+from aiida_eipnn.science.duplicates import find_known
 from aiida_eipnn.science.gate import SAME_ENERGY
 from aiida_eipnn.science.labels import Labels, checksum, join_labels
 
@@ -346,17 +346,24 @@ def md5_of(content: bytes) -> str:
 
 
 def shared_geometries(dataset: Dataset, others: Iterable[Dataset]) -> list[Shared]:
-    """Return which of the other datasets label some of the same geometries."""
-    here, found = _energies(dataset.pk), []
+    """Return which of the other datasets label some of the same geometries.
+
+    Moved, turned, mirrored and repeated ones count as the same
+    (:func:`aiida_eipnn.science.duplicates.find_known`).
+    """
+    here, labels = _labelled(dataset)
+    found = []
     for other in others:
-        if other.pk == dataset.pk:
+        if other.pk == dataset.pk or not set(other.elements) & set(dataset.elements):
             continue
-        there = _energies(other.pk)
-        both = here.keys() & there.keys()
+        there, other_labels = _labelled(other)
+        rows = find_known(there, here)
+        both = np.flatnonzero(rows >= 0)
+        if not len(both):
+            continue
         same = other.fingerprint == dataset.fingerprint
-        difference = max((abs(here[name] - there[name]) for name in both), default=np.nan)
-        if both:
-            found.append(Shared(other, len(both), same, float(difference if same else np.nan)))
+        difference = np.abs(_per_atom(other_labels)[both] - _per_atom(labels)[rows[both]]).max()
+        found.append(Shared(other, len(both), same, float(difference if same else np.nan)))
     return found
 
 
@@ -378,6 +385,8 @@ def read_facts(dataset: Dataset) -> Facts:
 def join_datasets(datasets: Sequence[Dataset]) -> tuple[Configurations, Labels, int]:
     """Put the labels of several datasets one after the other, each geometry once.
 
+    A moved, turned, mirrored or repeated one is the same.
+
     Returns
     -------
     tuple
@@ -390,18 +399,19 @@ def join_datasets(datasets: Sequence[Dataset]) -> tuple[Configurations, Labels, 
         If the levels of theory differ, or two energies of one geometry.
     """
     compare_levels([dataset.level for dataset in datasets])
-    seen: dict[str, tuple[float, int]] = {}
-    sets, tables, n_left_out = [], [], 0
-    for dataset in datasets:
-        labels, energies = dataset.labels(), _energies(dataset.pk)
-        _refuse_conflicts(dataset.pk, energies, seen)
-        new = [name for name in energies if name not in seen]
-        n_left_out += len(energies) - len(new)
-        rows = labels.rows_of(new)
-        tables.append(labels.take(rows))
-        sets.append(dataset.configurations().take(rows))
-        seen |= {name: (energies[name], dataset.pk) for name in new}
-    return join_configurations(sets), join_labels(tables), n_left_out
+    first, *rest = datasets
+    configurations, labels = _labelled(first)
+    owners = [first.pk] * len(labels)
+    n_left_out = 0
+    for dataset in rest:
+        more, more_labels = _labelled(dataset)
+        _refuse_conflicts(dataset.pk, more_labels, labels, owners)
+        new = np.flatnonzero(find_known(more, configurations) < 0)
+        n_left_out += len(more) - len(new)
+        configurations = join_configurations([configurations, more.take(new)])
+        labels = join_labels([labels, more_labels.take(new)])
+        owners += [dataset.pk] * len(new)
+    return configurations, labels, n_left_out
 
 
 def trace_row(dataset: Dataset, prefix: str) -> Trace:
@@ -600,28 +610,33 @@ def _elements(labels: LabelsData, configurations: ConfigurationsData) -> tuple[s
     return tuple(value.take(value.rows_of(labels.get_array("ids"))).symbols)
 
 
-def _energies(pk: int) -> dict[str, float]:
-    """Return the energy of each label, in eV/atom, by id; the arrays of atoms are not read."""
-    node = load_node(pk)
-    rows = np.flatnonzero(node.get_array("status")[:, 0] == 0)
-    energy = node.get_array("energy")[:, 0] / np.diff(node.get_array("offsets"))
-    return dict(zip(node.get_array("ids")[rows].tolist(), energy[rows].tolist(), strict=True))
+def _labelled(dataset: Dataset) -> tuple[Configurations, Labels]:
+    """Return the rows of a dataset that have a label."""
+    labels = dataset.labels()
+    rows = np.flatnonzero(labels.ok[:, 0])
+    return dataset.configurations().take(rows), labels.take(rows)
 
 
-def _refuse_conflicts(
-    pk: int, energies: dict[str, float], seen: dict[str, tuple[float, int]]
-) -> None:
-    """Raise ``ValueError`` if a geometry had another energy in an earlier dataset."""
-    conflicts: dict[int, list[float]] = defaultdict(list)
-    for name in energies.keys() & seen.keys():
-        difference = abs(energies[name] - seen[name][0])
-        if difference > SAME_ENERGY:
-            conflicts[seen[name][1]].append(difference)
-    for other, differences in conflicts.items():
+def _per_atom(labels: Labels) -> FloatArray:
+    energy: FloatArray = labels.energy[:, 0] / labels.n_atoms
+    return energy
+
+
+def _refuse_conflicts(pk: int, labels: Labels, earlier: Labels, owners: Sequence[int]) -> None:
+    """Raise ``ValueError`` if a configuration had another energy in an earlier dataset.
+
+    Of a turned one that may be the k-points' doing.
+    """
+    both = np.flatnonzero(np.isin(labels.ids, earlier.ids))
+    rows = earlier.rows_of(labels.ids[both])
+    differences = np.abs(_per_atom(labels)[both] - _per_atom(earlier)[rows])
+    apart = differences > SAME_ENERGY
+    if apart.any():
+        others = ", ".join(map(str, sorted({owners[row] for row in rows[apart]})))
         raise ValueError(
-            f"datasets {other} and {pk} give {len(differences)} geometries energies that differ "
-            f"by up to {max(differences):.3g} eV/atom, though their levels of theory are equal; "
-            "find out which one is right, and export without the other"
+            f"datasets {others} and {pk} give {apart.sum()} geometries energies that differ by up "
+            f"to {differences.max():.3g} eV/atom, though their levels of theory are equal; find "
+            "out which one is right, and export without the other"
         )
 
 
@@ -649,7 +664,7 @@ def _origin(dataset: Dataset, name: str) -> dict[str, Any]:
         return {"origin": dataset, **_run_facts(dataset, name)}
     inputs = inputs_of(source.process_pk)
     stored = inputs.get("stored")
-    if stored is not None and name in _energies(stored.pk):
+    if stored is not None and name in stored.value().labelled().ids:
         return _stored_origin(dataset, stored, name)
     points = read_points(source.process_pk, source.batch)
     point = next(point for point in points if point.id == name)

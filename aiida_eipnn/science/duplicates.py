@@ -3,9 +3,10 @@
 import numpy as np
 
 from aiida_eipnn.science.arrays import FloatArray, IntArray
-from aiida_eipnn.science.configurations import Configurations
+from aiida_eipnn.science.configurations import Configurations, join_configurations
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.neighbour_list import NeighborList
+from aiida_eipnn.science.reference import element_fractions
 
 # Neighbours up to here, in Å, tell two geometries apart.
 CUTOFF = 5.0
@@ -17,6 +18,8 @@ N_RADIAL = 8
 TOLERANCE = 1e-5
 # Energies of one EIP for equal geometries differ by rounding only, in eV/atom.
 SAME_EIP_ENERGY = 1e-6
+# Shares of elements, and volumes in Å³/atom, of equal geometries: files round positions and cells.
+SAME_CELL = 1e-3
 
 
 def find_duplicates(configurations: Configurations, tolerance: float = TOLERANCE) -> IntArray:
@@ -82,7 +85,7 @@ def find_twins(configurations: Configurations, eip_labels: Labels) -> IntArray:
     found = eip_labels.take(eip_labels.rows_of(configurations.ids[rows]))
     energies = np.where(found.ok, found.energy, np.nan) / configurations.n_atoms[rows, None]
     told = np.isfinite(energies).any(axis=1)
-    rows, group = rows[told], _groups(energies[told])
+    rows, group = rows[told], _groups(energies[told], SAME_EIP_ENERGY)
     order = np.argsort(group, kind="stable")
     for alike in np.split(rows[order], np.flatnonzero(np.diff(group[order])) + 1):
         if len(alike) > 1:
@@ -90,15 +93,47 @@ def find_twins(configurations: Configurations, eip_labels: Labels) -> IntArray:
     return first
 
 
-def _groups(energies: FloatArray) -> IntArray:
+def find_known(configurations: Configurations, known: Configurations) -> IntArray:
+    """Return for each configuration the row of ``known`` with the same geometry, -1 for none.
+
+    What counts as the same is what :func:`find_duplicates` says; only configurations of equal
+    composition and density are compared.
+    """
+    place = {str(name): row for row, name in enumerate(known.ids)}
+    found = np.array([place.get(str(name), -1) for name in configurations.ids], dtype=np.int64)
+    new = configurations.take(np.flatnonzero(found < 0))
+    if not len(new) or not len(known):
+        return found
+    both = join_configurations([known, new])
+    group = _groups(_cells(both), SAME_CELL)
+    # The first ones of each group are known, the last ones are not.
+    order = np.argsort(group, kind="stable")
+    match = np.full(len(both), -1)
+    for alike in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
+        if alike[0] < len(known) <= alike[-1]:
+            first = alike[find_duplicates(both.take(alike))]
+            match[alike] = np.where(first < len(known), first, -1)
+    found[found < 0] = match[len(known) :]
+    return found
+
+
+def _cells(configurations: Configurations) -> FloatArray:
+    """Return what equal geometries have in common: shares of elements, and volume of an atom."""
+    elements = np.array(configurations.elements, dtype=np.int64)
+    volume = np.abs(np.linalg.det(configurations.cells)) / configurations.n_atoms
+    volume = np.where(configurations.pbc.all(axis=1), volume, np.nan)
+    return np.column_stack([element_fractions(configurations, elements), volume])
+
+
+def _groups(values: FloatArray, tolerance: float) -> IntArray:
     """Return a number for each row, equal where all columns are equal up to rounding."""
-    group = np.zeros(len(energies), dtype=np.int64)
-    for column in energies.T:
+    group = np.zeros(len(values), dtype=np.int64)
+    for column in values.T:
         # What is missing is missing for twins too.
-        values = np.where(np.isfinite(column), column, np.finfo(np.float64).max)
-        order = np.lexsort((values, group))
+        told = np.where(np.isfinite(column), column, np.finfo(np.float64).max)
+        order = np.lexsort((told, group))
         with np.errstate(over="ignore"):
-            apart = np.diff(values[order]) > SAME_EIP_ENERGY
+            apart = np.diff(told[order]) > tolerance
         begins = apart | (np.diff(group[order]) != 0)
         group[order] = np.concatenate([[0], np.cumsum(begins)])[: len(order)]
     return group

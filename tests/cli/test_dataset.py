@@ -83,14 +83,27 @@ def labelled(kim):
 def write(labelled, tmp_path):
     """Return a function that writes some of the labels, changed as one wants, to a file."""
 
-    def write(name="si.extxyz", rows=range(12), *, shift=0.0, **changes):
+    def write(name="si.extxyz", rows=range(12), *, shift=0.0, turn=False, **changes):
         configurations, labels = (part.take(rows) for part in labelled)
+        if turn:
+            # The forces stay as they are: only geometries and energies count here.
+            configurations = turned(configurations)
+            labels = replace(labels, ids=configurations.ids)
         labels = replace(labels, energy=labels.energy + shift * labels.n_atoms[:, None])
         changes = {key: change(getattr(labels, key)) for key, change in changes.items()}
         write_labelled(tmp_path / name, configurations, [replace(labels, **changes)])
         return tmp_path / name
 
     return write
+
+
+def turned(configurations):
+    """Return the configurations, turned and moved."""
+    frames = [configurations.atoms(row) for row in range(len(configurations))]
+    for atoms in frames:
+        atoms.rotate(37, (1, 2, 3), rotate_cell=True)
+        atoms.translate([0.1, 0.2, 0.3])
+    return Configurations.from_atoms(frames)
 
 
 def new_loop(**settings):
@@ -383,6 +396,15 @@ def test_one_geometry_of_two_datasets_is_exported_once(call, write, tmp_path):
     assert "12 labels are in" in shown
     assert "because an earlier dataset has the geometry: 2\n" in shown
     assert len(read_labelled(tmp_path / "out.extxyz")[1]) == 12
+
+
+def test_a_turned_geometry_of_two_datasets_is_exported_once(call, write, tmp_path):
+    pks = [bring(write("a.extxyz", range(8))), bring(write("b.extxyz", range(6, 12), turn=True))]
+    shown = call("show", pks[1]).stdout
+    assert f"2 in dataset {pks[0]} (a.extxyz), the same level of theory" in shown
+    shown = call("export", *pks, "-o", tmp_path / "out.extxyz").stdout
+    assert "12 labels are in" in shown
+    assert "because an earlier dataset has the geometry: 2\n" in shown
 
 
 def test_levels_of_theory_are_not_mixed(call, write, tmp_path):

@@ -6,7 +6,7 @@ from ase import Atoms
 from ase.build import bulk, make_supercell
 
 from aiida_eipnn.science.configurations import Configurations
-from aiida_eipnn.science.duplicates import find_duplicates, find_twins
+from aiida_eipnn.science.duplicates import find_duplicates, find_known, find_twins
 from aiida_eipnn.science.labels import Labels
 
 
@@ -31,7 +31,8 @@ def mirrored(atoms):
 def moved(atoms):
     atoms = atoms.copy()
     atoms.translate([0.3, -1.2, 0.7])
-    atoms.wrap()
+    if atoms.pbc.all():
+        atoms.wrap()
     return atoms
 
 
@@ -53,6 +54,41 @@ def first_rows(*frames):
 )
 def test_the_same_crystal_is_found_however_it_is_written(again):
     assert first_rows(rattled(1), rattled(), again(rattled())) == [0, 1, 1]
+
+
+def known_rows(frames, known):
+    return find_known(Configurations.from_atoms(frames), Configurations.from_atoms(known)).tolist()
+
+
+def test_what_another_set_has_is_found_however_it_is_written():
+    known = [rattled(seed) for seed in range(4)]
+    frames = [rattled(7), turned(rattled(2)), rattled(1), rattled(3) * (1, 2, 1), rattled(8)]
+
+    assert known_rows(frames, known) == [-1, 2, 1, 3, -1]
+
+
+def test_other_compositions_and_densities_are_not_compared(monkeypatch):
+    compared = []
+
+    def spy(configurations):
+        compared.append(len(configurations))
+        return find_duplicates(configurations)
+
+    monkeypatch.setattr("aiida_eipnn.science.duplicates.find_duplicates", spy)
+    denser, other = rattled(1), rattled(1)
+    denser.set_cell(denser.cell * 0.99, scale_atoms=True)
+    other.numbers[0] = 32
+    cluster = Atoms("Si2", [[0, 0, 0], [2.3, 0, 0]])
+
+    known = [rattled(), cluster]
+    assert known_rows([denser, other, turned(rattled()), moved(cluster)], known) == [-1, -1, 0, 1]
+    assert compared == [2, 2]
+
+
+def test_a_set_without_configurations_is_known_to_none():
+    frames = Configurations.from_atoms([rattled()])
+    assert find_known(frames, frames.take([])).tolist() == [-1]
+    assert find_known(frames.take([]), frames).tolist() == []
 
 
 def test_the_first_of_three_is_named():
