@@ -84,7 +84,12 @@ def set_apart_twins(pool: ConfigurationsData, eip_labels: LabelsData) -> ChoiceD
 
 @calcfunction
 def choose_random(configurations: ConfigurationsData, n_chosen: Int, seed: Int) -> ChoiceData:
-    """Choose configurations by chance.
+    """Choose configurations by chance; see :func:`draw_choice`."""
+    return draw_choice(configurations, n_chosen.value, seed.value)
+
+
+def draw_choice(configurations: ConfigurationsData, n_chosen: int, seed: int) -> ChoiceData:
+    """Return an unstored choice of configurations by chance.
 
     Raises
     ------
@@ -92,10 +97,10 @@ def choose_random(configurations: ConfigurationsData, n_chosen: Int, seed: Int) 
         If there are fewer.
     """
     ids = configurations.value().ids
-    if not 0 < n_chosen.value <= len(ids):
-        raise ValueError(f"cannot pick {n_chosen.value} of {len(ids)} configurations")
-    chosen = np.random.default_rng(seed.value).permutation(ids)[: n_chosen.value]
-    return ChoiceData.from_value(Choice.from_ids(chosen), strategy="random", seed=seed.value)
+    if not 0 < n_chosen <= len(ids):
+        raise ValueError(f"cannot pick {n_chosen} of {len(ids)} configurations")
+    chosen = np.random.default_rng(seed).permutation(ids)[:n_chosen]
+    return ChoiceData.from_value(Choice.from_ids(chosen), strategy="random", seed=seed)
 
 
 @calcfunction

@@ -1,4 +1,4 @@
-"""What a loop would do, before anything is stored or run."""
+"""What a loop, or a labelling with DFT, would do, before anything is stored or run."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,6 +15,7 @@ from aiida_eipnn.workflows.continuation import last_name, must_train
 from aiida_eipnn.workflows.label_dft import runs_pw
 
 _HOUR = 3600.0
+_NOTHING = "nothing was stored, nothing runs"
 
 
 def describe_loop(builder: ProcessBuilder) -> str:
@@ -25,11 +26,38 @@ def describe_loop(builder: ProcessBuilder) -> str:
     ValueError
         If the loop would be refused.
     """
+    _refuse_invalid(builder)
+    lines = [*_pool(builder), *_dft(builder), *_inputs(builder), _NOTHING]
+    return "\n".join(lines)
+
+
+def describe_labelling(builder: ProcessBuilder) -> str:
+    """Return what a labelling with pw.x would do, a line for each thing to know.
+
+    Raises
+    ------
+    ValueError
+        If it would be refused.
+    """
+    _refuse_invalid(builder)
+    pool = builder.configurations.value()
+    chosen = pool.take(pool.rows_of(builder.choice.ids()))
+    units = float(cost_units(chosen.n_atoms, chosen.cells).mean())
+    cost = _cost(cost_rate(chosen.symbols), units, len(chosen), chosen.symbols)
+    lines = [
+        f"pool: {len(pool)} configurations of {'-'.join(pool.symbols)}",
+        f"DFT points: {len(chosen)}, {builder.n_lanes.value} at a time",
+        f"DFT cost: {cost}",
+        *_inputs(builder),
+        _NOTHING,
+    ]
+    return "\n".join(lines)
+
+
+def _refuse_invalid(builder: ProcessBuilder) -> None:
     inputs = builder._inputs(prune=True)
     if problem := builder.process_class.spec().inputs.validate(inputs):
         raise ValueError(f"{problem.port}: {problem.message}")
-    lines = [*_pool(builder), *_dft(builder), *_inputs(builder), "nothing was stored, nothing runs"]
-    return "\n".join(lines)
 
 
 def dft_points(builder: ProcessBuilder) -> tuple[int, int, int, int]:

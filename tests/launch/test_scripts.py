@@ -240,7 +240,7 @@ def test_a_dry_run_counts_dft_points(described):
 
 
 def test_a_dry_run_estimates_the_cost_by_the_runs_of_the_profile(
-    described, pw_code, files, run, monkeypatch
+    described, pw_code, files, run, monkeypatch, capsys
 ):
     monkeypatch.setattr(dry_run, "cost_rate", lambda _: None)
     assert "unknown, for no run of pw.x on Si has finished" in described()
@@ -265,6 +265,21 @@ def test_a_dry_run_estimates_the_cost_by_the_runs_of_the_profile(
     assert cost_rate(["Ge", "Si"]) is None
     text = described()
     assert f"as {rate.n_runs} runs on Si in this profile took" in text
+    n_nodes = QueryBuilder().append(Node).count()
+    with pytest.raises(SystemExit) as stop:
+        run(
+            "02_label_with_dft.py",
+            *("--pool", files / "pool.xyz", "--n", 4, "--dry-run"),
+            *("--pw-code", pw_code.full_label, *common),
+        )
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert "DFT points: 4, 2 at a time" in printed
+    assert f"as {rate.n_runs} runs on Si in this profile took" in printed
+    assert "pw_base.kpoints_distance: 0.9" in printed
+    hours = float(re.search(r"about (\S+) core hours", printed).group(1))
+    assert hours == pytest.approx(4 * rate.median * 4 * 40 / 3600, rel=0.2)
+    assert QueryBuilder().append(Node).count() == n_nodes
     # Two-atom cells of about 40 Å³ each: five points take what five runs took.
     hours = float(re.search(r"about (\S+) core hours", text).group(1))
     assert hours == pytest.approx(5 * rate.median * 4 * 40 / 3600, rel=0.2)
