@@ -105,7 +105,7 @@ class Trajectories:
         for position, outcome in side_by_side(
             partial(open_dynamics, self.job, self.folder),
             [runs[number - numbers.start] for number in missing],
-            n_workers=self.job.n_workers,
+            n_workers=count_processes(self.job, self.folder),
             must_stop=self.stop,
         ):
             number = missing[position]
@@ -144,6 +144,25 @@ def fingerprint(job: ExploreJob, folder: Path) -> str:
 def has_committee(folder: Path) -> bool:
     """Return whether a committee drives molecular dynamics."""
     return (folder / spec.COMMITTEE).is_dir()
+
+
+def count_processes(job: ExploreJob, folder: Path) -> int:
+    """Return how many processes run side by side: on GPUs one for each, at most.
+
+    Raises
+    ------
+    ValueError
+        If there is no such device.
+    """
+    if job.n_workers == 1 or not has_committee(folder):
+        return job.n_workers
+    import torch
+
+    from aiida_eipnn.science.nn.device import CUDA, choose_device
+
+    on_gpu = choose_device(job.device).type == CUDA
+    # A second process on one GPU is refused where the GPU is set to serve one alone.
+    return min(job.n_workers, torch.cuda.device_count()) if on_gpu else job.n_workers
 
 
 def open_dynamics(job: ExploreJob, folder: Path, number: int) -> Callable[[Run], Trajectory]:

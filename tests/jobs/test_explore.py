@@ -8,7 +8,7 @@ import pytest
 from ase.build import bulk
 
 from aiida_eipnn.jobs import spec
-from aiida_eipnn.jobs.explore import run
+from aiida_eipnn.jobs.explore import count_processes, run
 from aiida_eipnn.jobs.spec import ExploreJob, State
 from aiida_eipnn.science.arrays import load_arrays, save_arrays
 from aiida_eipnn.science.configurations import Configurations
@@ -230,6 +230,18 @@ def test_a_committee_drives_dynamics_until_it_is_unsure(folder, torch):
     assert len(metrics["notes"]) == 4
     assert "the committee is unsure" in metrics["notes"][0]
     assert np.abs(pool.positions - free).max() > 1e-3
+
+
+def test_of_a_committee_on_gpus_one_process_runs_on_each(folder, torch, monkeypatch):
+    job = ExploreJob(recipes=(HEATED,), seed=1, eip=LJ, n_workers=3, device="auto")
+    assert count_processes(job, folder) == 3
+    (folder / spec.COMMITTEE).mkdir()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for kind, n_processes in (("cpu", 3), ("cuda", 2)):
+        monkeypatch.setattr(
+            "aiida_eipnn.science.nn.device.choose_device", lambda _, kind=kind: torch.device(kind)
+        )
+        assert count_processes(job, folder) == n_processes
 
 
 def test_no_seeds_are_refused(tmp_path):
