@@ -18,7 +18,7 @@ from aiida_eipnn.jobs.stop import NEVER, Stop
 from aiida_eipnn.science.arrays import load_arrays, save_arrays
 from aiida_eipnn.science.configurations import Configurations
 from aiida_eipnn.science.dynamics import Trajectory, run_dynamics
-from aiida_eipnn.science.eip.isolation import Lost, side_by_side
+from aiida_eipnn.science.eip.isolation import Crew, Lost
 from aiida_eipnn.science.eip.potential import EipCalculator, open_potential
 from aiida_eipnn.science.pool import Run, Stopped, counts_by_type, make_pool
 
@@ -34,11 +34,14 @@ def run(job: ExploreJob, folder: Path, stop: Stop = NEVER) -> State:
     """
     start = time.monotonic()
     seeds = read_configurations(folder)
-    driver = Trajectories(job, folder, stop) if job.eip or has_committee(folder) else None
+    trajectories = Trajectories(job, folder, stop)
+    driver = trajectories if job.eip or has_committee(folder) else None
     try:
         pool, notes = make_pool(seeds, job.recipes, np.random.default_rng(job.seed), driver, stop)
     except Stopped:
         return State.INTERRUPTED
+    finally:
+        trajectories.close()
     for note in notes:
         LOGGER.warning("%s", note)
     counts = counts_by_type(pool)
@@ -80,6 +83,7 @@ class Trajectories:
         # By number, which is a text in JSON.
         self.faults: dict[str, str] = read_progress(self._progress, self.mark) or {}
         self.n_asked = 0
+        self.crew: Crew[Run, Trajectory] | None = None
 
     @property
     def _progress(self) -> Path:
@@ -102,12 +106,11 @@ class Trajectories:
         self.n_asked += len(runs)
         missing = [number for number in numbers if str(number) not in self.faults]
         lost: dict[int, Trajectory] = {}
-        for position, outcome in side_by_side(
-            partial(open_dynamics, self.job, self.folder),
-            [runs[number - numbers.start] for number in missing],
-            n_workers=count_processes(self.job, self.folder),
-            must_stop=self.stop,
-        ):
+        if self.crew is None:
+            n_workers = count_processes(self.job, self.folder)
+            self.crew = Crew(partial(open_dynamics, self.job, self.folder), n_workers)
+        todo = [runs[number - numbers.start] for number in missing]
+        for position, outcome in self.crew.outcomes(todo, self.stop):
             number = missing[position]
             if isinstance(outcome, Lost):
                 # Not for the checkpoint: it may have been killed together with this job.
@@ -117,6 +120,11 @@ class Trajectories:
         if any(number not in lost and str(number) not in self.faults for number in numbers):
             raise Stopped
         return [lost.get(number) or self._read(number) for number in numbers]
+
+    def close(self) -> None:
+        """End the processes in which they ran."""
+        if self.crew is not None:
+            self.crew.close()
 
     def _read(self, number: int) -> Trajectory:
         path, fault = self._arrays(number), self.faults[str(number)]

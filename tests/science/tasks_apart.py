@@ -1,6 +1,7 @@
 """Tasks for processes that run side by side: these have to find them in a module."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -22,6 +23,10 @@ def raising_signals(number: int) -> Callable[[int], None]:
 
 def taking_roots(number: int) -> Callable[[float], float]:
     return math.sqrt
+
+
+def telling_its_process(number: int) -> Callable[[int], int]:
+    return lambda _: os.getpid()
 
 
 def unopenable(number: int) -> Callable[[int], None]:

@@ -4,11 +4,13 @@ import importlib
 import math
 import signal
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
-from aiida_eipnn.science.eip.isolation import LEFT_TO_PARENT, Lost, each_apart, side_by_side
+from aiida_eipnn.science.eip.isolation import LEFT_TO_PARENT, Crew, Lost, each_apart
 
 # Ignored by default.
 HARMLESS = signal.SIGCHLD
@@ -49,43 +51,68 @@ def test_what_asks_a_job_to_stop_ends_no_process_of_an_eip():
     assert outcomes == [(number, None) for number in LEFT_TO_PARENT]
 
 
+@contextmanager
+def crew_of(open_task, n_workers):
+    crew = Crew(open_task, n_workers)
+    try:
+        yield crew
+    finally:
+        crew.close()
+
+
 def test_items_are_done_side_by_side_as_they_come(tasks):
-    outcomes = list(side_by_side(tasks.napping, [3.0, 0.0, 0.1], n_workers=2))
+    with crew_of(tasks.napping, 2) as crew:
+        outcomes = list(crew.outcomes([3.0, 0.0, 0.1]))
 
     # The second process has done two before the first is done.
     assert outcomes == [(1, (1, 0.0)), (2, (1, 0.1)), (0, (0, 3.0))]
 
 
+def test_processes_live_until_the_crew_ends(tasks):
+    with crew_of(tasks.telling_its_process, 2) as crew:
+        first = {process for _, process in crew.outcomes(range(4))}
+        again = {process for _, process in crew.outcomes(range(4))}
+
+    assert 1 <= len(first) <= 2
+    assert again <= first
+    assert not any(psutil.pid_exists(process) for process in first)
+
+
 def test_a_process_that_dies_loses_its_item_and_another_takes_the_rest(tasks):
     items = [HARMLESS, signal.SIGABRT, HARMLESS, HARMLESS]
 
-    outcomes = dict(side_by_side(tasks.raising_signals, items, n_workers=1))
+    with crew_of(tasks.raising_signals, 1) as crew:
+        outcomes = dict(crew.outcomes(items))
 
     died = Lost("the process died with signal 6 (SIGABRT)")
     assert outcomes == {0: None, 1: died, 2: None, 3: None}
 
 
 def test_an_item_that_raises_is_lost_and_its_process_goes_on(tasks):
-    outcomes = dict(side_by_side(tasks.taking_roots, [4.0, -1.0, 9.0], n_workers=2))
+    with crew_of(tasks.taking_roots, 2) as crew:
+        outcomes = dict(crew.outcomes([4.0, -1.0, 9.0]))
 
     assert outcomes == {0: 2.0, 1: Lost("ValueError: math domain error"), 2: 3.0}
 
 
 def test_a_task_that_cannot_be_opened_is_an_error(tasks):
-    with pytest.raises(ValueError, match="there is no such thing"):
-        list(side_by_side(tasks.unopenable, [1, 2], n_workers=2))
+    with (
+        crew_of(tasks.unopenable, 2) as crew,
+        pytest.raises(ValueError, match="there is no such thing"),
+    ):
+        list(crew.outcomes([1, 2]))
 
 
-def test_what_must_stop_leaves_out_what_is_not_done(tasks):
+def test_what_must_stop_leaves_out_what_is_not_done_and_the_crew_serves_on(tasks):
     done = []
 
-    for position, _ in side_by_side(
-        tasks.napping, [0.0, 600.0, 600.0], n_workers=2, must_stop=lambda: bool(done)
-    ):
-        done.append(position)
-
-    assert done == [0]
+    with crew_of(tasks.napping, 2) as crew:
+        for position, _ in crew.outcomes([0.0, 600.0, 600.0], lambda: bool(done)):
+            done.append(position)
+        assert done == [0]
+        assert [position for position, _ in crew.outcomes([0.0, 0.0, 0.0])]
 
 
 def test_no_item_is_no_process(tasks):
-    assert list(side_by_side(tasks.unopenable, [], n_workers=2)) == []
+    with crew_of(tasks.unopenable, 2) as crew:
+        assert list(crew.outcomes([])) == []

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -122,61 +122,97 @@ def _serve(
         sender.send(_outcome(task, item))
 
 
-def side_by_side(
-    open_task: Callable[[int], Callable[[Item], Outcome]],
-    items: Sequence[Item],
-    *,
-    n_workers: int,
-    must_stop: Callable[[], bool] = lambda: False,
-) -> Iterator[tuple[int, Outcome | Lost]]:
-    """Call a task for each item, in several processes at a time.
+class Crew(Generic[Item, Outcome]):
+    """Processes that call a task for one item after the other, side by side.
 
     Parameters
     ----------
     open_task
         A function of a module, or a partial one: each process calls it with its number, from 0 on,
-        for the task that it then calls with one item after the other. It, the items and what the
-        task returns are pickled.
-    items
-        What to call it with.
+        for the task that it then calls. It, the items and what the task returns are pickled.
     n_workers
-        Processes at a time.
-    must_stop
-        Asked twice a second, and whenever an item is done; what is not done then is left out.
-
-    Yields
-    ------
-    tuple
-        The position of the item and what the task returned, as they come; :class:`Lost` where it
-        raised and where its process died.
-
-    Raises
-    ------
-    ValueError
-        If the task could not be opened.
+        Processes at a time, at most.
     """
-    preload()
-    waiting = deque(enumerate(items))
-    crew: list[_Worker] = []
-    try:
-        while (waiting or crew) and not must_stop():
-            free = sorted(set(range(n_workers)) - {worker.number for worker in crew})
-            crew += [
-                _start_worker(open_task, number, waiting.popleft())
-                for number in free[: len(waiting)]
-            ]
-            ready = wait([worker.connection for worker in crew], _POLL)
-            for worker in [worker for worker in crew if worker.connection in ready]:
-                outcome = _receive(worker)
-                yield worker.position, outcome
-                crew.remove(worker)
-                if waiting and worker.process.is_alive():
-                    crew.append(_hand_on(worker, waiting.popleft()))
-                else:
-                    _end(worker)
-    finally:
-        for worker in crew:
-            _end(worker)
+
+    def __init__(
+        self, open_task: Callable[[int], Callable[[Item], Outcome]], n_workers: int
+    ) -> None:
+        self.open_task, self.n_workers = open_task, n_workers
+        self._busy: list[_Worker] = []
+        self._idle: list[_Worker] = []
+
+    def outcomes(
+        self, items: Sequence[Item], must_stop: Callable[[], bool] = lambda: False
+    ) -> Iterator[tuple[int, Outcome | Lost]]:
+        """Call the task for each item.
+
+        Parameters
+        ----------
+        items
+            What to call it with.
+        must_stop
+            Asked twice a second, and whenever an item is done; what is not done then is left out.
+
+        Yields
+        ------
+        tuple
+            The position of the item and what the task returned, as they come; :class:`Lost` where
+            it raised and where its process died.
+
+        Raises
+        ------
+        ValueError
+            If the task could not be opened.
+        """
+        waiting = deque(enumerate(items))
+        try:
+            while (waiting or self._busy) and not must_stop():
+                self._hand_out(waiting)
+                done = list(self._finished())
+                # Nobody waits while these are looked at.
+                self._hand_out(waiting)
+                yield from done
+        finally:
+            # What is under way now is wanted no more.
+            _end_all(self._busy)
+
+    def close(self) -> None:
+        """End the processes."""
+        _end_all(self._busy)
+        _end_all(self._idle)
+
+    def _hand_out(self, waiting: "deque[tuple[int, Item]]") -> None:
+        while waiting and len(self._busy) < self.n_workers:
+            position, item = waiting.popleft()
+            worker = self._idle.pop() if self._idle else self._start()
+            # Where it has died, to hear from it tells.
+            with suppress(OSError):
+                worker.connection.send(item)
+            self._busy.append(worker._replace(position=position))
+
+    def _start(self) -> "_Worker":
+        preload()
+        taken = {worker.number for worker in (*self._busy, *self._idle)}
+        number = min(set(range(self.n_workers)) - taken)
+        here, there = CONTEXT.Pipe()
+        process = CONTEXT.Process(
+            target=_serve_any, args=(self.open_task, number, there), daemon=True
+        )
+        process.start()
+        there.close()
+        return _Worker(number, process, here, -1)
+
+    def _finished(self) -> Iterator[tuple[int, Any]]:
+        """Wait a while; yield what has been done."""
+        ready = wait([worker.connection for worker in self._busy], _POLL)
+        for worker in [worker for worker in self._busy if worker.connection in ready]:
+            outcome = _receive(worker)
+            self._busy.remove(worker)
+            if worker.process.is_alive():
+                self._idle.append(worker)
+            else:
+                _end_all([worker])
+            yield worker.position, outcome
 
 
 class _Worker(NamedTuple):
@@ -192,24 +228,6 @@ class _UnopenedError(ValueError):
     """What a process sends that has no task."""
 
 
-def _start_worker(
-    open_task: Callable[[int], Callable[[Any], Any]], number: int, item: tuple[int, Any]
-) -> _Worker:
-    here, there = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=_serve_any, args=(open_task, number, there), daemon=True)
-    process.start()
-    there.close()
-    return _hand_on(_Worker(number, process, here, -1), item)
-
-
-def _hand_on(worker: _Worker, item: tuple[int, Any]) -> _Worker:
-    position, content = item
-    # Where it has died, to hear from it tells.
-    with suppress(OSError):
-        worker.connection.send(content)
-    return worker._replace(position=position)
-
-
 def _receive(worker: _Worker) -> Any:
     try:
         outcome = worker.connection.recv()
@@ -221,10 +239,12 @@ def _receive(worker: _Worker) -> Any:
     return outcome
 
 
-def _end(worker: _Worker) -> None:
-    worker.process.kill()
-    worker.process.join()
-    worker.connection.close()
+def _end_all(workers: list[_Worker]) -> None:
+    while workers:
+        worker = workers.pop()
+        worker.process.kill()
+        worker.process.join()
+        worker.connection.close()
 
 
 def _serve_any(
