@@ -33,6 +33,7 @@ if path.exists():
     pool = launch.configurations_of(path)
 else:
     pool = launch.node_of(given.pool, ConfigurationsData)
+code = launch.code_of(given.pw_code)
 n_chosen = len(pool) if given.n is None else given.n
 if given.dry_run:
     choice = launch.checked(draw_choice, pool, n_chosen, given.seed)
@@ -40,7 +41,7 @@ else:
     choice = launch.checked(choose_random, pool, Int(n_chosen), Int(given.seed))
 builder = launch.checked(
     DftLabelWorkChain.get_builder_from_protocol,
-    launch.code_of(given.pw_code),
+    code,
     pool,
     choice,
     given.protocol,

@@ -486,6 +486,8 @@ def shared_lines(dataset: "Dataset") -> list[str]:
 def shared_text(shared: "Shared") -> str:
     """Return one line about geometries of another dataset."""
     other = shared.other
+    if shared.fault:
+        return f"  dataset {other.pk} cannot be read: {shared.fault}"
     level = f"another level of theory ({other.fingerprint[:SHORT] or 'none declared'})"
     if shared.is_same_level:
         difference = f"{1000 * shared.difference:.3g} meV/atom"

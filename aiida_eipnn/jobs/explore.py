@@ -81,9 +81,17 @@ class Trajectories:
         self.has_uncertainty = has_committee(folder)
         self.mark = fingerprint(job, folder)
         # By number, which is a text in JSON.
-        self.faults: dict[str, str] = read_progress(self._progress, self.mark) or {}
+        self.faults: dict[str, str] = self._faults()
         self.n_asked = 0
         self.crew: Crew[Run, Trajectory] | None = None
+
+    def _faults(self) -> dict[str, str]:
+        faults = read_progress(self._progress, self.mark) or {}
+        if isinstance(faults, dict):
+            return faults
+        # Of an earlier version, which drew other random numbers: nothing of it fits.
+        remove_checkpoint(self.folder / spec.CHECKPOINT)
+        return {}
 
     @property
     def _progress(self) -> Path:
@@ -190,7 +198,7 @@ def open_dynamics(job: ExploreJob, folder: Path, number: int) -> Callable[[Run],
     from aiida_eipnn.science.nn.committee import Committee
     from aiida_eipnn.science.nn.device import choose_device
 
-    torch.set_num_threads(max(1, torch.get_num_threads() // job.n_workers))
+    torch.set_num_threads(1)
     committee = Committee.load(folder / spec.COMMITTEE)
     device = choose_device(job.device, number)
     return partial(run_with, CommitteeCalculator(committee.to(device)))

@@ -32,13 +32,13 @@ from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.reports.history import LOOP
 from aiida_eipnn.reports.lineage import outputs_of_calculation
 from aiida_eipnn.reports.points import CALLS, POINT, DftPoint, inputs_of, read_points
-from aiida_eipnn.science.arrays import FloatArray, StrArray
+from aiida_eipnn.science.arrays import FloatArray, IntArray, StrArray
 from aiida_eipnn.science.configurations import (
     Configurations,
     configuration_id,
     join_configurations,
 )
-from aiida_eipnn.science.duplicates import find_known
+from aiida_eipnn.science.duplicates import find_known, say_the_same
 from aiida_eipnn.science.gate import SAME_ENERGY
 from aiida_eipnn.science.labels import Labels, checksum, join_labels
 
@@ -150,8 +150,8 @@ class Dataset:
         labels: Labels = load_node(self.pk).value()
         return labels
 
-    def configurations(self) -> Configurations:
-        """Return the configurations of all rows, in the order of the labels.
+    def configurations(self, rows: Sequence[int] | None = None) -> Configurations:
+        """Return the configurations of some rows, by default of all, in the order of the labels.
 
         Raises
         ------
@@ -159,7 +159,8 @@ class Dataset:
             If one of them is not the one that its id is the hash of.
         """
         pool: Configurations = load_node(self.configurations_pk).value()
-        found = pool.take(pool.rows_of(load_node(self.pk).get_array("ids")))
+        ids = load_node(self.pk).get_array("ids")
+        found = pool.take(pool.rows_of(ids if rows is None else ids[list(rows)]))
         for row, name in enumerate(found.ids):
             if configuration_id(found.atoms(row)) != name:
                 raise ValueError(
@@ -174,12 +175,14 @@ class Shared(NamedTuple):
     """Geometries that another dataset labels too.
 
     ``difference`` is the largest one of two energies, in eV/atom; NaN where the levels differ.
+    ``fault`` says why the other one cannot be read.
     """
 
     other: Dataset
     n: int
     is_same_level: bool
     difference: float
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,12 +359,16 @@ def shared_geometries(dataset: Dataset, others: Iterable[Dataset]) -> list[Share
     for other in others:
         if other.pk == dataset.pk or not set(other.elements) & set(dataset.elements):
             continue
-        there, other_labels = _labelled(other)
-        rows = find_known(there, here)
+        try:
+            there, other_labels = _labelled(other)
+        except ValueError as error:
+            found.append(Shared(other, 0, False, np.nan, str(error)))
+            continue
+        same = other.fingerprint == dataset.fingerprint
+        rows = _known_rows(there, other_labels, here, labels) if same else find_known(there, here)
         both = np.flatnonzero(rows >= 0)
         if not len(both):
             continue
-        same = other.fingerprint == dataset.fingerprint
         difference = np.abs(_per_atom(other_labels)[both] - _per_atom(labels)[rows[both]]).max()
         found.append(Shared(other, len(both), same, float(difference if same else np.nan)))
     return found
@@ -371,7 +378,7 @@ def read_facts(dataset: Dataset) -> Facts:
     """Return what there is to say about the labels of a dataset, one by one."""
     labels = dataset.labels()
     rows = np.flatnonzero(labels.ok[:, 0])
-    labels, configurations = labels.take(rows), dataset.configurations().take(rows)
+    labels, configurations = labels.take(rows), dataset.configurations(rows.tolist())
     volume = np.abs(np.linalg.det(configurations.cells)) / labels.n_atoms
     return Facts(
         config_types=configurations.config_types,
@@ -385,7 +392,7 @@ def read_facts(dataset: Dataset) -> Facts:
 def join_datasets(datasets: Sequence[Dataset]) -> tuple[Configurations, Labels, int]:
     """Put the labels of several datasets one after the other, each geometry once.
 
-    A moved, turned, mirrored or repeated one is the same.
+    A moved, turned, mirrored or repeated one is the same, if its label says the same.
 
     Returns
     -------
@@ -406,7 +413,7 @@ def join_datasets(datasets: Sequence[Dataset]) -> tuple[Configurations, Labels, 
     for dataset in rest:
         more, more_labels = _labelled(dataset)
         _refuse_conflicts(dataset.pk, more_labels, labels, owners)
-        new = np.flatnonzero(find_known(more, configurations) < 0)
+        new = np.flatnonzero(_known_rows(more, more_labels, configurations, labels) < 0)
         n_left_out += len(more) - len(new)
         configurations = join_configurations([configurations, more.take(new)])
         labels = join_labels([labels, more_labels.take(new)])
@@ -432,7 +439,7 @@ def trace_row(dataset: Dataset, prefix: str) -> Trace:
     labels = dataset.labels()
     row = _row_of(labels.ids.tolist(), prefix, dataset.pk)
     labels = labels.take([row])
-    configurations = dataset.configurations().take([row])
+    configurations = dataset.configurations([row])
     failures = labels.failures()
     return Trace(
         id=str(labels.ids[0]),
@@ -614,7 +621,23 @@ def _labelled(dataset: Dataset) -> tuple[Configurations, Labels]:
     """Return the rows of a dataset that have a label."""
     labels = dataset.labels()
     rows = np.flatnonzero(labels.ok[:, 0])
-    return dataset.configurations().take(rows), labels.take(rows)
+    return dataset.configurations(rows.tolist()), labels.take(rows)
+
+
+def _known_rows(
+    configurations: Configurations, labels: Labels, known: Configurations, known_labels: Labels
+) -> IntArray:
+    """Return which rows of ``known`` are the same, and are labelled the same, -1 for none.
+
+    What only looks the same and has another label is another geometry: no label is to be lost.
+    """
+    rows = find_known(configurations, known)
+    turned = np.flatnonzero(rows >= 0)
+    turned = turned[known.ids[rows[turned]] != configurations.ids[turned]]
+    if len(turned):
+        same = say_the_same(labels.take(turned), known_labels.take(rows[turned]))
+        rows[turned[~same]] = -1
+    return rows
 
 
 def _per_atom(labels: Labels) -> FloatArray:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from aiida_eipnn.science.arrays import FloatArray, IntArray
+from aiida_eipnn.science.arrays import BoolArray, FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations, join_configurations
 from aiida_eipnn.science.labels import Labels
 from aiida_eipnn.science.neighbour_list import NeighborList
@@ -18,6 +18,9 @@ N_RADIAL = 8
 TOLERANCE = 1e-5
 # Energies of one EIP for equal geometries differ by rounding only, in eV/atom.
 SAME_EIP_ENERGY = 1e-6
+# What two DFT labels of a geometry and of its turned copy differ by: in eV/atom, in eV/Å of the
+# strongest force, and in eV/Å³.
+SAME_DFT_ENERGY, SAME_FORCE, SAME_STRESS = 1e-3, 5e-3, 2e-4
 # Shares of elements, and volumes in Å³/atom, of equal geometries: files round positions and cells.
 SAME_CELL = 1e-3
 
@@ -115,6 +118,37 @@ def find_known(configurations: Configurations, known: Configurations) -> IntArra
             match[alike] = np.where(first < len(known), first, -1)
     found[found < 0] = match[len(known) :]
     return found
+
+
+def say_the_same(labels: Labels, others: Labels) -> BoolArray:
+    """Return which labels agree with those in the same row of ``others``, of the first source each.
+
+    Compared is what turning, moving and repeating leave as it is: the energy per atom, the
+    strongest force, pressure and size of the stress, as far as both tell. Two geometries that
+    :func:`fingerprint` cannot tell apart (molecules beyond its cutoff, one atom of hundreds that
+    moved a little) mostly do not agree. Shape ``(n,)``.
+    """
+    told = np.array([_unturned(labels), _unturned(others)])
+    apart = np.abs(told[0] - told[1])
+    limits = np.array([SAME_DFT_ENERGY, SAME_FORCE, SAME_STRESS, SAME_STRESS])
+    agree: BoolArray = ((apart <= limits) | ~np.isfinite(apart)).all(axis=1)
+    return agree
+
+
+def _unturned(labels: Labels) -> FloatArray:
+    """Return what no turning changes, a column for each. Shape ``(n, 4)``."""
+    strength = np.linalg.norm(labels.forces[0], axis=1)
+    stress = labels.stress[:, 0]
+    # The last three stand for two elements each.
+    size = np.sqrt(stress**2 @ np.array([1.0, 1, 1, 2, 2, 2]))
+    return np.column_stack(
+        [
+            labels.energy[:, 0] / labels.n_atoms,
+            np.maximum.reduceat(strength, labels.offsets[:-1]),
+            stress[:, :3].mean(axis=1),
+            size,
+        ]
+    )
 
 
 def _cells(configurations: Configurations) -> FloatArray:

@@ -388,13 +388,20 @@ def _override_eips(
 
 
 def _override_extend(inputs: Inputs, value: Mapping[str, Any]) -> None:
-    """Replace the recipes of the exploration after each batch; none of them ends it."""
-    if set(value) != {"recipes"}:
-        raise ValueError(f"of extend, recipes can be changed in a loop that goes on: {dict(value)}")
-    if not value["recipes"]:
+    """Replace settings of the exploration after each batch; recipes of none end it."""
+    if not value or set(value) - {"recipes", "n_workers"}:
+        raise ValueError(
+            f"of extend, recipes and n_workers can be changed in a loop that goes on: {dict(value)}"
+        )
+    if not value.get("recipes", True):
         inputs.pop("extend", None)
     elif "extend" in inputs:
-        inputs["extend"]["recipes"] = List(list(value["recipes"]))
+        extend = inputs["extend"]
+        if "recipes" in value:
+            extend["recipes"] = List(list(value["recipes"]))
+        if "n_workers" in value:
+            parameters = extend["parameters"].get_dict() if "parameters" in extend else {}
+            extend["parameters"] = Dict({**parameters, "n_workers": value["n_workers"]})
     else:
         raise ValueError(
             "the loop explored nothing between its batches, so it does not know from where; give "

@@ -407,6 +407,27 @@ def test_a_turned_geometry_of_two_datasets_is_exported_once(call, write, tmp_pat
     assert "because an earlier dataset has the geometry: 2\n" in shown
 
 
+def test_what_looks_the_same_and_is_labelled_otherwise_is_not_lost(call, write, tmp_path):
+    changed = write("b.extxyz", range(6, 12), turn=True, forces=lambda forces: 1.1 * forces)
+    pks = [bring(write("a.extxyz", range(8))), bring(changed)]
+    shown = call("export", *pks, "-o", tmp_path / "out.extxyz").stdout
+    assert "14 labels are in" in shown
+    assert "2 in dataset" not in call("show", pks[1]).stdout
+
+
+def test_a_dataset_that_cannot_be_read_does_not_hide_the_others(call, write, monkeypatch):
+    pks = [bring(write(f"{n}.extxyz", range(n))) for n in (8, 12)]
+    value = LabelsData.value
+
+    def damaged(self):
+        if self.pk == pks[0]:
+            raise ValueError("its file is gone")
+        return value(self)
+
+    monkeypatch.setattr(LabelsData, "value", damaged)
+    assert f"dataset {pks[0]} cannot be read: its file is gone" in call("show", pks[1]).stdout
+
+
 def test_levels_of_theory_are_not_mixed(call, write, tmp_path):
     pks = [bring(write()), bring(write(), level=("--level", "functional=LDA"))]
     result = call("export", *pks, "-o", tmp_path / "out.extxyz", expect=1)

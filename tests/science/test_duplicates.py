@@ -4,9 +4,15 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk, make_supercell
+from ase.calculators.emt import EMT
 
 from aiida_eipnn.science.configurations import Configurations
-from aiida_eipnn.science.duplicates import find_duplicates, find_known, find_twins
+from aiida_eipnn.science.duplicates import (
+    find_duplicates,
+    find_known,
+    find_twins,
+    say_the_same,
+)
 from aiida_eipnn.science.labels import Labels
 
 
@@ -167,3 +173,55 @@ def test_geometries_that_an_eip_does_not_tell_apart_are_no_twins():
 
 def test_where_no_eip_says_anything_nothing_is_a_twin():
     assert twins_of([rattled(), turned(rattled()), rattled(1)], [[np.nan]] * 3) == [0, 1, 2]
+
+
+def labels_of(*frames):
+    """Return labels by an ASE calculator."""
+    configurations = Configurations.from_atoms(list(frames))
+    labels = Labels.missing(configurations, ["dft"])
+    energy, forces, stress = [], [], []
+    for atoms in frames:
+        atoms = atoms.copy()
+        atoms.calc = EMT()
+        energy.append(atoms.get_potential_energy())
+        forces.append(atoms.get_forces())
+        stress.append(atoms.get_stress())
+    return replace(
+        labels,
+        energy=np.array(energy)[:, None],
+        forces=np.concatenate(forces)[None],
+        stress=np.array(stress)[:, None],
+        status=np.zeros_like(labels.status),
+        reasons=np.array([], dtype="<U1"),
+    )
+
+
+def copper(seed=0):
+    atoms = bulk("Cu", cubic=True)
+    atoms.positions += np.random.default_rng(seed).normal(scale=0.1, size=(4, 3))
+    return atoms
+
+
+def test_labels_of_copies_say_the_same_and_others_do_not():
+    frames = [copper(), copper(), copper(), copper(2)]
+    copies = [turned(copper()), mirrored(copper()), copper() * (1, 2, 1), copper(3)]
+
+    assert say_the_same(labels_of(*frames), labels_of(*copies)).tolist() == [True] * 3 + [False]
+
+
+@pytest.mark.parametrize("name", ["energy", "forces", "stress"])
+def test_one_number_that_differs_is_enough_and_one_that_is_not_told_is_none(name):
+    labels = labels_of(copper())
+    values = getattr(labels, name)
+    other = replace(labels, **{name: values + 0.1 * np.abs(values).max()})
+    assert say_the_same(labels, other).tolist() == [False]
+    silent = replace(labels, stress=np.full_like(labels.stress, np.nan))
+    assert say_the_same(silent, labels).tolist() == [True]
+
+
+def test_what_a_fingerprint_cannot_tell_apart_its_label_does():
+    crystal = bulk("Cu", cubic=True) * (4, 4, 4)
+    moved_one = crystal.copy()
+    moved_one.positions[0, 0] += 0.01
+    assert known_rows([moved_one], [crystal]) == [0]
+    assert say_the_same(labels_of(crystal), labels_of(moved_one)).tolist() == [False]

@@ -98,7 +98,7 @@ def test_an_item_that_raises_is_lost_and_its_process_goes_on(tasks):
 def test_a_task_that_cannot_be_opened_is_an_error(tasks):
     with (
         crew_of(tasks.unopenable, 2) as crew,
-        pytest.raises(ValueError, match="there is no such thing"),
+        pytest.raises(RuntimeError, match="there is no such thing"),
     ):
         list(crew.outcomes([1, 2]))
 

@@ -175,7 +175,10 @@ def test_a_continuation_may_explore_otherwise_or_no_more(loop):
     assert made["label"].job.eips.get_list() == others
     assert made.extend.eip.value == EDIP != loop.inputs.extend.eip.value
     assert "extend" not in go_on(loop, {**more, "extend": {"recipes": []}})._inputs(prune=True)
-    with pytest.raises(ValueError, match="recipes can be changed"):
+    made = go_on(loop, {**more, "extend": {"n_workers": 3}})
+    assert made.extend.parameters.get_dict() == {"n_workers": 3}
+    assert made.extend.recipes.get_list() == loop.inputs.extend.recipes.get_list()
+    with pytest.raises(ValueError, match="recipes and n_workers can be changed"):
         go_on(loop, {**more, "extend": {"seed": 1}})
 
 

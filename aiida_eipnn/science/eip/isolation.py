@@ -161,8 +161,8 @@ class Crew(Generic[Item, Outcome]):
 
         Raises
         ------
-        ValueError
-            If the task could not be opened.
+        Exception
+            What ``open_task`` raised.
         """
         waiting = deque(enumerate(items))
         try:
@@ -224,8 +224,11 @@ class _Worker(NamedTuple):
     position: int
 
 
-class _UnopenedError(ValueError):
+@dataclass(frozen=True, slots=True)
+class _Unopened:
     """What a process sends that has no task."""
+
+    error: Exception
 
 
 def _receive(worker: _Worker) -> Any:
@@ -234,8 +237,8 @@ def _receive(worker: _Worker) -> Any:
     except (EOFError, OSError):
         worker.process.join()
         return Lost(how_it_ended(worker.process.exitcode))
-    if isinstance(outcome, _UnopenedError):
-        raise outcome
+    if isinstance(outcome, _Unopened):
+        raise outcome.error
     return outcome
 
 
@@ -255,7 +258,7 @@ def _serve_any(
     try:
         task = open_task(number)
     except Exception as error:  # foreign code is opened here
-        connection.send(_UnopenedError(" ".join(str(error).split()) or type(error).__name__))
+        _send_error(connection, error)
         return
     while True:
         try:
@@ -263,6 +266,13 @@ def _serve_any(
         except EOFError:
             return
         connection.send(_outcome(task, item))
+
+
+def _send_error(connection: Connection, error: Exception) -> None:
+    try:
+        connection.send(_Unopened(error))
+    except Exception:  # what others raise need not be fit for another process
+        connection.send(_Unopened(RuntimeError(f"{type(error).__name__}: {error}")))
 
 
 def _outcome(task: Callable[[Any], Any], item: Any) -> Any:
