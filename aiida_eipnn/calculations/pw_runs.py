@@ -33,7 +33,8 @@ from aiida_eipnn.data.configurations import ConfigurationsData
 from aiida_eipnn.data.labels import LabelsData
 from aiida_eipnn.science.arrays import FloatArray
 from aiida_eipnn.science.configurations import Configurations, configuration_id
-from aiida_eipnn.science.gate import SAME_ENERGY, geometry_fault
+from aiida_eipnn.science.duplicates import SAME_ENERGY
+from aiida_eipnn.science.gate import geometry_fault
 from aiida_eipnn.science.io import PW_STDOUT, PW_XML, pw_mark
 from aiida_eipnn.science.labels import DFT, Labels, join_labels
 

@@ -38,8 +38,7 @@ from aiida_eipnn.science.configurations import (
     configuration_id,
     join_configurations,
 )
-from aiida_eipnn.science.duplicates import find_known, say_the_same
-from aiida_eipnn.science.gate import SAME_ENERGY
+from aiida_eipnn.science.duplicates import SAME_ENERGY, find_known, say_the_same
 from aiida_eipnn.science.labels import Labels, checksum, join_labels
 
 READ, READ_OUTPUT = "read_dataset", "read_pw_output"

@@ -438,15 +438,7 @@ def curves_figure(history: History) -> str:
     curves = {f"iteration {item.number}": item.curves for item in history.assessed if item.curves}
     if not curves:
         return ""
-    figures = load_figures()
-
-    def paint(axes: Sequence[Any]) -> None:
-        lines = figures.fading(curves)
-        figures.calibration_curves(axes[0], lines)
-        figures.rejection_curves(axes[1], lines)
-        figures.spread_against_error(axes[2], lines)
-
-    return str(figures.draw("curves", paint, n_axes=3, height=3.3))
+    return _draw_curves("curves", load_figures().fading(curves))
 
 
 def kinds_figure(last: Iteration | None) -> str:
@@ -460,15 +452,18 @@ def kinds_figure(last: Iteration | None) -> str:
     }
     if len(kinds) < 2:
         return ""
+    return _draw_curves("kinds", load_figures().side_by_side(kinds))
+
+
+def _draw_curves(name: str, lines: Sequence[Any]) -> str:
     figures = load_figures()
 
     def paint(axes: Sequence[Any]) -> None:
-        lines = figures.side_by_side(kinds)
         figures.calibration_curves(axes[0], lines)
         figures.rejection_curves(axes[1], lines)
         figures.spread_against_error(axes[2], lines)
 
-    return str(figures.draw("kinds", paint, n_axes=3, height=3.3))
+    return str(figures.draw(name, paint, n_axes=3, height=3.3))
 
 
 def panel_figure(history: History) -> str:

@@ -18,9 +18,9 @@ N_RADIAL = 8
 TOLERANCE = 1e-5
 # Energies of one EIP for equal geometries differ by rounding only, in eV/atom.
 SAME_EIP_ENERGY = 1e-6
-# What two DFT labels of a geometry and of its turned copy differ by: in eV/atom, in eV/Å of the
-# strongest force, and in eV/Å³.
-SAME_DFT_ENERGY, SAME_FORCE, SAME_STRESS = 1e-3, 5e-3, 2e-4
+# The same geometry labelled twice may differ by this much and still count as one: in eV/atom, in
+# eV/Å of the strongest force, and in eV/Å³.
+SAME_ENERGY, SAME_FORCE, SAME_STRESS = 1e-3, 5e-3, 2e-4
 # Shares of elements, and volumes in Å³/atom, of equal geometries: files round positions and cells.
 SAME_CELL = 1e-3
 
@@ -130,7 +130,7 @@ def say_the_same(labels: Labels, others: Labels) -> BoolArray:
     """
     told = np.array([_unturned(labels), _unturned(others)])
     apart = np.abs(told[0] - told[1])
-    limits = np.array([SAME_DFT_ENERGY, SAME_FORCE, SAME_STRESS, SAME_STRESS])
+    limits = np.array([SAME_ENERGY, SAME_FORCE, SAME_STRESS, SAME_STRESS])
     agree: BoolArray = ((apart <= limits) | ~np.isfinite(apart)).all(axis=1)
     return agree
 

@@ -11,7 +11,7 @@ from ase.data import covalent_radii
 
 from aiida_eipnn.science.arrays import BoolArray, FloatArray, IntArray
 from aiida_eipnn.science.configurations import Configurations
-from aiida_eipnn.science.duplicates import find_duplicates
+from aiida_eipnn.science.duplicates import SAME_ENERGY, find_duplicates
 from aiida_eipnn.science.labels import Failure, Labels
 from aiida_eipnn.science.neighbour_list import NeighborList
 from aiida_eipnn.science.outliers import (
@@ -390,10 +390,6 @@ def check_labels(configurations: Configurations, labels: Labels, eip_labels: Lab
         energy_agreement=energy.agreement,
         energy_ratio=energy.ratio,
     )
-
-
-# The same geometry labelled twice may differ by this much, in eV/atom, and still count as one.
-SAME_ENERGY = 1e-3
 
 
 def refuse_labels(

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from aiida_eipnn.science.arrays import FloatArray, StrArray
 from aiida_eipnn.science.configurations import Configurations, configuration_id
-from aiida_eipnn.science.gate import SAME_ENERGY, geometry_fault
+from aiida_eipnn.science.duplicates import SAME_ENERGY
+from aiida_eipnn.science.gate import geometry_fault
 from aiida_eipnn.science.labels import DFT, Labels
 
 # What ASE takes for one key.
