@@ -16,7 +16,7 @@ from aiida_eipnn.data.labels import CORE_SECONDS, LabelsData
 from aiida_eipnn.data.predictions import PredictionsData
 from aiida_eipnn.science import acquisition
 from aiida_eipnn.science.arrays import IntArray, StrArray
-from aiida_eipnn.science.assessment import FORCES, Assessment, assess_uncertainties
+from aiida_eipnn.science.assessment import FORCES, assess_uncertainties
 from aiida_eipnn.science.cold_start import first_points
 from aiida_eipnn.science.configurations import (
     Configurations,
@@ -413,7 +413,7 @@ def assess(
     test = test_labels.value().labelled()
     accuracy = prediction_errors(test, predicted)
     bounds, uncertainties = upper_bounds(test, predicted), assess_uncertainties(test, predicted)
-    committee = uncertainties.pop(FORCES, None)
+    of_forces = uncertainties.get(FORCES)
     record = IterationRecord(
         iteration=len(previous) + 1,
         n_dft_labels=_n_paid(taken),
@@ -424,15 +424,14 @@ def assess(
         forces_mae=accuracy.forces_mae,
         energy_mae_high=bounds.energy_mae,
         forces_mae_high=bounds.forces_mae,
-        uncertainty_scale=None if committee is None else committee.calibration.scale,
+        uncertainty_scale=None if of_forces is None else of_forces.calibration.scale,
     )
     details: dict[str, Any] = {
         "committee": accuracy.as_dict(),
         "by_config_type": _errors_by_type(pool.value(), test, predicted),
         "best_eip": _best_eip(pool.value(), training.labelled(), test, eip_labels.value()),
         "error_scale": scale,
-        **_facts_of(committee),
-        "uncertainties": {name: _facts_of(judged) for name, judged in uncertainties.items()},
+        "uncertainties": {name: asdict(judged) for name, judged in uncertainties.items()},
     }
     for name in ("scratch", "finetuned"):
         if name in more:
@@ -555,19 +554,6 @@ def _best_eip(
         # No EIP labelled what DFT did: there is nothing to compare with, and the loop goes on.
         return None
     return {"name": name, **found.as_dict()}
-
-
-def _facts_of(judged: Assessment | None) -> dict[str, Any]:
-    """Return what is known of one kind of uncertainty, as plain values."""
-    if judged is None:
-        return dict.fromkeys(("calibration", "panel", "curves", "conformal"))
-    facts = asdict(judged)
-    return {
-        "calibration": facts["calibration"],
-        "panel": facts["panel"],
-        "curves": {name: list(values) for name, values in facts["curves"].items()},
-        "conformal": {"atoms": facts["conformal"], "configurations": facts["conformal_worst"]},
-    }
 
 
 def _error_scale(more: Mapping[str, Any], iteration: int) -> float | None:

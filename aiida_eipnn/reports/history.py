@@ -28,7 +28,7 @@ from aiida_eipnn.reports.points import (
     loops_of,
     read_points,
 )
-from aiida_eipnn.science.assessment import Assessment
+from aiida_eipnn.science.assessment import FORCES, Assessment
 from aiida_eipnn.science.convergence import StopCriteria
 from aiida_eipnn.science.metrics import Errors
 from aiida_eipnn.science.uncertainty import Calibration, Conformal, Curves, Panel
@@ -103,16 +103,9 @@ class Iteration:
         Configurations still up for DFT.
     max_uncertainty, mean_uncertainty
         Of the candidates, in eV/Å.
-    calibration
-        How the uncertainty compares with the errors on the test set.
-    panel
-        What else is known of it, once its scale is right.
-    curves
-        The same as lines to draw; not there in loops of earlier versions.
-    conformal, conformal_worst
-        Intervals for the force on an atom, and for the worst one of a configuration.
     uncertainties
-        The same of what else tells how wrong the committee may be, by the field of its predictions.
+        What is known of everything that tells how wrong the committee may be, by the field of its
+        predictions; see :func:`aiida_eipnn.science.assessment.assess_uncertainties`.
     choices
         How often each EIP, or ``none``, was chosen in the pool.
     asked
@@ -134,11 +127,6 @@ class Iteration:
     n_candidates: int | None = None
     max_uncertainty: float | None = None
     mean_uncertainty: float | None = None
-    calibration: Calibration | None = None
-    panel: Panel | None = None
-    curves: Curves | None = None
-    conformal: Conformal | None = None
-    conformal_worst: Conformal | None = None
     uncertainties: dict[str, Assessment] = field(default_factory=dict)
     choices: dict[str, int]
     asked: Asked | None = None
@@ -148,6 +136,11 @@ class Iteration:
     def name(self) -> str:
         """The name under which its outputs and its DFT points are kept."""
         return iteration_name(self.number)
+
+    @property
+    def of_forces(self) -> Assessment | None:
+        """What is known of the spread of the forces of its members."""
+        return self.uncertainties.get(FORCES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -410,7 +403,6 @@ def _iteration(
 ) -> Iteration:
     selection = outputs.get("selection")
     best = record.get("best_eip") or {}
-    calibration = record.get("calibration")
     return Iteration(
         number=number,
         n_training_labels=record.get("n_training_labels"),
@@ -429,11 +421,6 @@ def _iteration(
         n_candidates=record.get("n_candidates"),
         max_uncertainty=record.get("max_uncertainty"),
         mean_uncertainty=record.get("mean_uncertainty"),
-        calibration=_calibration(calibration),
-        panel=_panel(record.get("panel")),
-        curves=_curves(record.get("curves")),
-        conformal=_conformal((record.get("conformal") or {}).get("atoms")),
-        conformal_worst=_conformal((record.get("conformal") or {}).get("configurations")),
         uncertainties={
             name: _assessment(facts) for name, facts in record.get("uncertainties", {}).items()
         },
@@ -443,29 +430,14 @@ def _iteration(
     )
 
 
-def _calibration(record: Mapping[str, Any] | None) -> Calibration | None:
-    if not record:
-        return None
-    return Calibration(**_numbers(record, Calibration.__slots__))
-
-
 def _assessment(record: Mapping[str, Any]) -> Assessment:
-    conformal = record["conformal"]
     return Assessment(
         calibration=Calibration(**_numbers(record["calibration"], Calibration.__slots__)),
         panel=Panel(**_numbers(record["panel"], Panel.__slots__)),
         curves=Curves(**{name: tuple(record["curves"][name]) for name in Curves.__slots__}),
-        conformal=_conformal(conformal["atoms"]),
-        conformal_worst=_conformal(conformal["configurations"]),
+        conformal=_conformal(record["conformal"]),
+        conformal_worst=_conformal(record.get("conformal_worst")),
     )
-
-
-def _panel(record: Mapping[str, Any] | None) -> Panel | None:
-    return Panel(**_numbers(record, Panel.__slots__)) if record else None
-
-
-def _curves(record: Mapping[str, Any] | None) -> Curves | None:
-    return Curves(**{name: tuple(record[name]) for name in Curves.__slots__}) if record else None
 
 
 def _conformal(record: Mapping[str, Any] | None) -> Conformal | None:

@@ -15,11 +15,12 @@ from aiida_eipnn.reports import evidence
 from aiida_eipnn.reports.history import History, Iteration, read_history
 from aiida_eipnn.reports.lineage import Lineage, trace
 from aiida_eipnn.reports.points import PointState, inputs_of, latest, loop_outputs
+from aiida_eipnn.science.assessment import FORCES, Assessment
 from aiida_eipnn.science.eip.names import without_kim_id
 from aiida_eipnn.science.eip.selection import NONE
 from aiida_eipnn.science.metrics import Errors
 from aiida_eipnn.science.reference import SourceErrors
-from aiida_eipnn.science.uncertainty import LEVELS
+from aiida_eipnn.science.uncertainty import LEVELS, Conformal
 
 # Of the dots that are moved sideways in a figure, so that the same loop gives the same page.
 JITTER_SEED = 0
@@ -274,22 +275,24 @@ def gain_card(last: Iteration) -> Card | None:
 
 def trust_card(last: Iteration) -> Card | None:
     """Return how well the uncertainty ranks the errors."""
-    if last.calibration is None or not np.isfinite(last.calibration.spearman):
+    judged = last.of_forces
+    if judged is None or not np.isfinite(judged.calibration.spearman):
         return None
     return Card(
         title="Does it know its errors?",
-        value=f"{last.calibration.spearman:.2f}",
-        note="rank correlation of uncertainty and force error; 1 is perfect" + _interval(last),
+        value=f"{judged.calibration.spearman:.2f}",
+        note="rank correlation of uncertainty and force error; 1 is perfect"
+        + _interval(judged.conformal),
     )
 
 
-def _interval(last: Iteration) -> str:
+def _interval(conformal: Conformal | None) -> str:
     """Return how wide an interval of nine in ten is, and how often it holds elsewhere."""
-    if last.conformal is None:
+    if conformal is None:
         return ""
     return (
-        f"; {100 * last.conformal.level:.0f} % of the errors are below {last.conformal.factor:.2g} "
-        f"times the uncertainty ({100 * last.conformal.coverage:.0f} % where other configurations "
+        f"; {100 * conformal.level:.0f} % of the errors are below {conformal.factor:.2g} "
+        f"times the uncertainty ({100 * conformal.coverage:.0f} % where other configurations "
         "set that)"
     )
 
@@ -426,16 +429,19 @@ def parity_figure(test: evidence.TestSet | None, last: Iteration | None) -> str:
             unit="meV/Å",
             scale=1000.0,
         )
-        figures.uncertainty_against_error(
-            axes[2], test.forces_std, test.forces_error, last.calibration
-        )
+        calibration = last.of_forces.calibration if last.of_forces else None
+        figures.uncertainty_against_error(axes[2], test.forces_std, test.forces_error, calibration)
 
     return str(figures.draw("parity", paint, n_axes=3, height=3.2))
 
 
 def curves_figure(history: History) -> str:
     """Draw calibration, rejection, and spread against error, of every iteration."""
-    curves = {f"iteration {item.number}": item.curves for item in history.assessed if item.curves}
+    curves = {
+        f"iteration {item.number}": item.of_forces.curves
+        for item in history.assessed
+        if item.of_forces
+    }
     if not curves:
         return ""
     return _draw_curves("curves", load_figures().fading(curves))
@@ -443,11 +449,11 @@ def curves_figure(history: History) -> str:
 
 def kinds_figure(last: Iteration | None) -> str:
     """Draw what the last committee says of force errors, by its spread and by features alone."""
-    if last is None or last.curves is None:
+    if last is None or last.of_forces is None:
         return ""
-    kinds = {"members": last.curves} | {
+    kinds = {
         text: last.uncertainties[name].curves
-        for name, text in BY_FEATURES.items()
+        for name, text in {FORCES: "members", **BY_FEATURES}.items()
         if name in last.uncertainties
     }
     if len(kinds) < 2:
@@ -468,20 +474,21 @@ def _draw_curves(name: str, lines: Sequence[Any]) -> str:
 
 def panel_figure(history: History) -> str:
     """Draw the panel of the uncertainties against the iterations."""
-    judged = [(item, item.panel) for item in history.assessed if item.panel]
+    items = [item for item in history.assessed if item.of_forces]
+    judged = [item.of_forces for item in items if item.of_forces]
     if not judged:
         return ""
     figures = load_figures()
-    numbers = [item.number for item, _ in judged]
+    numbers = [item.number for item in items]
 
     def line(field: str) -> list[float]:
-        return [getattr(panel, field) for _, panel in judged]
+        return [getattr(found.panel, field) for found in judged]
 
     def paint(axes: Sequence[Any]) -> None:
-        covered, wanted = _coverage([item for item, _ in judged])
+        covered, wanted = _coverage(judged)
         figures.by_iteration(axes[0], numbers, covered, "errors within the interval, %", wanted)
         ranking = {"rank correlation": line("spearman"), "gain by rejection": line("rejection")}
-        ranking |= _ranks_by_features([item for item, _ in judged])
+        ranking |= _ranks_by_features(items)
         figures.by_iteration(axes[1], numbers, ranking, "1 is perfect")
         off = {"ENCE": line("ence"), "miscal. area": line("miscalibration_area")}
         figures.by_iteration(axes[2], numbers, off, "0 is perfect")
@@ -501,18 +508,20 @@ def _ranks_by_features(items: Sequence[Iteration]) -> dict[str, list[float]]:
     }
 
 
-def _coverage(items: Sequence[Iteration]) -> tuple[dict[str, list[float]], dict[str, float]]:
+def _coverage(
+    judged: Sequence[Assessment],
+) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Return the coverage of each kind of interval by iteration, and what it should be, in %."""
-    panels = [item.panel for item in items if item.panel]
+    levels = list(judged[0].panel.coverage)
+    wanted = {f"{100 * float(level):.0f} %": 100 * float(level) for level in levels}
     lines = {
-        f"{100 * float(level):.0f} %": [100 * panel.coverage[level] for panel in panels]
-        for level in panels[0].coverage
+        name: [100 * found.panel.coverage[level] for found in judged]
+        for name, level in zip(wanted, levels, strict=True)
     }
-    wanted = {f"{100 * float(level):.0f} %": 100 * float(level) for level in panels[0].coverage}
     for name, field in (("atoms", "conformal"), ("worst atom", "conformal_worst")):
-        found = [getattr(item, field) for item in items]
-        if any(found):
-            lines[name] = [100 * item.coverage if item else np.nan for item in found]
+        conformal = [getattr(found, field) for found in judged]
+        if any(conformal):
+            lines[name] = [100 * item.coverage if item else np.nan for item in conformal]
     return lines, wanted
 
 

@@ -18,9 +18,9 @@ def test_a_finished_loop_gives_its_errors_iteration_by_iteration(make_loop):
     assert last.committee.forces_mae < first.committee.forces_mae
     assert last.committee.forces_mae < last.scratch.forces_mae
     assert last.best_eip_name.startswith("SW_")
-    assert last.calibration.n == 6  # atoms of the three test configurations
-    assert last.panel.n == 18
-    assert set(last.panel.coverage) == {"0.68", "0.9", "0.95"}
+    assert last.of_forces.calibration.n == 6  # atoms of the three test configurations
+    assert last.of_forces.panel.n == 18
+    assert set(last.of_forces.panel.coverage) == {"0.68", "0.9", "0.95"}
     assert sum(last.choices.values()) == history.n_pool == 24
 
 

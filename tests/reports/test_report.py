@@ -9,11 +9,10 @@ import pytest
 from aiida.orm import Dict
 from matplotlib.figure import Figure
 
-from aiida_eipnn.reports import figures
+from aiida_eipnn.reports import figures, report
 from aiida_eipnn.reports.history import read_history
 from aiida_eipnn.reports.report import (
     cards,
-    curves_figure,
     duration,
     kinds_figure,
     milli,
@@ -112,7 +111,7 @@ def test_the_figures_of_the_same_loop_are_equal_byte_for_byte(make_loop, tmp_pat
 
 def test_the_uncertainties_of_every_iteration_are_drawn(make_loop, tmp_path):
     history = read_history(make_loop().node)
-    assert [len(item.curves.expected) for item in history.assessed] == [19, 19]
+    assert [len(item.of_forces.curves.expected) for item in history.assessed] == [19, 19]
     page = page_of(make_loop().node, tmp_path)
     shown = page.shown()
     for text in (
@@ -124,12 +123,13 @@ def test_the_uncertainties_of_every_iteration_are_drawn(make_loop, tmp_path):
         "ENCE",
     ):
         assert text in shown
-    panel = history.assessed[0].panel
+    panel = history.assessed[0].of_forces.panel
     assert f"1 {panel.spearman:.2f} {panel.nll:.2f} {panel.miscalibration_area:.3f}" in shown
 
 
 def test_curves_show_what_was_recorded(make_loop):
-    curves = {f"iteration {i.number}": i.curves for i in read_history(make_loop().node).assessed}
+    assessed = read_history(make_loop().node).assessed
+    curves = {f"iteration {item.number}": item.of_forces.curves for item in assessed}
     axes = Figure().subplots(1, 3)
     lines = figures.fading(curves)
     figures.calibration_curves(axes[0], lines)
@@ -145,19 +145,22 @@ def test_curves_show_what_was_recorded(make_loop):
     assert points.get_ydata().tolist() == list(last.bin_error)
 
 
-def test_a_history_without_curves_is_reported_too(make_loop):
-    history = read_history(make_loop().node)
-    old = replace(
-        history, iterations=[replace(item, curves=None, panel=None) for item in history.iterations]
-    )
-    assert curves_figure(old) == panel_figure(old) == ""
+def test_a_loop_whose_uncertainties_nobody_judged_is_reported_too(make_loop, tmp_path, monkeypatch):
+    node = make_loop().node
+    history = read_history(node)
+    bare = [replace(item, uncertainties={}) for item in history.iterations]
+    monkeypatch.setattr(report, "read_history", lambda _: replace(history, iterations=bare))
+    shown = Page(write_report(node, tmp_path / "bare.html").read_text(encoding="utf-8")).shown()
+    assert "How good is it, and does it know?" in shown
+    assert "Does it know its errors?" not in shown
+    assert "ENCE" not in shown
 
 
 def test_what_features_tell_is_drawn_and_in_the_table_where_it_is_known(make_loop, tmp_path):
     loop = make_loop(tells_of_atoms=True)
     history = read_history(loop.node)
     last = history.assessed[-1]
-    assert last.uncertainties.keys() == {"energy_std", "strangeness"}
+    assert last.uncertainties.keys() == {"forces_std", "energy_std", "strangeness"}
     for shown in (panel_figure(history), kinds_figure(last)):
         assert "strangeness" in shown
         assert "last layer" not in shown

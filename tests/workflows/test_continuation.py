@@ -124,9 +124,9 @@ def test_a_loop_on_stored_labels_needs_no_pw(whole, tmp_path):
     assert record["committee"]["forces_mae"] > 0
     facts = (whole.outputs.committee.base.attributes.get(key) for key in ("n_members", "n_drawn"))
     assert tuple(facts) == (2, 3)
-    assert record["calibration"]["scale"] > 0
     kinds = record["uncertainties"]
-    assert kinds.keys() == {"energy_std", "strangeness", "atom_energy_std"}
+    assert kinds["forces_std"]["calibration"]["scale"] > 0
+    assert kinds.keys() == {"forces_std", "energy_std", "strangeness", "atom_energy_std"}
     assert all(-1 <= found["panel"]["spearman"] <= 1 for found in kinds.values())
     assert all(found["panel"]["ence"] >= 0 for found in kinds.values())
     report = tmp_path / "report.html"
