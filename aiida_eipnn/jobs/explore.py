@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -109,6 +109,8 @@ class Trajectories:
             If it was time to stop before all were complete.
         ValueError
             If the EIP cannot be opened, or if there is no such device.
+        ChildProcessError
+            If opening the EIP kills the process.
         """
         numbers = range(self.n_asked, self.n_asked + len(runs))
         self.n_asked += len(runs)
@@ -118,7 +120,7 @@ class Trajectories:
             n_workers = count_processes(self.job, self.folder)
             self.crew = Crew(partial(open_dynamics, self.job, self.folder), n_workers)
         todo = [runs[number - numbers.start] for number in missing]
-        for position, outcome in self.crew.outcomes(todo, self.stop):
+        for position, outcome in self._outcomes(self.crew, todo):
             number = missing[position]
             if isinstance(outcome, Lost):
                 # Not for the checkpoint: it may have been killed together with this job.
@@ -128,6 +130,14 @@ class Trajectories:
         if any(number not in lost and str(number) not in self.faults for number in numbers):
             raise Stopped
         return [lost.get(number) or self._read(number) for number in numbers]
+
+    def _outcomes(
+        self, crew: Crew[Run, Trajectory], runs: Sequence[Run]
+    ) -> Iterator[tuple[int, Trajectory | Lost]]:
+        try:
+            yield from crew.outcomes(runs, self.stop)
+        except ChildProcessError as error:
+            raise ChildProcessError(f"{self.job.eip or 'the committee'}: {error}") from None
 
     def close(self) -> None:
         """End the processes in which they ran."""

@@ -43,6 +43,17 @@ class Marking(LennardJones):
         return super().label(atoms)
 """
 
+# A module with an EIP that cannot even be opened without that.
+DEADLY_TO_OPEN = """
+import os
+from aiida_eipnn.science.eip.analytic import LennardJones
+
+
+class DeadlyToOpen(LennardJones):
+    def __init__(self):
+        os.abort()
+"""
+
 RATTLED = {"config_type": "rattled", "count": 4}
 LJ = "lennard-jones[epsilon=0.4,sigma=2.3,cutoff=5]"
 
@@ -178,6 +189,14 @@ def test_an_eip_that_cannot_be_opened_is_an_error(folder):
 
     with pytest.raises(ValueError, match="cannot open python:nowhere:Nothing"):
         run(job, folder)
+
+
+def test_an_eip_that_kills_the_process_that_opens_it_is_an_error(folder, monkeypatch):
+    open_module(monkeypatch, folder, "deadly_eip", DEADLY_TO_OPEN)
+    eip = "python:deadly_eip:DeadlyToOpen"
+
+    with pytest.raises(ChildProcessError, match=rf"{eip}: .*SIGABRT\) before it could begin"):
+        run(ExploreJob(recipes=(RATTLED, HEATED), seed=1, eip=eip), folder)
 
 
 def test_an_eip_that_kills_its_process_costs_its_run_only(folder, monkeypatch):

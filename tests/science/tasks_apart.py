@@ -31,3 +31,7 @@ def telling_its_process(number: int) -> Callable[[int], int]:
 
 def unopenable(number: int) -> Callable[[int], None]:
     raise RuntimeError("there is no such thing")
+
+
+def deadly_to_open(number: int) -> Callable[[int], None]:
+    os.abort()

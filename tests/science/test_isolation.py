@@ -103,6 +103,14 @@ def test_a_task_that_cannot_be_opened_is_an_error(tasks):
         list(crew.outcomes([1, 2]))
 
 
+def test_a_task_whose_opening_kills_the_process_is_an_error(tasks):
+    with (
+        crew_of(tasks.deadly_to_open, 2) as crew,
+        pytest.raises(ChildProcessError, match=r"signal 6 \(SIGABRT\) before it could begin"),
+    ):
+        list(crew.outcomes([1, 2]))
+
+
 def test_what_must_stop_leaves_out_what_is_not_done_and_the_crew_serves_on(tasks):
     done = []
 

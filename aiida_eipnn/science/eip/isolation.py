@@ -163,6 +163,8 @@ class Crew(Generic[Item, Outcome]):
         ------
         Exception
             What ``open_task`` raised.
+        ChildProcessError
+            If the process of one died of it.
         """
         waiting = deque(enumerate(items))
         try:
@@ -200,7 +202,7 @@ class Crew(Generic[Item, Outcome]):
         )
         process.start()
         there.close()
-        return _Worker(number, process, here, -1)
+        return _Worker(number, process, here)
 
     def _finished(self) -> Iterator[tuple[int, Any]]:
         """Wait a while; yield what has been done."""
@@ -208,6 +210,9 @@ class Crew(Generic[Item, Outcome]):
         for worker in [worker for worker in self._busy if worker.connection in ready]:
             outcome = _receive(worker)
             self._busy.remove(worker)
+            if isinstance(outcome, _Opening):
+                self._busy.append(worker._replace(is_open=True))
+                continue
             if worker.process.is_alive():
                 self._idle.append(worker)
             else:
@@ -216,19 +221,20 @@ class Crew(Generic[Item, Outcome]):
 
 
 class _Worker(NamedTuple):
-    """A process, and the position of the item that it has."""
+    """A process, whether it has its task, and the position of the item that it has."""
 
     number: int
     process: ForkServerProcess
     connection: Connection
-    position: int
+    is_open: bool = False
+    position: int = -1
 
 
 @dataclass(frozen=True, slots=True)
-class _Unopened:
-    """What a process sends that has no task."""
+class _Opening:
+    """What a process sends before all else: why it has no task, or nothing."""
 
-    error: Exception
+    error: Exception | None = None
 
 
 def _receive(worker: _Worker) -> Any:
@@ -236,8 +242,11 @@ def _receive(worker: _Worker) -> Any:
         outcome = worker.connection.recv()
     except (EOFError, OSError):
         worker.process.join()
-        return Lost(how_it_ended(worker.process.exitcode))
-    if isinstance(outcome, _Unopened):
+        how = how_it_ended(worker.process.exitcode)
+        if worker.is_open:
+            return Lost(how)
+        raise ChildProcessError(f"{how} before it could begin") from None
+    if isinstance(outcome, _Opening) and outcome.error is not None:
         raise outcome.error
     return outcome
 
@@ -260,6 +269,7 @@ def _serve_any(
     except Exception as error:  # foreign code is opened here
         _send_error(connection, error)
         return
+    connection.send(_Opening())
     while True:
         try:
             item = connection.recv()
@@ -270,9 +280,9 @@ def _serve_any(
 
 def _send_error(connection: Connection, error: Exception) -> None:
     try:
-        connection.send(_Unopened(error))
+        connection.send(_Opening(error))
     except Exception:  # what others raise need not be fit for another process
-        connection.send(_Unopened(RuntimeError(f"{type(error).__name__}: {error}")))
+        connection.send(_Opening(RuntimeError(f"{type(error).__name__}: {error}")))
 
 
 def _outcome(task: Callable[[Any], Any], item: Any) -> Any:
