@@ -150,6 +150,20 @@ def test_help_is_instant_because_it_imports_no_aiida():
     assert shown.returncode == 0, shown.stderr
 
 
+def test_neither_the_daemon_nor_a_job_that_labels_loads_torch(torch):
+    names = [name for room in ("workflows", "calculations", "parsers") for name in modules_of(room)]
+    code = (
+        "import importlib, sys\n"
+        f"for name in {[*names, 'aiida_eipnn.jobs.label', 'aiida_eipnn.science.eip.kim']!r}:\n"
+        "    importlib.import_module(name)\n"
+        "    assert 'torch' not in sys.modules, name\n"
+    )
+
+    imported = run(sys.executable, "-c", code)
+
+    assert imported.returncode == 0, imported.stderr
+
+
 @pytest.mark.parametrize(
     "entry_point",
     metadata.distribution("aiida-eipnn").entry_points,

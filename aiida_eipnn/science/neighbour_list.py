@@ -4,6 +4,7 @@
 order: what is summed over pairs in the order in which they were found differs by rounding.
 """
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -106,7 +107,26 @@ def _is_forward(first: IntArray, second: IntArray, shift: IntArray) -> BoolArray
     return forward
 
 
-try:
-    from vesin import NeighborList
-except ModuleNotFoundError:
-    NeighborList = TreeNeighborList
+def _vesin() -> Any:
+    """Return the neighbour list of vesin, or ours where it is not installed.
+
+    Whoever imports vesin loads torch, if that is there: two seconds and 200 MB in each process that
+    labels or reads a dataset, for tensors that nobody gives it here. What is imported here takes
+    arrays only; whoever needs more gets vesin as it is.
+    """
+    is_private = sys.modules.keys().isdisjoint(("torch", "vesin"))
+    if is_private:
+        # To Python that is a module that cannot be found.
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from vesin import NeighborList
+    except ModuleNotFoundError:
+        return TreeNeighborList
+    finally:
+        if is_private:
+            for name in [name for name in sys.modules if name.split(".")[0] in ("torch", "vesin")]:
+                del sys.modules[name]
+    return NeighborList
+
+
+NeighborList = _vesin()

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from ase import Atoms
-from ase.build import make_supercell, surface
 from ase.cell import Cell
 from ase.data import covalent_radii
 
@@ -245,6 +244,9 @@ def cut_surface(atoms: Atoms, rng: np.random.Generator, settings: Surface) -> At
     ValueError
         If the seed is not a crystal.
     """
+    # Slow to import; the daemon, which reads recipes, makes nothing of them.
+    from ase.build import surface
+
     if not atoms.pbc.all():
         raise ValueError("only a seed that is periodic in all directions has surfaces")
     plane = settings.miller[rng.integers(len(settings.miller))]
@@ -338,6 +340,9 @@ def repeat(atoms: Atoms, supercell: Supercell) -> Atoms:
     ValueError
         If it is neither, or if it has no volume.
     """
+    # As in cut_surface.
+    from ase.build import make_supercell
+
     larger: Atoms = make_supercell(_bare(atoms), repetition_matrix(supercell))
     return larger
 

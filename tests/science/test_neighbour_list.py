@@ -1,5 +1,8 @@
 """Pairs of atoms without vesin: the same as with it."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from ase.build import bulk
@@ -29,7 +32,19 @@ def ordered(found):
 
 
 def test_vesin_is_used_where_it_is_installed():
-    assert neighbour_list.NeighborList is VesinNeighborList
+    kind = neighbour_list.NeighborList
+    assert (kind.__name__, kind.__module__) == ("NeighborList", VesinNeighborList.__module__)
+
+
+def test_to_whoever_else_imports_vesin_it_knows_torch(torch):
+    code = (
+        "import aiida_eipnn.science.neighbour_list\n"
+        "import torch, vesin\n"
+        "ones = torch.eye(3, dtype=torch.float64)\n"
+        "found = vesin.NeighborList(cutoff=1.1, full_list=True).compute(ones, ones, True, 'd')\n"
+        "assert isinstance(found[0], torch.Tensor) and len(found[0])\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -11,7 +11,6 @@ from functools import partial
 
 import numpy as np
 from ase import Atoms
-from ase.build import bulk
 
 from aiida_eipnn.science.arrays import FloatArray
 from aiida_eipnn.science.eip.potential import EmpiricalPotential, Label
@@ -121,6 +120,9 @@ def crystals(element: str) -> dict[str, Atoms]:
     ValueError
         If ASE knows no crystal of the element.
     """
+    # Slow to import, and who labels with models that were checked needs none of it.
+    from ase.build import bulk
+
     try:
         ideal = bulk(element, cubic=True)
     except (ValueError, RuntimeError, KeyError) as error:
