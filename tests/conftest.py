@@ -77,8 +77,9 @@ def skip_without(name: str) -> None:
 
 
 # How often tests ask how a child or a job is, in seconds: without a pause, as AiiDA does in a test
-# profile, asking takes a whole core from pw.x and torch.
+# profile, asking takes a whole core from pw.x and torch. To ask for a job takes ten times as long.
 PATIENCE = 0.25
+PATIENCE_WITH_JOBS = 1.0
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -120,6 +121,20 @@ def quick_database():
     yield
     for listener in listeners:
         event.remove(*listener)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_yaml():
+    """Let libyaml write checkpoints, which takes the engine a tenth of its time in plain Python."""
+    import yaml
+    from aiida.orm.utils import serialize
+
+    class Dumper(yaml.cyaml.CEmitter, serialize.AiiDADumper):
+        __init__ = yaml.CDumper.__init__
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serialize, "AiiDADumper", Dumper)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -173,7 +188,7 @@ def pw_code(aiida_code_installed, aiida_localhost):
 
 def tune(computer) -> None:
     """Let a test not wait for the politeness that a cluster deserves."""
-    computer.set_minimum_job_poll_interval(PATIENCE)
+    computer.set_minimum_job_poll_interval(PATIENCE_WITH_JOBS)
     computer.configure(safe_interval=0.0, use_login_shell=False)
 
 

@@ -45,9 +45,10 @@ OVERRIDES = {
     "gate": {"min_contact": 0.0},
     "acquisition": {"n_select": 1},
     "extend": {
+        "n_workers": 1,
         "recipes": [
             {"config_type": "md", "count": 3, "temperatures": [300], "spacing": 3, "min_atoms": 2}
-        ]
+        ],
     },
     # Networks of twenty steps are not to be trusted, and that is what is asked here.
     "extension": {"trusted_forces_mae": 1e3},
