@@ -105,7 +105,7 @@ def find_known(configurations: Configurations, known: Configurations) -> IntArra
     place = {str(name): row for row, name in enumerate(known.ids)}
     found = np.array([place.get(str(name), -1) for name in configurations.ids], dtype=np.int64)
     new = configurations.take(np.flatnonzero(found < 0))
-    if not len(new) or not len(known):
+    if not len(new):
         return found
     both = join_configurations([known, new])
     group = _groups(_cells(both), SAME_CELL)

@@ -95,6 +95,7 @@ def test_a_set_without_configurations_is_known_to_none():
     frames = Configurations.from_atoms([rattled()])
     assert find_known(frames, frames.take([])).tolist() == [-1]
     assert find_known(frames.take([]), frames).tolist() == []
+    assert find_known(frames.take([]), frames.take([])).tolist() == []
 
 
 def test_the_first_of_three_is_named():
