@@ -86,11 +86,11 @@ lint: install
 
 # The tests make profiles of their own; this keeps AiiDA from making a folder in the user's home.
 test: export AIIDA_PATH := $(CURDIR)/build/test/.aiida
-# Two processes of one thread each; a file's tests stay together, as they share whole loops.
+# Three processes of one thread each, which wait for jobs half of the time; a file's tests stay together, as they share whole loops.
 test: export OMP_NUM_THREADS := 1
 test: lint
 	@mkdir -p $(AIIDA_PATH)
-	pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # Slurm, ssh, PostgreSQL and RabbitMQ on this machine: as root on Debian 12, with these scripts.
 CLUSTER ?= ../shared/cluster

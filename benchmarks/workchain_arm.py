@@ -3,10 +3,10 @@
     make bench-workchain
 
 mvl_W, real DFT labels looked up, `full` of `make bench-active-learning` but for its first points:
-networks that learnt from EIPs, pseudo-labels, and LCMD inside a window that the last batch
-calibrated. First the WorkChain runs in a profile of its own; then the science layer does the same
-in this process, from the settings that the WorkChain was given. A line for each batch says whether
-the choices are equal.
+networks that learnt from EIPs, pseudo-labels, and the points that stand for the more uncertain half
+of a window that the last batch calibrated. First the WorkChain runs in a profile of its own; then
+the science layer does the same in this process, from the settings that the WorkChain was given. A
+line for each batch says whether the choices are equal.
 """
 
 import argparse
@@ -57,7 +57,7 @@ OVERRIDES: dict[str, Any] = {
     "classify": {"steps": 20},
     "finetune": {"steps": 300},
     "split": {"test": 60, "initial": 5},
-    "acquisition": {"n_select": 5, "strategy": "lcmd", "max_error": 5.0},
+    "acquisition": {"n_select": 5, "strategy": "representative", "max_error": 5.0},
     "extend": {"recipes": []},
     "stop": {"max_iterations": 4},
 }
