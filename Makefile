@@ -86,7 +86,7 @@ lint: install
 
 # The tests make profiles of their own; this keeps AiiDA from making a folder in the user's home.
 test: export AIIDA_PATH := $(CURDIR)/build/test/.aiida
-# Three processes of one thread each, which wait for jobs half of the time; the tests of a file stay
+# Three processes of one thread each, which now and then wait for jobs; the tests of a file stay
 # together, as they share whole loops.
 test: export OMP_NUM_THREADS := 1
 test: lint

@@ -110,7 +110,7 @@ def _is_forward(first: IntArray, second: IntArray, shift: IntArray) -> BoolArray
 def _vesin() -> Any:
     """Return the neighbour list of vesin, or ours where it is not installed.
 
-    Whoever imports vesin loads torch, if that is there: two seconds and 200 MB in each process that
+    Whoever imports vesin loads torch, if that is there: two seconds and 180 MB in each process that
     labels or reads a dataset, for tensors that nobody gives it here. What is imported here takes
     arrays only; whoever needs more gets vesin as it is.
     """
