@@ -303,23 +303,6 @@ def test_the_same_seed_gives_the_same_choices_labels_and_networks(loop, builder)
     assert weights[0] == weights[1]
 
 
-def test_a_second_run_is_free_with_caching(loop, builder):
-    with enable_caching():
-        _, again = run_get_node(builder())
-    assert again.is_finished_ok
-    jobs = [node for node in again.called_descendants if isinstance(node, CalcJobNode)]
-    fresh = [node for node in jobs if not node.base.caching.is_created_from_cache]
-    # A pw.x run that failed, and labels of a model that is not installed, are tried again; and
-    # what the first loop had put on the computer is gone.
-    again_wanted = {"quantumespresso.pw", "eipnn.label", "eipnn.upload"}
-    assert {node.process_type.removeprefix("aiida.calculations:") for node in fresh} <= again_wanted
-    assert all(
-        not node.is_finished_ok
-        for node in fresh
-        if node.process_type == "aiida.calculations:quantumespresso.pw"
-    )
-
-
 def test_known_labels_are_learnt_and_pseudo_labels_are_an_option(loop, builder, small_loop):
     known = loop.outputs.initial_labels.value().labelled()
     pool = small_loop.pool
@@ -348,13 +331,24 @@ def test_known_labels_are_learnt_and_pseudo_labels_are_an_option(loop, builder, 
     assert "scratch" not in outputs["iterations"]["i001"]
 
 
-def test_a_step_that_cannot_be_done_says_why_in_the_exit_message(loop, builder):
+def test_a_step_that_cannot_be_done_says_why_and_what_was_done_is_free_with_caching(loop, builder):
     made = builder(acquisition={"n_select": 100, "allow_fewer": False}, stop={"max_iterations": 5})
     with enable_caching():
         _, node = run_get_node(made)
     assert node.exit_status == 410
     assert "cannot pick 100" in node.exit_message
     assert "committee" in node.outputs.iterations.i001
+    jobs = [job for job in node.called_descendants if isinstance(job, CalcJobNode)]
+    fresh = [job for job in jobs if not job.base.caching.is_created_from_cache]
+    # A pw.x run that failed, and labels of a model that is not installed, are tried again; and
+    # what the first loop had put on the computer is gone.
+    again_wanted = {"quantumespresso.pw", "eipnn.label", "eipnn.upload"}
+    assert {job.process_type.removeprefix("aiida.calculations:") for job in fresh} <= again_wanted
+    assert not any(
+        job.is_finished_ok
+        for job in fresh
+        if job.process_type == "aiida.calculations:quantumespresso.pw"
+    )
 
 
 def test_asking_for_more_than_the_pool_has_is_refused_at_once(builder):
