@@ -127,7 +127,7 @@ def quick_database():
 def quick_repository():
     """Keep the index of the files of a profile open, which AiiDA opens anew for each file.
 
-    This is a seventh of the engine's time.
+    This is a fifth of the engine's time.
     """
     from aiida.repository.backend import DiskObjectStoreRepositoryBackend
     from aiida.storage.sqlite_dos.backend import SqliteDosStorage
@@ -150,6 +150,25 @@ def quick_repository():
         yield
     for container in opened.values():
         container.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_states():
+    """Ask the database for the outputs that are stored only where a process has some.
+
+    AiiDA asks at every change of state of every process, a tenth of the engine's time.
+    """
+    from aiida.engine import Process
+
+    update = Process.update_outputs
+
+    def update_if_any(self):
+        if self.outputs:
+            update(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Process, "update_outputs", update_if_any)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
