@@ -77,7 +77,7 @@ def skip_without(name: str) -> None:
 
 
 # How often tests ask how a child or a job is, in seconds: without a pause, as AiiDA does in a test
-# profile, asking takes a whole core from pw.x and torch. A job takes twenty times as long.
+# profile, asking takes a whole core from pw.x and torch. A job costs twenty times as much.
 PATIENCE = 0.25
 PATIENCE_WITH_JOBS = 1.0
 

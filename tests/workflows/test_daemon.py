@@ -58,13 +58,13 @@ def daemon(tmp_path, pw_code):
         "PATH": f"{BIN}:{os.environ['PATH']}",
     }
 
-    def call(*command: object, check: bool = True) -> str:
+    def call(*command: object, check: bool = True, timeout: int = 300) -> str:
         done = subprocess.run(
             [str(part) for part in command],
             env=environment,
             capture_output=True,
             text=True,
-            timeout=900,
+            timeout=timeout,
             check=False,
         )
         assert done.returncode == 0 or not check, done.stdout + done.stderr
@@ -101,7 +101,7 @@ def test_lanes_label_more_configurations_than_the_daemon_has_slots(
         *("--pool", tmp_path / "pool.xyz", "--overrides", tmp_path / "overrides.yaml"),
     )
     pk = int(re.search(r"status (\d+)", printed).group(1))
-    assert daemon("python", "-c", EXIT_STATUS.format(pk=pk)).strip() == "0"
+    assert daemon("python", "-c", EXIT_STATUS.format(pk=pk), timeout=900).strip() == "0"
 
 
 @pytest.mark.daemon
